@@ -1,0 +1,152 @@
+"""What an adapter is, wherever it came from: a record of layers that are read when they are asked for."""
+
+import functools
+import hashlib
+from collections.abc import Callable, Mapping
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from .errors import FileFormatError, TargetError
+from .linalg import Basis, require_finite
+from .targets import LayerTarget, comfy_slice, nearest, network_order
+
+AdapterMethod = Literal["delta_r", "delta_r_triangular", "qr"]
+METHODS: tuple[str, ...] = get_args(AdapterMethod)
+
+
+class AdapterLayer(NamedTuple):
+    """The tensors of one adapted layer.
+
+    Attributes:
+        up: shape (out, rank). Methods delta_r: the frozen Q. Method qr: the trained Q'.
+        down: shape (rank, in). Methods delta_r: dR. Method qr: the trained R'.
+        initial: Q and R as they were before training, when the file holds them. Methods delta_r: Q is `up` itself.
+    """
+
+    up: Tensor
+    down: Tensor
+    initial: Basis | None = None
+
+
+class LayerInfo(NamedTuple):
+    """What is known of a layer before its tensors are read: (out, in), rank, alpha / rank, and how it is stored."""
+
+    shape: tuple[int, int]
+    rank: int
+    scaling: float
+    dtype: torch.dtype
+
+
+class Adapter:
+    """A trained change of some layers of a model, lazily loaded.
+
+    The change of one layer is `scaling * up @ down` for the dR methods, and
+    `scaling * (up @ down - Q R)` with the initial Q, R for method qr (design, section 2, fact 6).
+
+    Attributes:
+        name: what to call it in messages; usually the file's name.
+        method: "delta_r", "delta_r_triangular" or "qr".
+        layers: layer name -> LayerInfo, in network order.
+        metadata: the file's own strings.
+        has_initial: whether every layer comes with its initial Q and R.
+
+    Raises:
+        FileFormatError: no layers, an unknown method, or shapes that contradict each other.
+        TargetError: a layer that FLUX does not have.
+    """
+
+    __slots__ = ("__dict__", "_read", "has_initial", "layers", "metadata", "method", "name")
+
+    def __init__(
+        self,
+        name: str,
+        method: AdapterMethod,
+        layers: Mapping[str, LayerInfo],
+        read: Callable[[str], AdapterLayer],
+        *,
+        has_initial: bool,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        if method not in METHODS:
+            raise FileFormatError(f"{name}: method is {method!r}, expected one of {', '.join(METHODS)}")
+        if not layers:
+            raise FileFormatError(f"{name} holds no layers")
+        for layer, info in layers.items():
+            comfy_slice(layer, info.shape)
+            if not 1 <= info.rank <= min(info.shape):
+                raise FileFormatError(f"{name}: rank {info.rank} does not fit {layer} of shape {info.shape}")
+        self.name = name
+        self.method = method
+        self.layers = {layer: layers[layer] for layer in sorted(layers, key=network_order)}
+        self.metadata = dict(metadata or {})
+        self.has_initial = has_initial
+        self._read = read
+
+    @classmethod
+    def from_tensors(
+        cls,
+        name: str,
+        layers: Mapping[str, AdapterLayer],
+        alpha: float,
+        *,
+        method: AdapterMethod = "delta_r",
+        metadata: Mapping[str, str] | None = None,
+    ) -> "Adapter":
+        """An adapter from tensors at hand, all layers with the same alpha."""
+        infos = {}
+        for key, layer in layers.items():
+            rank = layer.up.shape[1]
+            dtype = torch.promote_types(layer.up.dtype, layer.down.dtype)
+            infos[key] = LayerInfo((layer.up.shape[0], layer.down.shape[1]), rank, alpha / rank, dtype)
+        held = dict(layers)
+        complete = all(layer.initial is not None for layer in held.values())
+        return cls(name, method, infos, held.__getitem__, has_initial=complete, metadata=metadata)
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of any layer."""
+        return max(info.rank for info in self.layers.values())
+
+    @property
+    def alpha(self) -> float:
+        """Alpha of the first layer of the largest rank: `scaling * rank`."""
+        return next(info.scaling * info.rank for info in self.layers.values() if info.rank == self.rank)
+
+    @property
+    def targets(self) -> tuple[LayerTarget, ...]:
+        return tuple(LayerTarget(name, info.shape) for name, info in self.layers.items())
+
+    def layer(self, name: str) -> AdapterLayer:
+        """The tensors of one layer, in the dtype and precision of the file.
+
+        Raises:
+            TargetError: the adapter has no such layer.
+            WeightError: a tensor holds NaN or Inf.
+        """
+        if name not in self.layers:
+            raise TargetError(f"{self.name} has no layer {name!r}{nearest(name, self.layers)}")
+        layer = self._read(name)
+        for what, tensor in (("Q", layer.up), ("dR", layer.down), *zip("QR", layer.initial or ())):
+            require_finite(tensor, f"{self.name}: {what} of {name}")
+        return layer
+
+    @functools.cached_property
+    def basis_fingerprint(self) -> str | None:
+        """Sixteen hex digits that two adapters share when all their Q agree bit for bit in float32.
+
+        None for a full-QR file that holds only Q' and R'. Reads every Q once.
+        """
+        if self.method == "qr" and not self.has_initial:
+            return None
+        digest = hashlib.sha256()
+        for name in self.layers:
+            layer = self._read(name)
+            q = layer.initial.q if self.method == "qr" and layer.initial else layer.up
+            digest.update(f"{name}{tuple(q.shape)}".encode())
+            digest.update(q.to(torch.float32).contiguous().numpy().data)
+        return digest.hexdigest()[:16]
+
+    def __repr__(self) -> str:
+        return f"Adapter({self.name!r}, {self.method}, rank {self.rank}, {len(self.layers)} layers)"

@@ -1,0 +1,25 @@
+"""The one family of exceptions: each message says what was found, what was expected and what to do."""
+
+
+class QRLoRAError(Exception):
+    """Base of every error this pack raises on purpose."""
+
+
+class WeightError(QRLoRAError):
+    """A tensor cannot be used: wrong number of dimensions, not finite, or too small for the rank."""
+
+
+class FileFormatError(QRLoRAError):
+    """A file is not what it should be: truncated, hostile, of another kind, or with tensors that do not fit."""
+
+
+class TargetError(QRLoRAError):
+    """A layer name matches nothing, or a layer is missing from a model or an adapter."""
+
+
+class BasisMismatchError(QRLoRAError):
+    """Q, R, a residual and a weight that do not belong together were about to be combined."""
+
+
+class PathError(QRLoRAError):
+    """A name leaves its folder, is not a plain file, or cannot be written."""

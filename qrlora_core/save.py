@@ -1,0 +1,217 @@
+"""Writing adapters and bases, in the published format and in the portable one that any LoRA loader applies."""
+
+import datetime
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from . import __version__
+from .adapter import Adapter, AdapterLayer
+from .errors import BasisMismatchError, FileFormatError
+from .formats import (
+    BASIS,
+    FULL_QR,
+    PORTABLE,
+    PORTABLE_ALPHA,
+    PUBLISHED,
+    PUBLISHED_BASE_R,
+    file_kind,
+    group_layers,
+    open_adapter,
+)
+from .linalg import Basis, require_finite
+from .storage import TensorFile, TensorSpec, write_tensors
+from .targets import network_order
+
+AdapterFormat = Literal["portable", "published"]
+ADAPTER_FORMATS: tuple[str, ...] = ("portable", "published")
+
+Entry = tuple[str, TensorSpec, Callable[[AdapterLayer], Tensor]]
+
+
+def save_adapter(
+    adapter: Adapter,
+    path: Path,
+    *,
+    format: AdapterFormat = "portable",
+    base_r: Callable[[str], Tensor] | None = None,
+    metadata: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write an adapter, then open what was written and check it.
+
+    Args:
+        adapter: what to write; layers are read one by one.
+        path: must not exist unless `overwrite`.
+        format: "portable" holds `lora_B` = Q, `lora_A` = dR and alpha; method qr becomes the rank-2r difference
+            `[Q' Q] [R'; -R]`. "published" holds q, delta_r and base_r, or up and down for method qr. It has no
+            alpha and means scaling 1, so another scaling goes into R and dR.
+        base_r: layer name -> R of the base weight, (rank, in), for "published" where the adapter has none.
+        metadata: fields besides, or instead of, the standard ones.
+
+    Raises:
+        BasisMismatchError: the format needs tensors that the adapter does not hold.
+        PathError: the file exists or cannot be written.
+        WeightError: a tensor holds NaN or Inf.
+        FileFormatError: what was written does not read back.
+    """
+    if format not in ADAPTER_FORMATS:
+        raise FileFormatError(f"format is {format!r}, expected one of {', '.join(ADAPTER_FORMATS)}")
+    entries = _portable_entries if format == "portable" else _published_entries
+    plan = {name: list(entries(adapter, name, base_r)) for name in adapter.layers}
+    specs = {key: spec for layer in plan.values() for key, spec, _ in layer}
+
+    def stream() -> Iterable[tuple[str, Tensor]]:
+        for name, layer in plan.items():
+            tensors = adapter.layer(name)
+            for key, spec, pick in layer:
+                tensor = pick(tensors).to(spec.dtype)
+                require_finite(tensor, f"{key} as {spec.dtype}")
+                yield key, tensor
+
+    fields = standard_metadata(adapter) | {"qrlora.format": format} | dict(metadata or {})
+    write_tensors(path, specs, stream(), fields, overwrite=overwrite)
+    written = open_adapter(path)
+    if list(written.layers) != list(adapter.layers):
+        raise FileFormatError(f"{path.name} was written but reads back with {len(written.layers)} layers")
+    return path
+
+
+def standard_metadata(adapter: Adapter) -> dict[str, str]:
+    """Header fields of an adapter: modelspec's, and ours under `qrlora.`; what the source file said is kept."""
+    kept = {key: value for key, value in adapter.metadata.items() if key.startswith(("qrlora.", "modelspec."))}
+    fields = {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": "flux-1-dev/lora",
+        "modelspec.implementation": "qr-lora",
+        "modelspec.title": adapter.name,
+        "modelspec.date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        **kept,
+        "qrlora.method": adapter.method,
+        "qrlora.rank": str(adapter.rank),
+        "qrlora.alpha": f"{adapter.alpha:.9g}",
+        "qrlora.targets": " ".join(sorted({_suffix(name) for name in adapter.layers})),
+        "qrlora.pack_version": __version__,
+    }
+    if adapter.basis_fingerprint:
+        fields["qrlora.basis_fingerprint"] = adapter.basis_fingerprint
+    return fields
+
+
+def save_basis(
+    path: Path,
+    layers: Mapping[str, TensorSpec],
+    basis_of: Callable[[str], Basis],
+    metadata: Mapping[str, str],
+    *,
+    overwrite: bool = False,
+) -> Path:
+    """Stream the Q and R of many layers into one file, the cache of a decomposition.
+
+    Args:
+        path: must not exist unless `overwrite`.
+        layers: layer name -> spec of its weight; the file's dtype and the sizes follow from it and the rank that
+            `metadata["qrlora.rank"]` states.
+        basis_of: layer name -> Basis, asked once per layer in order.
+        metadata: must hold `qrlora.rank`.
+    """
+    rank = int(metadata["qrlora.rank"])
+    names = sorted(layers, key=network_order)
+    specs: dict[str, TensorSpec] = {}
+    for name in names:
+        dtype, (out, width) = layers[name]
+        specs[BASIS["q"].format(name)] = TensorSpec(dtype, (out, rank))
+        specs[BASIS["r"].format(name)] = TensorSpec(dtype, (rank, width))
+
+    def stream() -> Iterable[tuple[str, Tensor]]:
+        for name in names:
+            q, r = basis_of(name)
+            require_finite(q, f"Q of {name}")
+            require_finite(r, f"R of {name}")
+            yield BASIS["q"].format(name), q
+            yield BASIS["r"].format(name), r
+
+    return write_tensors(path, specs, stream(), {"qrlora.format": "basis", **metadata}, overwrite=overwrite)
+
+
+def open_basis(path: Path) -> tuple[dict[str, Callable[[], Basis]], dict[str, str]]:
+    """Layer name -> a reader of its Q and R, and the file's metadata; nothing is read yet.
+
+    Raises:
+        FileFormatError: another kind of file, or a layer without its Q or R.
+    """
+    file = TensorFile(path)
+    if file_kind(file) != "basis":
+        raise FileFormatError(f"{file.path.name} is not a basis; expected keys like {BASIS['q'].format('<layer>')}")
+    layers = group_layers(file, BASIS)
+    for name, keys in layers.items():
+        q, r = file.specs[keys["q"]].shape, file.specs[keys["r"]].shape
+        if len(q) != 2 or len(r) != 2 or q[1] != r[0]:
+            raise FileFormatError(f"{file.path.name}: {name} pairs Q {q} with R {r}, expected (out, r) and (r, in)")
+
+    def reader(keys: Mapping[str, str]) -> Callable[[], Basis]:
+        return lambda: Basis(file.tensor(keys["q"]), file.tensor(keys["r"]))
+
+    return {name: reader(layers[name]) for name in sorted(layers, key=network_order)}, file.metadata
+
+
+def _portable_entries(adapter: Adapter, name: str, _: object) -> Iterable[Entry]:
+    (out, width), rank, scaling, dtype = adapter.layers[name]
+    if adapter.method == "qr":
+        if not adapter.has_initial:
+            raise BasisMismatchError(
+                f"{adapter.name} holds only the trained Q' and R'. A LoRA with those two would count the weight's core "
+                "twice; the portable format needs the initial Q and R too. Save it as 'published'"
+            )
+        rank *= 2
+        yield PORTABLE["up"].format(name), TensorSpec(dtype, (out, rank)), _difference_up
+        yield PORTABLE["down"].format(name), TensorSpec(dtype, (rank, width)), _difference_down
+    else:
+        yield PORTABLE["up"].format(name), TensorSpec(dtype, (out, rank)), lambda layer: layer.up
+        yield PORTABLE["down"].format(name), TensorSpec(dtype, (rank, width)), lambda layer: layer.down
+    yield PORTABLE_ALPHA.format(name), TensorSpec(torch.float32, ()), lambda _: torch.tensor(scaling * rank)
+
+
+def _published_entries(adapter: Adapter, name: str, base_r: Callable[[str], Tensor] | None) -> Iterable[Entry]:
+    (out, width), rank, scaling, dtype = adapter.layers[name]
+    up, down = TensorSpec(dtype, (out, rank)), TensorSpec(dtype, (rank, width))
+    if adapter.method == "qr":
+        yield FULL_QR["up"].format(name), up, lambda layer: layer.up
+        yield FULL_QR["down"].format(name), down, lambda layer: _times(layer.down, scaling)
+        return
+    if base_r is None and not adapter.has_initial:
+        raise BasisMismatchError(
+            f"the published format stores the base R of every layer, and {adapter.name} has none: connect the model "
+            "that it was trained on, or save it as 'portable'"
+        )
+    yield PUBLISHED["q"].format(name), up, lambda layer: layer.up
+    yield PUBLISHED["delta_r"].format(name), down, lambda layer: _times(layer.down, scaling)
+
+    def base(layer: AdapterLayer) -> Tensor:
+        if layer.initial is not None:
+            return _times(layer.initial.r, scaling)
+        assert base_r is not None
+        return _times(base_r(name), scaling)
+
+    yield PUBLISHED_BASE_R.format(name), down, base
+
+
+def _difference_up(layer: AdapterLayer) -> Tensor:
+    assert layer.initial is not None
+    return torch.cat([layer.up, layer.initial.q.to(layer.up)], dim=1)
+
+
+def _difference_down(layer: AdapterLayer) -> Tensor:
+    assert layer.initial is not None
+    return torch.cat([layer.down, -layer.initial.r.to(layer.down)])
+
+
+def _times(tensor: Tensor, factor: float) -> Tensor:
+    return tensor if factor == 1 else tensor.float() * factor
+
+
+def _suffix(name: str) -> str:
+    return name.split(".", 2)[2]

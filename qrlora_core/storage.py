@@ -1,0 +1,233 @@
+"""Reading and writing safetensors files: lazily, by streams, atomically. Pickles are never opened."""
+
+import json
+import os
+import shutil
+import struct
+import uuid
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .errors import FileFormatError, PathError
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_WINDOWS_DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in range(1, 10))}
+
+
+class TensorSpec(NamedTuple):
+    """What a tensor will be, before it exists."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+
+class TensorFile:
+    """A safetensors file, memory-mapped: opening it reads the header and nothing else, whatever its size.
+
+    Attributes:
+        path: where it lies.
+        specs: key -> TensorSpec of every tensor.
+        metadata: the header's strings.
+
+    Raises:
+        FileFormatError: missing, truncated, not safetensors, or with tensors that are not floating point.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        try:
+            self._file: Any = safe_open(  # the library is not annotated
+                str(self.path), framework="pt", device="cpu"
+            )
+            self.metadata: dict[str, str] = dict(self._file.metadata() or {})
+            keys = list(self._file.keys())
+            slices = {key: self._file.get_slice(key) for key in keys}
+            raw = {key: (part.get_dtype(), tuple(part.get_shape())) for key, part in slices.items()}
+        except (SafetensorError, OSError, ValueError, OverflowError) as error:
+            raise FileFormatError(
+                f"{self.path.name} is not a readable safetensors file ({error}); it may be truncated or still "
+                "being downloaded"
+            ) from error
+        odd = {key: name for key, (name, _) in raw.items() if name not in DTYPES}
+        if odd:
+            key, name = next(iter(odd.items()))
+            raise FileFormatError(f"{self.path.name}: {key} is stored as {name}, expected one of {', '.join(DTYPES)}")
+        self.specs = {key: TensorSpec(DTYPES[name], shape) for key, (name, shape) in raw.items()}
+
+    def tensor(self, key: str) -> Tensor:
+        """One tensor, backed by the map: its bytes are read when they are used."""
+        try:
+            return cast(Tensor, self._file.get_tensor(key))
+        except SafetensorError as error:
+            raise FileFormatError(f"{self.path.name}: {key} cannot be read ({error})") from error
+
+    def identity(self) -> tuple[str, int, int]:
+        """Path, size and modification time: what tells one version of a file from another."""
+        status = self.path.stat()
+        return (str(self.path.resolve()), status.st_size, status.st_mtime_ns)
+
+
+def write_tensors(
+    path: Path,
+    specs: Mapping[str, TensorSpec],
+    tensors: Iterable[tuple[str, Tensor]],
+    metadata: Mapping[str, str],
+    *,
+    overwrite: bool = False,
+) -> Path:
+    """Write a safetensors file one tensor at a time; it appears whole or not at all.
+
+    The bytes go to a temporary file in the same folder, are flushed to disk, and take the final name last. Whatever
+    ends the writing early (an error, a cancel, a full disk) leaves nothing behind.
+
+    Args:
+        path: final name; parent folders are made.
+        specs: dtype and shape of every tensor, in the order in which `tensors` will yield them.
+        tensors: (key, tensor) pairs; each is converted to its spec's dtype and may be dropped after it was taken.
+        metadata: strings for the header.
+        overwrite: replace an existing file; otherwise it is an error, raised before anything is written.
+
+    Returns:
+        The path.
+
+    Raises:
+        PathError: the file exists, the folder cannot be written, or the disk has too little room.
+        FileFormatError: `tensors` does not yield what `specs` announced.
+    """
+    path = Path(path)
+    header = _header(specs, metadata)
+    total = len(header) + sum(spec.nbytes for spec in specs.values())
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _require_absent(path, overwrite)
+        free = shutil.disk_usage(path.parent).free
+        if free < total:
+            raise PathError(f"{path.name} needs {total / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free")
+        temporary = path.parent / f".qrlora-{uuid.uuid4().hex}.tmp"
+        with temporary.open("xb") as file:
+            file.write(header)
+            written = _write_stream(file, specs, tensors)
+            file.flush()
+            os.fsync(file.fileno())
+        if written != list(specs):
+            raise FileFormatError(f"{path.name}: {len(written)} of {len(specs)} tensors were written")
+        _publish(temporary, path, overwrite)
+    except OSError as error:
+        raise PathError(f"{path.name} cannot be written in {path.parent.name}: {error.strerror or error}") from error
+    finally:  # cancelling may arrive as a BaseException
+        if temporary is not None:
+            with suppress(FileNotFoundError):
+                temporary.unlink()
+    return path
+
+
+def free_name(folder: Path, name: str) -> Path:
+    """`folder/name.safetensors`, or with `_00002`, `_00003`, ... before the ending where that is taken.
+
+    Args:
+        folder: an existing or future folder.
+        name: may hold sub-folders ("styles/ink"); an ending `.safetensors` is optional.
+
+    Raises:
+        PathError: the name is empty, absolute, or leaves the folder.
+    """
+    path = contained_path(folder, name.strip().removesuffix(".safetensors") + ".safetensors")
+    number, candidate = 1, path
+    while candidate.exists():
+        number += 1
+        candidate = path.with_name(f"{path.stem}_{number:05}.safetensors")
+    return candidate
+
+
+def contained_path(folder: Path, name: str) -> Path:
+    """`folder/name`, where `name` comes from somebody else's workflow and must stay inside.
+
+    Links are followed: one that leads out of the folder is refused. The folder itself may be a link.
+
+    Raises:
+        PathError: with the reason.
+    """
+    parts = name.replace("\\", "/").split("/")
+    reason = ""
+    if not name.strip() or parts[-1] in ("", ".safetensors"):
+        reason = "it is empty"
+    elif any(ord(char) < 32 or char in '<>:"|?*' for char in name):
+        reason = 'it holds a control character or one of < > : " | ? *'
+    elif parts[0] == "" or Path(name).is_absolute():
+        reason = "it is absolute"
+    elif any(part in ("..", ".", "") or part != part.rstrip(" .") for part in parts):
+        reason = "a part of it is '..', '.', empty, or ends in a dot or a space"
+    elif any(part.split(".")[0].upper() in _WINDOWS_DEVICES for part in parts):
+        reason = "a part of it is a device name on Windows"
+    else:
+        root = Path(folder).resolve()
+        path = root.joinpath(*parts)
+        if not path.resolve().is_relative_to(root):
+            reason = "a link leads out of the folder"
+    if reason:
+        raise PathError(f"the file name {name!r} is refused: {reason}. Use a name inside {Path(folder).name}/")
+    return path
+
+
+def _header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> bytes:
+    entries: dict[str, object] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for key, spec in specs.items():
+        entries[key] = {
+            "dtype": _DTYPE_NAMES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [offset, offset + spec.nbytes],
+        }
+        offset += spec.nbytes
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format asks for data aligned to 8 bytes
+    return struct.pack("<Q", len(text)) + text
+
+
+def _write_stream(file: BinaryIO, specs: Mapping[str, TensorSpec], tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
+    written: list[str] = []
+    expected = iter(specs)
+    for key, tensor in tensors:
+        if key != next(expected, None) or tuple(tensor.shape) != specs[key].shape:
+            raise FileFormatError(f"tensor {key} {tuple(tensor.shape)} was not announced at this place")
+        data = tensor.detach().to("cpu", specs[key].dtype).contiguous()
+        file.write(data.reshape(-1).view(torch.uint8).numpy().data)
+        written.append(key)
+    return written
+
+
+def _require_absent(path: Path, overwrite: bool) -> None:
+    if path.is_dir() or (path.exists() and not overwrite):
+        raise PathError(f"{path.name} exists already; choose another name")
+
+
+def _publish(temporary: Path, path: Path, overwrite: bool) -> None:
+    if overwrite:
+        temporary.replace(path)
+        return
+    try:
+        os.link(temporary, path)  # unlike a rename, fails when somebody else took the name meanwhile
+    except FileExistsError:
+        _require_absent(path, overwrite)
+    except OSError:  # a file system without hard links
+        _require_absent(path, overwrite)
+        temporary.rename(path)
