@@ -1,4 +1,4 @@
-"""The mathematics and the files of QR-LoRA. Needs torch, safetensors and numpy; knows nothing of ComfyUI or diffusers."""
+"""The mathematics and the files of QR-LoRA: torch, safetensors and numpy, without ComfyUI or diffusers."""
 
 __version__ = "0.1.0"
 

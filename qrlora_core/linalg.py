@@ -122,7 +122,7 @@ def orthonormality_error(q: Tensor) -> float:
 
 
 def trapezoid_error(r: Tensor) -> float:
-    """Root mean square below the diagonal over that of the rest: 0 for a trapezoidal R, about 1 for any other matrix."""
+    """Root mean square below the diagonal over that of the rest: 0 for a trapezoidal R, about 1 for other matrices."""
     below = torch.ones_like(r, dtype=torch.bool).tril(-1)
     if not below.any():
         return 0.0
