@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from .errors import FileFormatError, TargetError
+from .errors import BasisMismatchError, FileFormatError, TargetError
 from .linalg import Basis, require_finite
 from .targets import LayerTarget, comfy_slice, nearest, network_order
 
@@ -131,6 +131,26 @@ class Adapter:
         for what, tensor in (("Q", layer.up), ("dR", layer.down), *zip("QR", layer.initial or ())):
             require_finite(tensor, f"{self.name}: {what} of {name}")
         return layer
+
+    def update(self, name: str) -> tuple[Tensor, Tensor, float]:
+        """A layer's whole change as a LoRA: up (out, k), down (k, in) and alpha, the change being alpha / k * up @ down.
+
+        For method qr that is `[Q' Q] [R'; -R]`, k = 2 * rank; any other pair would count the weight's core twice.
+
+        Raises:
+            BasisMismatchError: method qr without its initial Q and R.
+        """
+        layer, scaling = self.layer(name), self.layers[name].scaling
+        up, down = layer.up, layer.down
+        if self.method == "qr":
+            if layer.initial is None:
+                raise BasisMismatchError(
+                    f"{self.name} holds only the trained Q' and R'. What they change is known together with the "
+                    "initial Q and R, a residual, or the model itself"
+                )
+            up = torch.cat([up, layer.initial.q.to(up)], dim=1)
+            down = torch.cat([down, -layer.initial.r.to(down)])
+        return up, down, scaling * up.shape[1]
 
     @functools.cached_property
     def basis_fingerprint(self) -> str | None:

@@ -167,11 +167,9 @@ def _portable_entries(adapter: Adapter, name: str, _: object) -> Iterable[Entry]
                 "twice; the portable format needs the initial Q and R too. Save it as 'published'"
             )
         rank *= 2
-        yield PORTABLE["up"].format(name), TensorSpec(dtype, (out, rank)), _difference_up
-        yield PORTABLE["down"].format(name), TensorSpec(dtype, (rank, width)), _difference_down
-    else:
-        yield PORTABLE["up"].format(name), TensorSpec(dtype, (out, rank)), lambda layer: layer.up
-        yield PORTABLE["down"].format(name), TensorSpec(dtype, (rank, width)), lambda layer: layer.down
+    up, down = TensorSpec(dtype, (out, rank)), TensorSpec(dtype, (rank, width))
+    yield PORTABLE["up"].format(name), up, lambda _: adapter.update(name)[0]
+    yield PORTABLE["down"].format(name), down, lambda _: adapter.update(name)[1]
     yield PORTABLE_ALPHA.format(name), TensorSpec(torch.float32, ()), lambda _: torch.tensor(scaling * rank)
 
 
@@ -197,16 +195,6 @@ def _published_entries(adapter: Adapter, name: str, base_r: Callable[[str], Tens
         return _times(base_r(name), scaling)
 
     yield PUBLISHED_BASE_R.format(name), down, base
-
-
-def _difference_up(layer: AdapterLayer) -> Tensor:
-    assert layer.initial is not None
-    return torch.cat([layer.up, layer.initial.q.to(layer.up)], dim=1)
-
-
-def _difference_down(layer: AdapterLayer) -> Tensor:
-    assert layer.initial is not None
-    return torch.cat([layer.down, -layer.initial.r.to(layer.down)])
 
 
 def _times(tensor: Tensor, factor: float) -> Tensor:

@@ -1,0 +1,20 @@
+"""The nodes: sockets in, one call into the core or the host, sockets out."""
+
+from comfy_api.latest import ComfyExtension, io
+
+from . import host
+from .files import LoadDeltaR, LoadResidual
+from .model import Apply, Merge
+from .save import ExportLoRA, SaveDeltaR, SaveResidual
+
+NODES: list[type[io.ComfyNode]] = [LoadResidual, LoadDeltaR, Merge, Apply, SaveResidual, SaveDeltaR, ExportLoRA]
+
+
+class QRLoRAExtension(ComfyExtension):
+    """What the host asks for: the folder is registered once, then the nodes are listed."""
+
+    async def on_load(self) -> None:
+        host.register_folders()
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return NODES

@@ -1,0 +1,213 @@
+"""Nodes that write files: adapters, plain LoRAs, residuals. Nothing that exists is ever overwritten."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..qrlora_core import (
+    Adapter,
+    Basis,
+    BasisMismatchError,
+    LayerTarget,
+    MergeRecipe,
+    WeightSlice,
+    base_r,
+    decompose,
+    free_name,
+    merged_adapter,
+    residual_weight,
+    save_adapter,
+    storage_tolerance,
+    write_residual,
+)
+from ..qrlora_core.linalg import orthonormality_error
+from . import host, sockets
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_ORTHONORMAL = 1e-2
+
+
+class SaveDeltaR(io.ComfyNode):
+    """DELTA_R -> file in models/qrlora."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return sockets.schema(
+            "QRLoRASaveDeltaR",
+            "Save \u0394R Adapter",
+            "Writes an adapter or a merge to models/qrlora. A name that is taken gets a number.",
+            inputs=[
+                sockets.DeltaR.Input("delta_r", tooltip="From Load \u0394R Adapter or Merge \u0394R."),
+                _filename("merged", "models/qrlora"),
+                io.Combo.Input(
+                    "format",
+                    options=["portable", "published"],
+                    default="portable",
+                    tooltip="portable: any LoRA loader can apply it too. published: as the research scripts write it.",
+                ),
+                io.Model.Input(
+                    "model",
+                    optional=True,
+                    tooltip="Only for 'published', when the adapter does not hold base R: the model it was trained on.",
+                ),
+            ],
+            outputs=[io.String.Output(display_name="filename", tooltip="Name of the file inside models/qrlora.")],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, delta_r: MergeRecipe, filename: str, format: str, model: Any = None) -> io.NodeOutput:
+        adapter = merged_adapter(delta_r)
+        path = free_name(host.save_folder(), filename)
+        save_adapter(adapter, path, format=format, base_r=_base_r_of(model, adapter) if model is not None else None)
+        return _saved(path, host.save_folder())
+
+
+class ExportLoRA(io.ComfyNode):
+    """DELTA_R -> standard LoRA in models/loras."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return sockets.schema(
+            "QRLoRAExportLoRA",
+            "Export as LoRA",
+            "Writes an adapter or a merge as a standard LoRA to models/loras, for ComfyUI's own Load LoRA, diffusers "
+            "and others. It changes the model exactly as Apply QR-LoRA does.",
+            inputs=[
+                sockets.DeltaR.Input("delta_r", tooltip="From Load \u0394R Adapter or Merge \u0394R."),
+                _filename("qr_lora", "models/loras"),
+            ],
+            outputs=[io.String.Output(display_name="filename", tooltip="Name of the file inside models/loras.")],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, delta_r: MergeRecipe, filename: str) -> io.NodeOutput:
+        folder = host.save_folder("loras")
+        path = save_adapter(merged_adapter(delta_r), free_name(folder, filename))
+        return _saved(path, folder)
+
+
+class SaveResidual(io.ComfyNode):
+    """MODEL -> residual file in models/qrlora."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return sockets.schema(
+            "QRLoRASaveResidual",
+            "Save FLUX Residual",
+            "Writes W_res = W - Q R of every adapted layer (10-21 GB for FLUX.1), layer by layer. With an adapter its "
+            "own Q and R are used; without, every weight is decomposed exactly, which takes minutes on a GPU and an "
+            "hour or more on a CPU.",
+            inputs=[
+                io.Model.Input("model", tooltip="The base model, straight from its loader: no LoRAs."),
+                io.Int.Input(
+                    "rank", default=64, min=1, max=3072, tooltip="Rank of the decomposition; not used with an adapter."
+                ),
+                sockets.DeltaR.Input(
+                    "delta_r", optional=True, tooltip="Use this adapter's own Q and R instead of decomposing."
+                ),
+                io.Combo.Input(
+                    "dtype",
+                    options=list(_DTYPES),
+                    default="float32",
+                    tooltip="float32 is exact and takes 21 GB for FLUX.1; float16 takes half.",
+                ),
+                _filename("flux_residual", "models/qrlora"),
+            ],
+            outputs=[io.String.Output(display_name="filename", tooltip="Name of the file inside models/qrlora.")],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(
+        cls, model: Any, rank: int, dtype: str, filename: str, delta_r: MergeRecipe | None = None
+    ) -> io.NodeOutput:
+        path = free_name(host.save_folder(), filename)
+        adapter = None if delta_r is None else _one_basis(delta_r)
+        targets = host.flux_layers(model) if adapter is None else adapter.targets
+        places = host.place_layers(model, targets)
+        host.require_unpatched(model, places.values())
+
+        def residual_of(name: str) -> Tensor:
+            weight, stored = host.own_weight(model, places[name])
+            weight = weight.to(host.load_device(model))
+            if adapter is None:
+                return residual_weight(weight, decompose(weight, rank, method="exact"), 1.0)
+            basis = _basis_of(adapter, name, weight, storage_tolerance(stored, adapter.layers[name].dtype))
+            return residual_weight(weight, basis, adapter.layers[name].scaling)
+
+        metadata = {"qrlora.format": "residual", "qrlora.rank": str(rank if adapter is None else adapter.rank)}
+        if adapter is not None and adapter.basis_fingerprint:
+            metadata["qrlora.basis_fingerprint"] = adapter.basis_fingerprint
+        write_residual(path, targets, _stepwise(targets, residual_of), dtype=_DTYPES[dtype], metadata=metadata)
+        return _saved(path, host.save_folder())
+
+
+def _filename(default: str, folder: str) -> Any:
+    return io.String.Input(
+        "filename", default=default, tooltip=f"A name inside {folder}; sub-folders are allowed: styles/ink."
+    )
+
+
+def _saved(path: Path, folder: Path) -> io.NodeOutput:
+    name = path.relative_to(Path(folder).resolve()).as_posix()
+    text = f"saved {name} ({path.stat().st_size / 1e6:.1f} MB)"
+    return io.NodeOutput(name, ui={"text": [text]})
+
+
+def _stepwise(targets: tuple[LayerTarget, ...], residual_of: Callable[[str], Tensor]) -> Callable[[str], Tensor]:
+    """`residual_of`, under the progress bar and stopped by Cancel; the layers are asked for in order, once each."""
+    steps: Iterator[LayerTarget] = host.with_progress(targets)
+
+    def next_residual(name: str) -> Tensor:
+        next(steps)
+        return residual_of(name)
+
+    return next_residual
+
+
+def _one_basis(recipe: MergeRecipe) -> Adapter:
+    """The adapter whose Q and R a residual is made for; a merge will do when all of it lies on one basis."""
+    prints = {adapter.basis_fingerprint for adapter in recipe.adapters}
+    if len(prints) > 1 or None in prints:
+        raise BasisMismatchError(
+            "a residual belongs to one basis: connect a single adapter that holds its Q (a full-QR file does not)"
+        )
+    return recipe.adapters[0]
+
+
+def _basis_of(adapter: Adapter, name: str, weight: Tensor, tolerance: float) -> Basis:
+    """The adapter's Q and R of a layer, on the weight's device, checked against the weight."""
+    layer = adapter.layer(name)
+    if layer.initial is None:
+        return Basis(layer.up.to(weight.device), _projected(adapter, name, weight))
+    basis = Basis(*(tensor.to(weight.device).float() for tensor in layer.initial))
+    expected = base_r(weight, basis.q)
+    error = float((basis.r - expected).norm() / expected.norm().clamp_min(1e-30))
+    if error > tolerance + 0.02:
+        raise BasisMismatchError(
+            f"{adapter.name} was made for another base model: at {name} its R differs from Q^T W by {100 * error:.2g} %"
+        )
+    return basis
+
+
+def _projected(adapter: Adapter, name: str, weight: Tensor) -> Tensor:
+    """`R = Q^T W`, which holds for an orthonormal Q only."""
+    q = adapter.layer(name).up.to(weight.device)
+    if orthonormality_error(q) > _ORTHONORMAL:
+        raise BasisMismatchError(
+            f"Q of {name} in {adapter.name} is not orthonormal (a stacked merge?), so R cannot be had from the model; "
+            "use the adapters that were merged"
+        )
+    return base_r(weight, q)
+
+
+def _base_r_of(model: Any, adapter: Adapter) -> Callable[[str], Tensor]:
+    """Base R per layer from the model that an adapter was trained on."""
+    places: dict[str, WeightSlice] = host.place_layers(model, adapter.targets)
+    return lambda name: _projected(adapter, name, host.own_weight(model, places[name])[0]).cpu()

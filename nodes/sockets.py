@@ -1,0 +1,23 @@
+"""What all nodes share: socket types, the category, and schemas that older hosts understand too."""
+
+import dataclasses
+from typing import Any
+
+from comfy_api.latest import io
+
+CATEGORY = "QR-LoRA"
+
+DeltaR = io.Custom("DELTA_R")
+Residual = io.Custom("RESIDUAL")
+
+
+def schema(node_id: str, display_name: str, description: str, **fields: Any) -> io.Schema:
+    """An `io.Schema` in our category. Fields that this host's version does not know yet are left out."""
+    known = {field.name for field in dataclasses.fields(io.Schema)}
+    fields = {name: value for name, value in fields.items() if name in known}
+    return io.Schema(node_id=node_id, display_name=display_name, category=CATEGORY, description=description, **fields)
+
+
+def strength_input(name: str, tooltip: str) -> Any:
+    """A factor from -4 to 4 in steps of 0.01, 1 by default."""
+    return io.Float.Input(name, default=1.0, min=-4.0, max=4.0, step=0.01, tooltip=tooltip)
