@@ -76,11 +76,7 @@ def patch_model(model: Any, recipe: MergeRecipe, strength: float, residual: Resi
 
 def _lora(adapter: Adapter, name: str) -> tuple[Tensor, Tensor, float]:
     """What the stock loader would read from an export of this layer, alpha rounded to float32 as a file rounds it."""
-    if adapter.method == "qr" and not adapter.has_initial:  # only with a residual, in which the core is left out
-        up, down, _ = adapter.layer(name)
-        alpha = adapter.layers[name].scaling * up.shape[1]
-    else:
-        up, down, alpha = adapter.update(name)
+    up, down, alpha = adapter.update(name)
     return up, down, float(torch.tensor(alpha, dtype=torch.float32))
 
 
@@ -125,7 +121,8 @@ def _match_layer(model: Any, recipe: MergeRecipe, place: WeightSlice, residual: 
     weight, stored = host.own_weight(model, place)
     weight = weight.to(host.load_device(model))
     rest = residual.weight(name)
-    tolerance = storage_tolerance(stored, rest.dtype)
+    # The published script rounds to float16 and then stores float32: the file's dtype says nothing about its precision.
+    tolerance = storage_tolerance(stored, rest.dtype if rest.dtype == torch.bfloat16 else torch.float16)
     bases, trained = [], []
     for adapter in recipe.adapters:
         if name not in adapter.layers:
@@ -137,6 +134,11 @@ def _match_layer(model: Any, recipe: MergeRecipe, place: WeightSlice, residual: 
             trained.append((Basis(layer.up, layer.down), scaling))
         elif orthonormality_error(layer.up) <= _ORTHONORMAL:
             bases.append((Basis(layer.up, base_r(weight, layer.up.to(weight.device))), scaling))
+    if not bases and not trained:
+        raise BasisMismatchError(
+            f"no adapter holds a basis of {name} that a residual could belong to (its Q is not orthonormal, as in a "
+            "saved merge of two bases); apply without the residual, or merge the original adapters"
+        )
     try:
         return match_residual(weight, rest, bases, tolerance, name)
     except BasisMismatchError:

@@ -133,7 +133,7 @@ class Adapter:
         return layer
 
     def update(self, name: str) -> tuple[Tensor, Tensor, float]:
-        """A layer's whole change as a LoRA: up (out, k), down (k, in) and alpha, the change being alpha / k * up @ down.
+        """A layer's whole change as a LoRA, `alpha / k * up @ down`: up (out, k), down (k, in) and alpha.
 
         For method qr that is `[Q' Q] [R'; -R]`, k = 2 * rank; any other pair would count the weight's core twice.
 
