@@ -2,7 +2,7 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import host
+from . import folders
 from .files import LoadDeltaR, LoadResidual
 from .model import Apply, Merge
 from .save import ExportLoRA, SaveDeltaR, SaveResidual
@@ -14,7 +14,7 @@ class QRLoRAExtension(ComfyExtension):
     """What the host asks for: the folder is registered once, then the nodes are listed."""
 
     async def on_load(self) -> None:
-        host.register_folders()
+        folders.register_folders()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return NODES

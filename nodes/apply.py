@@ -19,6 +19,7 @@ from ..qrlora_core import (
     match_residual,
     merged_adapter,
     storage_tolerance,
+    value_dtype,
 )
 from ..qrlora_core.linalg import orthonormality_error
 from ..qrlora_core.residual import Restored
@@ -71,6 +72,8 @@ def patch_model(model: Any, recipe: MergeRecipe, strength: float, residual: Resi
         left = 1.0 - _open_core(full, name)
         patch = host.RestoredWeight.of(residual, name, found.basis, found.scaling, left)
         host.put_restored(clone, places[name], patch)
+    if restored:
+        host.keep_precision(clone)
     return clone, _summary(adapter, updates, strength, residual, restored)
 
 
@@ -121,8 +124,7 @@ def _match_layer(model: Any, recipe: MergeRecipe, place: WeightSlice, residual: 
     weight, stored = host.own_weight(model, place)
     weight = weight.to(host.load_device(model))
     rest = residual.weight(name)
-    # The published script rounds to float16 and then stores float32: the file's dtype says nothing about its precision.
-    tolerance = storage_tolerance(stored, rest.dtype if rest.dtype == torch.bfloat16 else torch.float16)
+    tolerance = storage_tolerance(stored, value_dtype(rest))
     bases, trained = [], []
     for adapter in recipe.adapters:
         if name not in adapter.layers:

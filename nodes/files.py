@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from ..qrlora_core import MergeRecipe, QRLoRAError, Residual, open_adapter
-from . import host, report, sockets
+from . import folders, report, sockets
 
 
 class LoadDeltaR(io.ComfyNode):
@@ -19,7 +19,7 @@ class LoadDeltaR(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "delta_r_name",
-                    options=host.file_names(residuals=False),
+                    options=folders.file_names(residuals=False),
                     tooltip="A file in models/qrlora or output/qrlora. A plain LoRA belongs into Load LoRA instead.",
                 )
             ],
@@ -37,7 +37,7 @@ class LoadDeltaR(io.ComfyNode):
 
     @classmethod
     def execute(cls, delta_r_name: str) -> io.NodeOutput:
-        adapter = open_adapter(host.find_file(delta_r_name))
+        adapter = open_adapter(folders.find_file(delta_r_name))
         return io.NodeOutput(MergeRecipe.of(adapter), ui={"text": [report.adapter_text(adapter)]})
 
 
@@ -54,7 +54,7 @@ class LoadResidual(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "residual_name",
-                    options=host.file_names(residuals=True),
+                    options=folders.file_names(residuals=True),
                     tooltip="A file with <layer>.residual.weight tensors in models/qrlora or output/qrlora.",
                 )
             ],
@@ -72,14 +72,14 @@ class LoadResidual(io.ComfyNode):
 
     @classmethod
     def execute(cls, residual_name: str) -> io.NodeOutput:
-        residual = Residual(host.find_file(residual_name))
+        residual = Residual(folders.find_file(residual_name))
         return io.NodeOutput(residual, ui={"text": [report.residual_text(residual)]})
 
 
 def _refusal(name: str) -> str:
     """Why a name cannot be used, or an empty string; asked before anything runs."""
     try:
-        host.find_file(name)
+        folders.find_file(name)
     except QRLoRAError as error:
         return str(error)
     return ""
@@ -89,5 +89,5 @@ def _version(name: str) -> str:
     """Changes when the file does, so that a file written anew is read anew."""
     if _refusal(name):
         return ""
-    status = host.find_file(name).stat()
+    status = folders.find_file(name).stat()
     return f"{status.st_size}:{status.st_mtime_ns}"

@@ -1,84 +1,38 @@
-"""The only file that touches ComfyUI's folders and its way of patching weights."""
+"""The only file that touches ComfyUI's models: their weights, and the patches on them."""
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
+import comfy.lora
 import comfy.model_management
 import comfy.model_patcher
 import comfy.utils
-import folder_paths
 import torch
+from comfy.patcher_extension import CallbacksMP
 from comfy.weight_adapter import LoRAAdapter, WeightAdapterBase
 from torch import Tensor
 
 from ..qrlora_core import (
     Basis,
     BasisMismatchError,
-    FileFormatError,
     LayerTarget,
-    PathError,
     Residual,
     TargetError,
-    TensorFile,
     WeightError,
     WeightSlice,
     comfy_slice,
-    contained_path,
-    file_kind,
     flux_targets,
     restored_weight,
+    value_dtype,
 )
 
 log = logging.getLogger(__name__)
 
-FOLDER = "qrlora"
 PREFIX = "diffusion_model."
 
 Item = TypeVar("Item")
 Place = tuple[str, tuple[int, int, int]] | str  # what ComfyUI takes as the key of a patch
-
-_kinds: dict[tuple[str, int, int], str] = {}
-
-
-def register_folders() -> None:
-    """Make `models/qrlora` and `<output>/qrlora` known, beside what extra_model_paths.yaml says."""
-    models = Path(folder_paths.models_dir) / FOLDER
-    models.mkdir(parents=True, exist_ok=True)
-    folder_paths.add_model_folder_path(FOLDER, str(models), is_default=True)
-    folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.get_output_directory()) / FOLDER))
-    paths, _ = folder_paths.folder_names_and_paths[FOLDER]
-    folder_paths.folder_names_and_paths[FOLDER] = (paths, {".safetensors"})
-
-
-def file_names(residuals: bool) -> list[str]:
-    """Names for a drop-down: residual files, or all others. Unreadable ones are in both: loading them says why."""
-    names = folder_paths.get_filename_list(FOLDER)
-    return [name for name in names if _kind(name) == "" or (_kind(name) == "residual") == residuals]
-
-
-def find_file(name: str) -> Path:
-    """The file that a workflow names, inside a registered folder.
-
-    Raises:
-        PathError: the name leaves its folder, or no such file is there.
-    """
-    refused = None
-    for folder in folder_paths.get_folder_paths(FOLDER):
-        try:
-            path = contained_path(Path(folder), name)
-        except PathError as error:
-            refused = error
-            continue
-        if path.is_file():
-            return path
-    raise refused or PathError(f"{name!r} is not in models/{FOLDER}; put the file there and refresh (R)")
-
-
-def save_folder(kind: str = FOLDER) -> Path:
-    """Where files of a kind ("qrlora", "loras") are written: the first registered folder."""
-    return Path(folder_paths.get_folder_paths(kind)[0])
 
 
 def with_progress(items: Sequence[Item]) -> Iterator[Item]:
@@ -155,7 +109,7 @@ def require_unpatched(model: Any, places: Iterable[WeightSlice]) -> None:
 
 
 def own_weight(model: Any, place: WeightSlice) -> tuple[Tensor, torch.dtype | None]:
-    """A layer's weight without any patch, (out, in) float32, and how it is stored (None: in blocks of few bits).
+    """A layer's weight without any patch, (out, in) float32, and its precision (None: packed in blocks of few bits).
 
     Raises:
         WeightError: the model's quantisation cannot be read back.
@@ -179,7 +133,8 @@ def own_weight(model: Any, place: WeightSlice) -> tuple[Tensor, torch.dtype | No
             "use a base in fp8 or more, or apply without a residual"
         )
     weight = weight.to(torch.float32)
-    return (weight if place.start is None else weight.narrow(0, place.start, place.length)), stored
+    weight = weight if place.start is None else weight.narrow(0, place.start, place.length)
+    return weight, value_dtype(weight) if stored is not None and stored.itemsize > 1 else stored
 
 
 def patched_clone(model: Any, updates: dict[str, tuple[WeightSlice, Tensor, Tensor, float]], strength: float) -> Any:
@@ -272,6 +227,37 @@ def _combined(earlier: RestoredWeight, later: RestoredWeight) -> RestoredWeight:
     return RestoredWeight(set(), (q, r, scaling, core_strength + later.weights[3] - 1.0, residual, layer))
 
 
+def keep_precision(clone: Any) -> None:
+    """Keep restored weights of a plain fp8 model in its compute dtype once the model is loaded.
+
+    The host rounds a patched weight back to the dtype it is stored in, which would throw away just what a residual
+    restores. Its own backup of the fp8 weight is untouched, so unloading gives the original bits back. Weights that
+    stay in RAM are patched in the compute dtype anyway; scaled and packed formats round by the host's own rules.
+    """
+    clone.add_callback_with_key(CallbacksMP.ON_LOAD, "qr_lora", _widen)
+
+
+def _widen(patcher: Any, *_args: Any) -> None:
+    for key, queue in patcher.patches.items():
+        if not any(isinstance(patch[1], RestoredWeight) for patch in queue) or key not in patcher.backup:
+            continue
+        weight, _, convert = comfy.model_patcher.get_key_weight(patcher.model, key)
+        backup = patcher.backup[key]
+        if convert is not None or backup.inplace_update or weight.dtype.itemsize > 1:
+            continue
+        compute_dtype = patcher.model.manual_cast_dtype or torch.bfloat16
+        size = weight.numel() * compute_dtype.itemsize
+        if not comfy.model_management.is_device_cpu(weight.device):
+            free = comfy.model_management.get_free_memory(weight.device)
+            if free < 2 * size:
+                log.warning("QR-LoRA: too little VRAM to keep the restored weights wider than fp8; they are rounded")
+                return
+        exact = comfy.model_management.cast_to_device(backup.weight, weight.device, torch.float32, copy=True)
+        exact = comfy.lora.calculate_weight(queue, exact, key)
+        comfy.utils.set_attr_param(patcher.model, key, exact.to(compute_dtype))
+        patcher.model.model_loaded_weight_memory += size - weight.numel()
+
+
 def patch_key(place: WeightSlice) -> Place:
     """A place as ComfyUI's patch key: a name, or a name with (dim, start, length)."""
     key = PREFIX + place.key
@@ -287,17 +273,3 @@ def load_device(model: Any) -> torch.device:
 def _weight(model: Any, key: str) -> Tensor:
     weight: Tensor = comfy.utils.get_attr(model.model, PREFIX + key)
     return weight
-
-
-def _kind(name: str) -> str:
-    """The format of a file in the folder, "" when it cannot be read. One look at the header per version of the file."""
-    try:
-        path = find_file(name)
-        status = path.stat()
-        version = (str(path), status.st_size, status.st_mtime_ns)
-        if version not in _kinds:
-            _kinds[version] = file_kind(TensorFile(path))
-    except (PathError, FileFormatError, OSError) as error:
-        log.debug("%s is listed although it cannot be read: %s", name, error)
-        return ""
-    return _kinds[version]

@@ -25,7 +25,7 @@ from ..qrlora_core import (
     write_residual,
 )
 from ..qrlora_core.linalg import orthonormality_error
-from . import host, sockets
+from . import folders, host, sockets
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _ORTHONORMAL = 1e-2
@@ -62,9 +62,9 @@ class SaveDeltaR(io.ComfyNode):
     @classmethod
     def execute(cls, delta_r: MergeRecipe, filename: str, format: str, model: Any = None) -> io.NodeOutput:
         adapter = merged_adapter(delta_r)
-        path = free_name(host.save_folder(), filename)
+        path = free_name(folders.save_folder(), filename)
         save_adapter(adapter, path, format=format, base_r=_base_r_of(model, adapter) if model is not None else None)
-        return _saved(path, host.save_folder())
+        return _saved(path, folders.save_folder())
 
 
 class ExportLoRA(io.ComfyNode):
@@ -87,7 +87,7 @@ class ExportLoRA(io.ComfyNode):
 
     @classmethod
     def execute(cls, delta_r: MergeRecipe, filename: str) -> io.NodeOutput:
-        folder = host.save_folder("loras")
+        folder = folders.save_folder("loras")
         path = save_adapter(merged_adapter(delta_r), free_name(folder, filename))
         return _saved(path, folder)
 
@@ -127,7 +127,7 @@ class SaveResidual(io.ComfyNode):
     def execute(
         cls, model: Any, rank: int, dtype: str, filename: str, delta_r: MergeRecipe | None = None
     ) -> io.NodeOutput:
-        path = free_name(host.save_folder(), filename)
+        path = free_name(folders.save_folder(), filename)
         adapter = None if delta_r is None else _one_basis(delta_r)
         targets = host.flux_layers(model) if adapter is None else adapter.targets
         places = host.place_layers(model, targets)
@@ -145,7 +145,7 @@ class SaveResidual(io.ComfyNode):
         if adapter is not None and adapter.basis_fingerprint:
             metadata["qrlora.basis_fingerprint"] = adapter.basis_fingerprint
         write_residual(path, targets, _stepwise(targets, residual_of), dtype=_DTYPES[dtype], metadata=metadata)
-        return _saved(path, host.save_folder())
+        return _saved(path, folders.save_folder())
 
 
 def _filename(default: str, folder: str) -> Any:

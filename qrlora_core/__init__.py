@@ -7,7 +7,7 @@ from .errors import BasisMismatchError, FileFormatError, PathError, QRLoRAError,
 from .formats import file_kind, open_adapter
 from .linalg import Basis, base_r, core_energy, decompose, residual_weight, restored_weight
 from .merge import MergeRecipe, MergeReport, Term, merge, merge_report, merged_adapter
-from .residual import Residual, match_residual, storage_tolerance, write_residual
+from .residual import Residual, match_residual, storage_tolerance, value_dtype, write_residual
 from .save import open_basis, save_adapter, save_basis
 from .storage import TensorFile, contained_path, free_name
 from .targets import LayerTarget, WeightSlice, comfy_slice, flux_targets, layer_names, match_targets
@@ -52,5 +52,6 @@ __all__ = [
     "save_adapter",
     "save_basis",
     "storage_tolerance",
+    "value_dtype",
     "write_residual",
 ]

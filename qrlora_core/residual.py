@@ -127,6 +127,19 @@ def storage_tolerance(*dtypes: torch.dtype | None) -> float:
     return 1e-4 + sum(0.15 if dtype is None else 0.6 * torch.finfo(dtype).eps for dtype in dtypes)
 
 
+def value_dtype(tensor: Tensor) -> torch.dtype:
+    """The coarsest floating dtype that holds a 2-D tensor's values exactly, judged by 64 of its rows.
+
+    Files and hosts often store rounded values in a wider dtype (the published residual script rounds to float16 and
+    writes float32; ComfyUI on a CPU keeps a bfloat16 model in float32), so the dtype alone says nothing of precision.
+    """
+    rows = tensor[:: max(1, tensor.shape[0] // 64)]
+    for dtype in (torch.float8_e5m2, torch.float8_e4m3fn, torch.bfloat16, torch.float16):
+        if torch.equal(rows.to(dtype).float(), rows.float()):
+            return dtype
+    return tensor.dtype
+
+
 def write_residual(
     path: Path,
     layers: Iterable[LayerTarget],
