@@ -1,0 +1,85 @@
+"""One command for each thing a newcomer wants to do. Standard library only; makes its own environment in .venv.
+
+    python dev.py test [pytest arguments]    lint, types and all tests (host tests too, when a ComfyUI is found)
+    python dev.py demo [--no-wait]           the main job on a small FLUX, and a table against the published numbers
+"""
+
+import argparse
+import hashlib
+import os
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+ENVIRONMENT = ROOT / ".venv"
+REQUIREMENTS = ROOT / "tests" / "requirements.txt"
+TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+PYTHONS = ((3, 10), (3, 13))  # what the pinned torch has builds for
+
+
+def main() -> int:
+    """Run one command; the exit code is that of the first stage that failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["test", "demo"])
+    args, rest = parser.parse_known_args()
+    if not PYTHONS[0] <= sys.version_info[:2] <= PYTHONS[1]:
+        print(f"dev.py: this is Python {sys.version.split()[0]}; the pinned torch needs 3.10 to 3.13", file=sys.stderr)
+        return 2
+    python = prepared_python()
+    if args.command == "demo":
+        return run([python, "-m", "tests.demo", *rest])
+    stages = [
+        [python, "-m", "ruff", "check", "."],
+        [python, "-m", "ruff", "format", "--check", "."],
+        [python, "-m", "mypy", *(part for name in ("qrlora_core", "train") if (ROOT / name).is_dir() for part in ("-p", name))],
+        [python, "-m", "pytest", *rest],
+    ]
+    codes = [run(stage) for stage in stages]
+    return next((code for code in codes if code), 0)
+
+
+def prepared_python() -> str:
+    """The interpreter of `.venv`, made or brought up to date when the list of requirements has changed."""
+    python = ENVIRONMENT / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    stamp = ENVIRONMENT / "requirements.sha256"
+    wanted = hashlib.sha256(REQUIREMENTS.read_bytes()).hexdigest()
+    if python.is_file() and stamp.is_file() and stamp.read_text() == wanted:
+        return str(python)
+    print(f"dev.py: preparing {ENVIRONMENT.name} (once; some minutes)", flush=True)
+    venv.create(ENVIRONMENT, with_pip=True, clear=True)
+    lines = [line.strip() for line in REQUIREMENTS.read_text().splitlines()]
+    torch = next(line for line in lines if line.startswith("torch=="))
+    pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    # torch first and alone: PyPI's Linux build of it pulls several GB of CUDA that no test needs
+    subprocess.run([*pip, torch, *cpu_index()], check=True)
+    subprocess.run([*pip, "-r", str(REQUIREMENTS)], check=True)
+    stamp.write_text(wanted)
+    return str(python)
+
+
+def cpu_index() -> list[str]:
+    """pip's arguments for PyTorch's own index of CPU builds, where it matters and where it answers."""
+    if not sys.platform.startswith("linux"):
+        return []
+    try:
+        with urllib.request.urlopen(f"{TORCH_CPU_INDEX}/torch/", timeout=3):
+            return ["--index-url", TORCH_CPU_INDEX]
+    except (urllib.error.URLError, OSError):
+        return []
+
+
+def run(command: list[str]) -> int:
+    """Run one stage from the pack's root and say how it ended."""
+    title = " ".join(Path(part).name if part == command[0] else part for part in command)
+    print(f"\n== {title}", flush=True)
+    code = subprocess.run(command, cwd=ROOT, check=False).returncode
+    print(f"== {title}: {'ok' if code == 0 else f'failed ({code})'}", flush=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
