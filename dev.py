@@ -1,7 +1,7 @@
 """One command for each thing a newcomer wants to do. Standard library only; makes its own environment in .venv.
 
-    python dev.py test [pytest arguments]    lint, types and all tests (host tests too, when a ComfyUI is found)
-    python dev.py demo [--no-wait]           the main job on a small FLUX, and a table against the published numbers
+python dev.py test [pytest arguments]    lint, types and all tests (host tests too, when a ComfyUI is found)
+python dev.py demo [--no-wait]           the main job on a small FLUX, and a table against the published numbers
 """
 
 import argparse
@@ -35,7 +35,12 @@ def main() -> int:
     stages = [
         [python, "-m", "ruff", "check", "."],
         [python, "-m", "ruff", "format", "--check", "."],
-        [python, "-m", "mypy", *(part for name in ("qrlora_core", "train") if (ROOT / name).is_dir() for part in ("-p", name))],
+        [
+            python,
+            "-m",
+            "mypy",
+            *(part for name in ("qrlora_core", "train") if (ROOT / name).is_dir() for part in ("-p", name)),
+        ],
         [python, "-m", "pytest", *rest],
     ]
     codes = [run(stage) for stage in stages]

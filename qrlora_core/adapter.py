@@ -75,8 +75,8 @@ class Adapter:
             raise FileFormatError(f"{name} holds no layers")
         for layer, info in layers.items():
             comfy_slice(layer, info.shape)
-            if not 1 <= info.rank <= min(info.shape):
-                raise FileFormatError(f"{name}: rank {info.rank} does not fit {layer} of shape {info.shape}")
+            if info.rank < 1:
+                raise FileFormatError(f"{name}: {layer} has rank {info.rank}")
         self.name = name
         self.method = method
         self.layers = {layer: layers[layer] for layer in sorted(layers, key=network_order)}

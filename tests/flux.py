@@ -1,4 +1,4 @@
-"""A small FLUX in diffusers from a ComfyUI single file, and the golden tensors: what the tests and the demo compare with."""
+"""A small FLUX in diffusers from a ComfyUI single file, and the golden tensors that tests and demo compare with."""
 
 import json
 from functools import cache

@@ -1,0 +1,332 @@
+"""Hostile, damaged and foreign files: always one of our errors, never a changed adapter, never a half-written file."""
+
+import json
+import os
+import shutil
+import struct
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+import qrlora_core as core
+from qrlora_core import storage
+from qrlora_core.storage import TensorSpec, write_tensors
+from tests.core.test_merge import NAMES, make
+
+LAYER = "transformer.transformer_blocks.0.attn.to_q"
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    """One good file of each kind, as bytes."""
+    folder = tmp_path_factory.mktemp("good")
+    adapter = make(1)
+    core.save_adapter(adapter, folder / "portable.safetensors")
+    core.save_adapter(adapter, folder / "published.safetensors", format="published")
+    core.save_adapter(make(1, method="qr"), folder / "qr.safetensors", format="published")
+    core.write_residual(folder / "residual.safetensors", adapter.targets, lambda name: torch.ones(12, 10))
+    return {path.stem: path.read_bytes() for path in folder.iterdir()}
+
+
+def use(path, kind):
+    """Everything that a graph does with a file."""
+    if kind == "residual":
+        residual = core.Residual(path)
+        return {name: residual.weight(name).clone() for name in residual.layers}
+    adapter = core.open_adapter(path)
+    tensors = {}
+    for name in adapter.layers:
+        tensors[name, "up"], tensors[name, "down"], _ = adapter.layer(name)
+    return tensors
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.data(), st.sampled_from(["portable", "published", "qr", "residual"]))
+def test_truncated_at_any_byte(good, tmp_path_factory, data, kind):
+    content = good[kind]
+    path = tmp_path_factory.mktemp("t") / "x.safetensors"
+    path.write_bytes(content[: data.draw(st.integers(0, len(content) - 1))])
+    with pytest.raises(core.FileFormatError, match=r"x\.safetensors"):
+        use(path, kind)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data(), st.sampled_from(["portable", "published"]))
+def test_flipped_header_bytes(good, tmp_path_factory, data, kind):
+    content = bytearray(good[kind])
+    header = 8 + struct.unpack("<Q", content[:8])[0]
+    content[data.draw(st.integers(0, header - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    path = tmp_path_factory.mktemp("f") / "x.safetensors"
+    path.write_bytes(content)
+    whole = tmp_path_factory.mktemp("w") / "x.safetensors"
+    whole.write_bytes(good[kind])
+    try:
+        changed = use(path, kind)
+    except core.QRLoRAError:
+        return
+    # what still opens must be the same numbers: only names in the metadata can have been hit
+    reference = use(whole, kind)
+    assert changed.keys() == reference.keys()
+
+
+@pytest.mark.parametrize("length", [2**63, 2**40, 200_000_000])
+def test_huge_header(tmp_path, length):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(struct.pack("<Q", length) + b"{}" * 50)
+    with pytest.raises(core.FileFormatError):
+        core.open_adapter(path)
+
+
+def test_deeply_nested_and_lying_headers(tmp_path):
+    for text in ("[" * 10_000, json.dumps({"a": {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 8]}})):
+        path = tmp_path / "x.safetensors"
+        path.write_bytes(struct.pack("<Q", len(text)) + text.encode() + b"\0" * 8)
+        with pytest.raises(core.FileFormatError):
+            core.open_adapter(path)
+
+
+def without(tensors, ending):
+    key = next(key for key in tensors if key.endswith(ending))
+    return {other: value for other, value in tensors.items() if other != key}
+
+
+@pytest.mark.parametrize(
+    "change,words",
+    [
+        (lambda t: without(t, "delta_r.weight"), "incomplete"),
+        (lambda t: without(t, "lora.q.weight"), "incomplete"),
+        (lambda t: without(t, "base_r.weight"), "incomplete"),
+        (lambda t: t | {"text_encoder.x.weight": torch.ones(2, 2)}, "do not belong"),
+        (lambda t: t | {f"{LAYER}.lora.delta_r.weight": torch.ones(4, 10)}, "pairs"),
+        (lambda t: t | {f"{LAYER}.lora.delta_r.weight": torch.ones(3)}, "pairs"),
+        (lambda t: t | {f"{LAYER}.lora.base_r.weight": torch.ones(3, 9)}, "shape"),
+        (lambda t: t | {f"{LAYER}.lora.q.weight": torch.ones(12, 3, dtype=torch.int8)}, "I8"),
+        (lambda t: t | {f"{LAYER}.lora.q.weight": torch.ones(12, 3).to(torch.float8_e4m3fn)}, "16 bits"),
+        (lambda t: {k.replace("attn.to_q", "attn.to_qq"): v for k, v in t.items()}, "did you mean"),
+        (lambda t: {}, "begins with nothing"),
+    ],
+)
+def test_contents_that_do_not_fit(good, tmp_path, change, words):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(good["published"])
+    save_file(change(load_file(path)), path)
+    with pytest.raises(core.FileFormatError, match=words):
+        core.open_adapter(path)
+
+
+@pytest.mark.parametrize("kind", ["portable", "published", "qr"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite(good, tmp_path, kind, value):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(good[kind])
+    with core_file(path) as (tensors, metadata):
+        key = next(key for key in tensors if "to_q" in key and tensors[key].ndim == 2)
+        tensors[key][0, 0] = value
+    save_file(tensors, path, metadata | {"qrlora.method": "qr" if kind == "qr" else "delta_r"})
+    with pytest.raises(core.WeightError, match="x: .* NaN or Inf"):
+        use(path, kind)
+
+
+class core_file:
+    """The tensors and metadata of a file, to be changed."""
+
+    def __init__(self, path):
+        self.content = load_file(path), core.TensorFile(path).metadata
+
+    def __enter__(self):
+        return self.content
+
+    def __exit__(self, *_):
+        return None
+
+
+@pytest.mark.parametrize("alpha", [float("nan"), float("inf"), 0.0])
+def test_bad_alpha(good, tmp_path, alpha):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(good["portable"])
+    with core_file(path) as (tensors, metadata):
+        save_file(tensors | {f"{LAYER}.alpha": torch.tensor(alpha)}, path, metadata)
+    with pytest.raises(core.FileFormatError, match="alpha"):
+        core.open_adapter(path)
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight": torch.ones(12, 3)},
+        {f"{LAYER}.lora_B.weight": torch.randn(12, 3), f"{LAYER}.lora_A.weight": torch.randn(3, 10)},
+        {f"{LAYER}.lora.up.weight": torch.randn(12, 3) / 10, f"{LAYER}.lora.down.weight": torch.randn(3, 10)},
+        {f"{LAYER}.lora.up.weight": torch.zeros(12, 3), f"{LAYER}.lora.down.weight": torch.randn(3, 10)},
+        # orthonormal, but `down` is no trapezoidal R: somebody's LoRA with a frozen up
+        {
+            f"{LAYER}.lora.up.weight": torch.linalg.qr(torch.randn(12, 3)).Q.contiguous(),
+            f"{LAYER}.lora.down.weight": torch.randn(3, 10),
+        },
+    ],
+)
+def test_plain_loras_are_refused_with_a_hint(tmp_path, tensors):
+    torch.manual_seed(0)
+    save_file(tensors, tmp_path / "x.safetensors")
+    with pytest.raises(core.FileFormatError, match="plain LoRA.*Load LoRA"):
+        core.open_adapter(tmp_path / "x.safetensors")
+
+
+def test_portable_without_metadata_is_known_by_its_basis(good, tmp_path):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(good["portable"])
+    save_file(load_file(path), path)
+    assert core.open_adapter(path).method == "delta_r"
+
+
+def test_wrong_socket_messages(good, tmp_path):
+    for kind in ("published", "residual"):
+        (tmp_path / f"{kind}.safetensors").write_bytes(good[kind])
+    with pytest.raises(core.FileFormatError, match="is a residual: load it with Load FLUX Residual"):
+        core.open_adapter(tmp_path / "residual.safetensors")
+    with pytest.raises(core.FileFormatError, match="is not a residual"):
+        core.Residual(tmp_path / "published.safetensors")
+    with pytest.raises(core.FileFormatError, match="not a readable safetensors"):
+        core.open_adapter(tmp_path / "absent.safetensors")
+    with pytest.raises(core.FileFormatError):
+        core.open_adapter(tmp_path)
+
+
+def test_basis_files(tmp_path):
+    adapter = make(1)
+    specs = {name: TensorSpec(torch.float16, info.shape) for name, info in adapter.layers.items()}
+    path = core.save_basis(
+        tmp_path / "b.safetensors", specs, lambda name: adapter.layer(name).initial, {"qrlora.rank": "3"}
+    )
+    layers, metadata = core.open_basis(path)
+    assert list(layers) == list(NAMES) and metadata["qrlora.rank"] == "3"
+    torch.testing.assert_close(layers[NAMES[0]]().q.float(), adapter.layer(NAMES[0]).up, atol=1e-3, rtol=1e-3)
+    with pytest.raises(core.FileFormatError, match="basis"):
+        core.open_adapter(path)
+
+
+SPECS = {f"t{index}": TensorSpec(torch.float32, (4, 4)) for index in range(3)}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, RuntimeError, MemoryError])
+@pytest.mark.parametrize("existing", [False, True])
+def test_a_stopped_write_leaves_nothing(tmp_path, error, existing):
+    path = tmp_path / "x.safetensors"
+    if existing:
+        path.write_bytes(b"precious")
+
+    def stream():
+        yield "t0", torch.ones(4, 4)
+        assert len(list(tmp_path.glob("*.tmp"))) == 1  # it is being written, beside its place
+        raise error
+
+    with pytest.raises(error):
+        write_tensors(path, SPECS, stream(), {}, overwrite=existing)
+    assert [p.name for p in tmp_path.iterdir()] == (["x.safetensors"] if existing else [])
+    assert not existing or path.read_bytes() == b"precious"
+
+
+def test_what_was_not_announced_is_not_written(tmp_path):
+    path = tmp_path / "x.safetensors"
+    ones = torch.ones(4, 4)
+    for stream in ([("t0", ones)], [("t1", ones)], [("t0", torch.ones(4, 5))], [(f"t{i}", ones) for i in range(4)]):
+        with pytest.raises(core.FileFormatError):
+            write_tensors(path, SPECS, iter(stream), {})
+        assert not list(tmp_path.iterdir())
+
+
+def test_full_disk(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(storage.shutil, "disk_usage", lambda _: usage._replace(free=10))
+    with pytest.raises(core.PathError, match="needs .* GB"):
+        core.save_adapter(make(1), tmp_path / "x.safetensors")
+    monkeypatch.undo()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(storage.os, "fsync", full)
+    with pytest.raises(core.PathError, match="No space left"):
+        core.save_adapter(make(1), tmp_path / "x.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_existing_files_stay(tmp_path):
+    path = core.save_adapter(make(1), tmp_path / "x.safetensors")
+    before = path.read_bytes()
+    with pytest.raises(core.PathError, match="exists already"):
+        core.save_adapter(make(2), path)
+    assert path.read_bytes() == before
+    assert core.free_name(tmp_path, "x").name == "x_00002.safetensors"
+    assert core.free_name(tmp_path, "y.safetensors").name == "y.safetensors"
+    assert core.free_name(tmp_path, "styles/ink").parent.name == "styles"
+
+
+def test_a_name_taken_meanwhile_is_not_replaced(tmp_path):
+    path = tmp_path / "x.safetensors"
+
+    def stream():
+        for key in SPECS:
+            yield key, torch.ones(4, 4)
+        path.write_bytes(b"somebody else")
+
+    with pytest.raises(core.PathError, match="exists already"):
+        write_tensors(path, SPECS, stream(), {})
+    assert path.read_bytes() == b"somebody else" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../x",
+        "/etc/x",
+        "a/../b",
+        "C:\\x",
+        "..\\x",
+        "",
+        " ",
+        "a/",
+        "nul",
+        "a/CON.txt",
+        "x\0y",
+        "a /b",
+        "a./b",
+        "\\\\h\\s",
+    ],
+)
+def test_names_that_leave_their_folder(tmp_path, name):
+    with pytest.raises(core.PathError, match="refused"):
+        core.free_name(tmp_path, name)
+    with pytest.raises(core.PathError):
+        core.contained_path(tmp_path, name)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need a privilege on Windows")
+def test_links(tmp_path):
+    inside, outside = tmp_path / "inside", tmp_path / "outside"
+    inside.mkdir(), outside.mkdir()
+    (inside / "out").symlink_to(outside)
+    (tmp_path / "root").symlink_to(inside)
+    with pytest.raises(core.PathError, match="link leads out"):
+        core.contained_path(inside, "out/x.safetensors")
+    assert core.contained_path(tmp_path / "root", "x").parent == inside.resolve()
+
+
+def test_targets():
+    targets = core.flux_targets(19, 38, 3072)
+    assert len(targets) == 342 and sum(t.shape[0] * t.shape[1] for t in targets) == 570 * 3072**2
+    names = [target.name for target in targets]
+    assert len(core.match_targets(["attn.to_q"], names)) == 57
+    assert core.match_targets(["transformer_blocks.3.attn.to_q.weight"], names) == ("transformer_blocks.3.attn.to_q",)
+    for wrong, hint in (("to_qq", "to_q"), ("attn.to_", "attn.to_"), ("o_q", "to_q")):
+        with pytest.raises(core.TargetError, match=f"did you mean .*{hint}"):
+            core.match_targets([wrong], names)
+    assert core.comfy_slice("single_transformer_blocks.7.attn.to_v", (256, 256)) == core.WeightSlice(
+        "single_blocks.7.linear1.weight", 512, 256
+    )
+    for target in core.flux_targets(2, 1, 128):
+        assert target.name in core.layer_names(core.comfy_slice(target.name, target.shape).key)
+    with pytest.raises(core.TargetError, match="not a layer of FLUX"):
+        core.comfy_slice("transformer_blocks.0.attn.to_z", (1, 1))
