@@ -123,8 +123,8 @@ def own_weight(model: Any, place: WeightSlice) -> tuple[Tensor, torch.dtype | No
     packed = hasattr(weight, "dequantize") and type(weight) not in (Tensor, torch.nn.Parameter)
     stored = None if packed else weight.dtype
     shape = tuple(weight.shape)
-    if convert is not None:
-        weight = convert(weight, inplace=False)
+    if convert is not None:  # older hosts multiply a scaled fp8 weight by its scale, which fp8 itself cannot do
+        weight = convert(weight if packed else weight.to(torch.float32, copy=True), inplace=False)
     elif packed:
         weight = weight.dequantize()
     if not weight.dtype.is_floating_point or tuple(weight.shape) != shape:

@@ -1,0 +1,51 @@
+"""Fixtures over a real ComfyUI; without one every host test is skipped with how to get one."""
+
+import json
+import os
+import subprocess
+
+import pytest
+
+from tests.host import instance
+
+HOST = instance.find_host()
+
+
+def pytest_collection_modifyitems(items):
+    if HOST is None:
+        for item in items:
+            if "tests/host/" in item.path.as_posix():
+                item.add_marker(pytest.mark.skip(reason=instance.HOW_TO))
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    return instance.make_base(tmp_path_factory.mktemp("comfy") / "base")
+
+
+@pytest.fixture(scope="session")
+def server(base):
+    with instance.Server(HOST, base) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def probe(tmp_path_factory):
+    """What probe.py found out inside the host's own process: check name -> numbers."""
+    folder = instance.make_base(tmp_path_factory.mktemp("probe") / "base")
+    result = run_probe(HOST, folder)
+    return result
+
+
+def run_probe(host, folder):
+    command = [
+        instance.interpreter(host),
+        instance.PACK / "tests" / "host" / "probe.py",
+        host,
+        folder,
+        folder / "result.json",
+    ]
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(command, cwd=host, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((folder / "result.json").read_text())

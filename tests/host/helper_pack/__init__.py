@@ -1,0 +1,77 @@
+"""Nodes that only the tests and the demo need: conditioning and a forward pass on the golden inputs."""
+
+from pathlib import Path
+
+import comfy.model_management
+import folder_paths
+import torch
+from comfy_api.latest import ComfyExtension, io
+from safetensors.torch import load_file, save_file
+
+
+def golden(filename):
+    return load_file(Path(folder_paths.get_input_directory()) / filename)
+
+
+class Conditioning(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="QRLoRATestConditioning",
+            category="QR-LoRA/test",
+            inputs=[io.String.Input("filename", default="tensors.safetensors")],
+            outputs=[io.Conditioning.Output()],
+        )
+
+    @classmethod
+    def execute(cls, filename):
+        tensors = golden(filename)
+        pooled = {"pooled_output": tensors["input.pooled_projections"][:1]}
+        return io.NodeOutput([[tensors["input.encoder_hidden_states"][:1], pooled]])
+
+
+class Forward(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="QRLoRATestForward",
+            category="QR-LoRA/test",
+            inputs=[
+                io.Model.Input("model"),
+                io.String.Input("filename", default="tensors.safetensors"),
+                io.String.Input("output", default="out"),
+            ],
+            outputs=[],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, model, filename, output):
+        result = forward(model, golden(filename))
+        save_file({"out": result.contiguous()}, Path(folder_paths.get_output_directory()) / f"{output}.safetensors")
+        return io.NodeOutput(ui={"text": [output]})
+
+
+@torch.no_grad()
+def forward(model, tensors):
+    """The model's output on the golden inputs, which are those of diffusers (packed latents, sigma as time)."""
+    comfy.model_management.load_models_gpu([model], force_full_load=True)
+    batch = tensors["input.hidden_states"].shape[0]
+    return model.model.diffusion_model.forward_orig(
+        tensors["input.hidden_states"],
+        tensors["input.img_ids"][None].repeat(batch, 1, 1),
+        tensors["input.encoder_hidden_states"],
+        tensors["input.txt_ids"][None].repeat(batch, 1, 1),
+        tensors["input.timestep"],
+        tensors["input.pooled_projections"],
+        tensors["input.guidance"],
+    )
+
+
+class TestExtension(ComfyExtension):
+    async def get_node_list(self):
+        return [Conditioning, Forward]
+
+
+async def comfy_entrypoint():
+    return TestExtension()

@@ -1,0 +1,278 @@
+"""Run inside ComfyUI's interpreter: `probe.py HOST BASE RESULT`. Patches small FLUX models and writes what it saw."""
+
+import asyncio
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+host, base, result = map(Path, sys.argv[1:4])
+sys.argv = ["main.py", "--cpu", "--base-directory", str(base)]
+sys.path[0] = str(host)
+
+import comfy.options
+
+comfy.options.enable_args_parsing()
+
+import comfy.lora
+import comfy.model_detection
+import comfy.model_patcher
+import comfy.sd
+import comfy.utils
+import torch
+
+PACK = Path(__file__).resolve().parents[2]
+GOLDEN = PACK / "tests" / "golden"
+QKV = "diffusion_model.double_blocks.0.img_attn.qkv.weight"
+PROJ = "diffusion_model.double_blocks.0.img_attn.proj.weight"
+LINEAR1 = "diffusion_model.single_blocks.0.linear1.weight"
+FP8 = {"fp8_e4m3fn": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
+
+
+def load_module(name, path):
+    """Load a pack as ComfyUI does."""
+    spec = importlib.util.spec_from_file_location(name, path / "__init__.py", submodule_search_locations=[str(path)])
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+pack = load_module("qr_lora_pack", PACK)
+helpers = load_module("qr_lora_helpers", PACK / "tests" / "host" / "helper_pack")
+extension = asyncio.run(pack.comfy_entrypoint())
+asyncio.run(extension.on_load())
+node_ids = [node.GET_SCHEMA().node_id for node in asyncio.run(extension.get_node_list())]
+
+import qr_lora_pack.nodes.apply as apply
+import qr_lora_pack.nodes.host as host_room
+import qr_lora_pack.qrlora_core as core
+
+detected = comfy.model_detection.detect_unet_config
+
+
+def detect_small(*args, **kwargs):
+    """Hosts before 0.33 do not read a FLUX's sizes from its file; they are given those of the golden one."""
+    config = detected(*args, **kwargs)
+    if config is not None and "hidden_size" in config:
+        config.update(hidden_size=128, num_heads=1, context_in_dim=64, vec_in_dim=64)
+    return config
+
+
+comfy.model_detection.detect_unet_config = detect_small
+
+weights = comfy.utils.load_torch_file(str(GOLDEN / "base_bfl.safetensors"))
+tensors = comfy.utils.load_torch_file(str(GOLDEN / "tensors.safetensors"))
+published = comfy.utils.load_torch_file(str(GOLDEN / "official_merged_a0.9_b1.0.safetensors"))
+style, content, full_qr = (
+    core.MergeRecipe.of(core.open_adapter(GOLDEN / f"official_{name}.safetensors"))
+    for name in ("style", "content", "qr")
+)
+residual = core.Residual(GOLDEN / "official_residual_fp32.safetensors")
+recipe = core.merge(style, 0.9, content, 1.0)
+exported = core.save_adapter(core.merged_adapter(recipe), base / "models" / "loras" / "export.safetensors")
+lora = comfy.utils.load_torch_file(str(exported))
+torch.manual_seed(0)
+other_lora = {
+    f"transformer.{name}.lora_{half}.weight": 0.05 * torch.randn(shape)
+    for name, out in (("transformer_blocks.0.attn.to_q", 128), ("single_transformer_blocks.0.proj_mlp", 512))
+    for half, shape in (("A", (4, 128)), ("B", (out, 4)))
+}
+
+
+def model(kind="fp32"):
+    state = {key: value.clone() for key, value in weights.items()}
+    options = {"dtype": FP8[kind]} if kind in FP8 else {}
+    if kind == "bf16":
+        state = {key: value.bfloat16() for key, value in state.items()}
+    if kind == "scaled_fp8":
+        for key in [key for key in state if key.endswith(".weight") and "blocks" in key and state[key].ndim == 2]:
+            scale = state[key].abs().max() / 448
+            state[key] = (state[key] / scale).to(torch.float8_e4m3fn)
+            state[key.replace(".weight", ".scale_weight")] = scale.float()
+        state["scaled_fp8"] = torch.zeros(2, dtype=torch.float8_e4m3fn)
+    return comfy.sd.load_diffusion_model_state_dict(state, model_options=options)
+
+
+def stock(patcher, file, strength=1.0):
+    return comfy.sd.load_lora_for_models(patcher, None, file, strength, 0)[0]
+
+
+def ours(patcher, terms=recipe, strength=1.0, rest=None):
+    return apply.patch_model(patcher, terms, strength, rest)[0]
+
+
+def output(patcher):
+    return helpers.forward(patcher, tensors)
+
+
+def numbers(patcher, key):
+    weight = comfy.utils.get_attr(patcher.model, key).detach()
+    return (
+        (weight.dequantize() if hasattr(weight, "qdata") or "Quantized" in type(weight).__name__ else weight)
+        .float()
+        .clone()
+    )
+
+
+def bits(patcher):
+    return {key: numbers(patcher, key) for key in (QKV, PROJ, LINEAR1)}
+
+
+def same_bits(one, other):
+    return all(torch.equal(one[key], other[key]) for key in one)
+
+
+def gap(one, other):
+    return float((one.double() - other.double()).abs().max())
+
+
+def relative(one, other):
+    return float((one - other).norm() / other.norm())
+
+
+def golden_outputs():
+    found = {}
+    patcher = model()
+    for name, rest in (("low_rank", None), ("residual", residual)):
+        for alpha, beta in ((0.0, 0.0), (0.5, 0.25), (0.9, 1.0), (1.0, 1.0)):
+            out = output(ours(patcher, core.merge(style, alpha, content, beta), rest=rest))
+            found[f"{name} {alpha} {beta}"] = gap(out, tensors[f"merged.{alpha}.{beta}.out"])
+        found[f"{name} qr"] = gap(output(ours(patcher, full_qr, rest=rest)), tensors["qr.out3"])
+    found["effect"] = gap(tensors["merged.0.9.1.0.out"], tensors["base.out"])
+    return found
+
+
+def rows():
+    patcher = model()
+    before = bits(patcher)
+    only_v = core.Adapter.from_tensors(
+        "v", {n: style.adapters[0].layer(n) for n in ("transformer_blocks.0.attn.to_v",)}, 8
+    )
+    all_of_single = core.Adapter.from_tensors(
+        "s", {n: style.adapters[0].layer(n) for n in style.adapters[0].layers if n.startswith("single")}, 8
+    )
+    found = {}
+    output(ours(patcher, core.MergeRecipe.of(only_v)))
+    after = bits(patcher)
+    found["v changed"] = gap(after[QKV][256:], before[QKV][256:])
+    found["q, k kept"] = torch.equal(after[QKV][:256], before[QKV][:256])
+    found["others kept"] = torch.equal(after[PROJ], before[PROJ]) and torch.equal(after[LINEAR1], before[LINEAR1])
+    for rest in (None, residual):
+        output(ours(patcher, core.MergeRecipe.of(all_of_single), rest=rest))
+        after = bits(patcher)
+        found[f"single q, k, v changed {rest is not None}"] = gap(after[LINEAR1][:384], before[LINEAR1][:384])
+        found[f"mlp rows kept {rest is not None}"] = torch.equal(after[LINEAR1][384:], before[LINEAR1][384:])
+    return found
+
+
+def order():
+    found = {}
+    for kind in ("fp32", "bf16"):
+        patcher = model(kind)
+        for name, rest in (("low_rank", None), ("residual", residual)):
+            first = output(ours(stock(patcher, other_lora, 0.7), rest=rest))
+            last = output(stock(ours(patcher, rest=rest), other_lora, 0.7))
+            found[f"{kind} {name}"] = gap(first, last)
+            found[f"{kind} {name} effect"] = gap(first, output(ours(patcher, rest=rest)))
+    two = ours(ours(model(), style, 0.9, residual), content, 1.0, residual)
+    found["two applies"] = gap(output(two), tensors["merged.0.9.1.0.out"])
+    halves = ours(ours(model(), full_qr, 0.5, residual), full_qr, 0.5, residual)
+    found["two half qr applies"] = gap(output(halves), tensors["qr.out3"])
+    return found
+
+
+def quantised():
+    found = {}
+    for kind in ("fp32", "bf16", "fp8_e4m3fn", "fp8_e5m2", "scaled_fp8"):
+        patcher = model(kind)
+        before = bits(patcher)
+        want, wanted_weight = tensors["merged.0.9.1.0.out"], published["transformer_blocks.0.attn.to_out.0.weight"]
+        entry = {"stock": relative(output(stock(patcher, lora)), want)}
+        entry["stock weight"] = relative(numbers(patcher, PROJ), wanted_weight)
+        entry["ours"] = relative(output(ours(patcher)), want)
+        entry["ours weight"] = relative(numbers(patcher, PROJ), wanted_weight)
+        entry["residual"] = relative(output(ours(patcher, rest=residual)), want)
+        entry["residual weight"] = relative(numbers(patcher, PROJ), wanted_weight)
+        zero = core.merge(style, 0.0, content, 0.0)
+        plain = output(patcher)
+        entry["restored"] = same_bits(bits(patcher), before)
+        entry["zero is nothing"] = torch.equal(output(ours(patcher, zero)), plain) and same_bits(bits(patcher), before)
+        entry["strength 0 is nothing"] = torch.equal(output(ours(patcher, recipe, 0.0)), plain)
+        entry["dtype restored"] = str(patcher.model.state_dict()[PROJ].dtype)
+        found[kind] = entry
+    return found
+
+
+def same_as_export():
+    patcher = model()
+    live, loaded = ours(patcher), stock(patcher, lora)
+    found = {"output": torch.equal(output(live), output(loaded))}
+    output(live)
+    one = bits(patcher)
+    output(loaded)
+    found["weights"] = same_bits(one, bits(patcher))
+    return found
+
+
+def low_vram():
+    """The host's other way: weights stay where they are and patches run on a copy, in the compute dtype."""
+    found = {}
+    for name, rest in (("low_rank", None), ("residual", residual)):
+        patched = ours(model(), rest=rest)
+        call = comfy.model_patcher.LowVramPatch(PROJ, patched.patches)
+        weight = call(numbers(patched, PROJ))
+        found[name] = relative(weight, published["transformer_blocks.0.attn.to_out.0.weight"])
+        half = call(numbers(patched, PROJ).bfloat16())
+        found[f"{name} bf16"] = relative(half.float(), published["transformer_blocks.0.attn.to_out.0.weight"])
+    return found
+
+
+def refused():
+    """Everything that must stop before the model changes: what was said."""
+    patcher = model()
+    before, plain = bits(patcher), output(patcher)
+    adapter = style.adapters[0]
+    layers = {name: adapter.layer(name) for name in adapter.layers}
+    first = next(iter(layers))
+    nan = layers[first].down.clone()
+    nan[0, 0] = float("nan")
+    moved = layers | {"transformer_blocks.7.attn.to_q": layers[first]}
+    wide = core.AdapterLayer(torch.zeros(256, 8), torch.zeros(8, 256))
+    other = core.Adapter.from_tensors(
+        "other",
+        {n: core.AdapterLayer(torch.linalg.qr(torch.randn_like(x.up)).Q, x.down) for n, x in layers.items()},
+        8,
+    )
+    wrong_r = {n: x._replace(initial=core.Basis(x.up, x.initial.r.flip(1))) for n, x in layers.items()}
+
+    def of(tensors):
+        return core.MergeRecipe.of(core.Adapter.from_tensors("bad", tensors, 8))
+
+    cases = {
+        "nan": (of(layers | {first: layers[first]._replace(down=nan)}), None),
+        "foreign layer": (of(moved), None),
+        "wrong shape": (of(layers | {first: wide}), None),
+        "foreign residual": (core.MergeRecipe.of(other), residual),
+        "foreign R": (of(wrong_r), residual),
+    }
+    found = {}
+    for name, (terms, rest) in cases.items():
+        try:
+            ours(patcher, terms, rest=rest)
+            found[name] = ""
+        except core.QRLoRAError as error:
+            found[name] = str(error)
+    found["unchanged"] = (
+        not patcher.patches and torch.equal(output(patcher), plain) and same_bits(bits(patcher), before)
+    )
+    table = comfy.lora.model_lora_keys_unet(patcher.model, {})
+    places = host_room.place_layers(patcher, adapter.targets)
+    found["host table"] = all(
+        table[f"transformer.{name}"] == host_room.patch_key(place) for name, place in places.items()
+    )
+    return found
+
+
+checks = (golden_outputs, rows, order, quantised, same_as_export, low_vram, refused)
+result.write_text(json.dumps({"nodes": node_ids, **{check.__name__: check() for check in checks}}, indent=1))

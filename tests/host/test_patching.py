@@ -1,0 +1,85 @@
+"""Patched models in a real ComfyUI: rows, order, precision, what is refused."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.host import instance
+from tests.host.conftest import HOST, run_probe
+
+NODES = "LoadResidual LoadDeltaR Merge Apply SaveResidual SaveDeltaR ExportLoRA"
+
+
+def older_hosts():
+    """Other ComfyUI folders to try: COMFYUI_PATHS_EXTRA, or siblings of the host called ComfyUI-<version>."""
+    listed = os.environ.get("COMFYUI_PATHS_EXTRA")
+    if listed:
+        return [Path(path) for path in listed.split(os.pathsep)]
+    return sorted(path for path in HOST.parent.glob("ComfyUI-*") if (path / "main.py").is_file()) if HOST else []
+
+
+def test_golden_outputs(probe):
+    found = dict(probe["golden_outputs"])
+    assert found.pop("effect") > 1e-3
+    assert len(found) == 10 and max(found.values()) < 1e-4, found
+
+
+def test_only_the_right_rows_change(probe):
+    found = probe["rows"]
+    assert found["v changed"] > 1e-5 and found["q, k kept"] and found["others kept"]
+    assert found["single q, k, v changed False"] > 1e-5 and found["single q, k, v changed True"] > 1e-5
+    assert found["mlp rows kept False"] and found["mlp rows kept True"]
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16"])
+@pytest.mark.parametrize("route", ["low_rank", "residual"])
+def test_order_with_a_stock_lora_does_not_matter(probe, kind, route):
+    found = probe["order"]
+    assert found[f"{kind} {route}"] < 1e-5 < 1e-3 < found[f"{kind} {route} effect"]
+
+
+def test_chained_applies_with_one_residual(probe):
+    assert probe["order"]["two applies"] < 1e-4 and probe["order"]["two half qr applies"] < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "fp8_e4m3fn", "fp8_e5m2", "scaled_fp8"])
+def test_bases(probe, kind):
+    found = probe["quantised"][kind]
+    assert found["restored"] and found["zero is nothing"] and found["strength 0 is nothing"]
+    assert found["ours"] <= found["stock"] * 1.0001 and found["ours weight"] <= found["stock weight"] * 1.0001
+    if kind.startswith("fp8"):  # the residual's precision, on the restored layers
+        assert found["residual weight"] < 1e-5 < 1e-2 < found["ours weight"]
+
+
+def test_the_export_through_the_stock_loader_is_the_same(probe):
+    assert probe["same_as_export"] == {"output": True, "weights": True}
+
+
+def test_low_vram_patches(probe):
+    found = probe["low_vram"]
+    assert found["low_rank"] < 1e-6 and found["residual"] < 1e-6
+    assert found["low_rank bf16"] < 5e-3 and found["residual bf16"] < 5e-3
+
+
+def test_what_is_refused_changes_nothing(probe):
+    found = probe["refused"]
+    assert found["unchanged"] and found["host table"]
+    assert "NaN or Inf" in found["nan"]
+    assert "lacks 1 of" in found["foreign layer"] and "transformer_blocks.7.attn.to_q" in found["foreign layer"]
+    assert "another shape" in found["wrong shape"]
+    for name in ("foreign residual", "foreign R"):
+        assert "does not belong to this adapter's basis" in found[name]
+
+
+@pytest.mark.parametrize("host", older_hosts(), ids=lambda path: path.name)
+def test_older_hosts(host, tmp_path):
+    found = run_probe(host, instance.make_base(tmp_path / "base"))
+    assert [name.removeprefix("QRLoRA") for name in found["nodes"]] == NODES.split()
+    for test in (test_golden_outputs, test_only_the_right_rows_change, test_chained_applies_with_one_residual):
+        test(found)
+    test_low_vram_patches(found)
+    test_what_is_refused_changes_nothing(found)
+    test_the_export_through_the_stock_loader_is_the_same(found)
+    for kind in found["quantised"]:
+        test_bases(found, kind)

@@ -1,0 +1,77 @@
+"""The rooms and who may import whom (design, section 4), and a few promises about the tree."""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+import qrlora_core
+
+ROOT = Path(__file__).resolve().parents[1]
+STDLIB = set(sys.stdlib_module_names)
+ALLOWED = {
+    "qrlora_core": {"torch", "safetensors", "numpy"},
+    "train": {"torch", "safetensors", "numpy", "qrlora_core", "diffusers", "accelerate", "tqdm", "PIL", "train"},
+    "nodes": {"torch", "comfy_api", "comfy", "folder_paths"},
+}
+HOST_FILES = {"comfy": {"host.py"}, "folder_paths": {"folders.py"}}
+
+
+def python_files(*rooms):
+    return [path for room in rooms for path in sorted((ROOT / room).rglob("*.py")) if "__pycache__" not in path.parts]
+
+
+def imports(path):
+    """(top-level module, level of a relative import) of every import in a file."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, 0) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or "", node.level
+
+
+@pytest.mark.parametrize("path", python_files("qrlora_core", "train", "nodes"), ids=lambda path: path.as_posix()[-40:])
+def test_imports(path):
+    room = path.relative_to(ROOT).parts[0]
+    for name, level in imports(path):
+        top = name.split(".")[0]
+        if level == 1 or (level and room != "nodes"):
+            assert level == 1, f"{path.name} reaches out of its room"
+        elif level:  # ..qrlora_core, or the two standard-library modules of the trainer
+            assert top == "qrlora_core" or name in ("train.config", "train.events"), name
+        else:
+            assert top in STDLIB | ALLOWED[room], f"{path.name} imports {name}"
+            assert path.name in HOST_FILES.get(top, {path.name}), f"only {HOST_FILES[top]} may import {name}"
+
+
+def test_the_door_imports_lazily():
+    names = [name for name, level in imports(ROOT / "__init__.py") if not level]
+    assert not names, "opening the pack must cost nothing"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [p for p in python_files("qrlora_core", "train", "nodes", "benchmarks", "tests") + [ROOT / "dev.py"]]
+    + sorted((ROOT / "web").rglob("*.js")),
+    ids=lambda path: path.as_posix()[-40:],
+)
+def test_source_is_ascii_and_safe(path):
+    text = path.read_text(encoding="utf-8")
+    assert text.isascii()
+    if path.suffix == ".py" and "tests" not in path.parts:
+        called = {
+            n.func.id for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)
+        }
+        assert not called & {"eval", "exec", "__import__"}
+        assert "torch.load(" not in text and "pickle" not in {name for name, _ in imports(path)}
+
+
+def test_versions_and_requirements_agree():
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert re.search(r'^version = "(.+)"$', text, re.M)[1] == qrlora_core.__version__
+    listed = re.findall(r'"([^"]+)"', re.search(r"^dependencies = \[(.*)\]$", text, re.M)[1])
+    assert listed == (ROOT / "requirements.txt").read_text().split()
+    assert not any(name.startswith("torch") or "<" in name or "==" in name for name in listed)
+    assert qrlora_core.__version__ in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
