@@ -1,0 +1,91 @@
+"""A workflow in API form as the browser's own form: nodes with places, sockets and widgets, and links."""
+
+from typing import Any
+
+WIDGETS = ("COMBO", "INT", "FLOAT", "STRING", "BOOLEAN")
+COLUMN, ROW = 360, 60
+
+
+def input_specs(info: dict[str, Any]) -> dict[str, list[Any]]:
+    """Input name -> [type, options] of one node of /object_info, in the node's own order."""
+    return {**info["input"].get("required", {}), **info["input"].get("optional", {})}
+
+
+def is_widget(spec: list[Any]) -> bool:
+    """Whether the browser draws a widget for this input; old hosts give a combo as a bare list."""
+    return isinstance(spec[0], list) or spec[0] in WIDGETS
+
+
+def editable(workflow: dict[str, Any], object_info: dict[str, Any]) -> dict[str, Any]:
+    """Make a workflow that the browser opens and edits.
+
+    Args:
+        workflow: API form: node id -> class_type and inputs.
+        object_info: the host's /object_info.
+
+    Raises:
+        KeyError: a node that the host does not have.
+    """
+    ids = {name: number for number, name in enumerate(workflow, 1)}
+    nodes = {name: _node(ids[name], one, object_info[one["class_type"]]) for name, one in workflow.items()}
+    links: list[list[Any]] = []
+    for name, one in workflow.items():
+        for place, socket in enumerate(nodes[name]["inputs"]):
+            source, slot = one["inputs"][socket["name"]]
+            number = len(links) + 1
+            links.append([number, ids[source], slot, ids[name], place, socket["type"]])
+            socket["link"] = number
+            nodes[source]["outputs"][slot]["links"].append(number)
+    _arrange(workflow, nodes)
+    return {
+        "last_node_id": len(nodes),
+        "last_link_id": len(links),
+        "nodes": list(nodes.values()),
+        "links": links,
+        "groups": [],
+        "config": {},
+        "extra": {},
+        "version": 0.4,
+    }
+
+
+def _node(number: int, one: dict[str, Any], info: dict[str, Any]) -> dict[str, Any]:
+    specs = input_specs(info)
+    values: list[Any] = []
+    for name, spec in specs.items():
+        if is_widget(spec):
+            options = spec[1] if len(spec) > 1 else {}
+            values.append(one["inputs"].get(name, options.get("default")))
+            if options.get("control_after_generate"):
+                values.append("fixed")
+    linked = [name for name in specs if isinstance(one["inputs"].get(name), list)]
+    return {
+        "id": number,
+        "type": one["class_type"],
+        "size": [COLUMN - 40, ROW + 26 * (len(linked) + len(values))],
+        "flags": {},
+        "order": number - 1,
+        "mode": 0,
+        "inputs": [{"name": name, "type": specs[name][0], "link": None} for name in linked],
+        "outputs": [
+            {"name": name, "type": kind, "links": [], "slot_index": index}
+            for index, (name, kind) in enumerate(zip(info["output_name"], info["output"]))
+        ],
+        "properties": {"Node name for S&R": one["class_type"]},
+        "widgets_values": values,
+    }
+
+
+def _arrange(workflow: dict[str, Any], nodes: dict[str, dict[str, Any]]) -> None:
+    """Columns from left to right by the longest way from a loader, each filled from top to bottom."""
+
+    def depth(name: str) -> int:
+        sources = [value[0] for value in workflow[name]["inputs"].values() if isinstance(value, list)]
+        return 1 + max(map(depth, sources)) if sources else 0
+
+    bottom: dict[int, int] = {}
+    for name, node in nodes.items():
+        column = depth(name)
+        top = bottom.get(column, 0)
+        node["pos"] = [column * COLUMN, top]
+        bottom[column] = top + node["size"][1] + ROW
