@@ -53,8 +53,7 @@ def test_the_door_imports_lazily():
 
 @pytest.mark.parametrize(
     "path",
-    [p for p in python_files("qrlora_core", "train", "nodes", "benchmarks", "tests") + [ROOT / "dev.py"]]
-    + sorted((ROOT / "web").rglob("*.js")),
+    [*python_files("qrlora_core", "train", "nodes", "benchmarks", "tests"), ROOT / "dev.py"] + sorted((ROOT / "web").rglob("*.js")),
     ids=lambda path: path.as_posix()[-40:],
 )
 def test_source_is_ascii_and_safe(path):
