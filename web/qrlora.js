@@ -1,8 +1,8 @@
 // Colours for our sockets, and the few lines that a node shows about what it did.
 import { app } from "../../scripts/app.js";
 
-// Distinct from ComfyUI's own types and from each other for colour-blind readers (Okabe-Ito orange and sky blue).
-const COLORS = { DELTA_R: "#E69F00", RESIDUAL: "#56B4E9" };
+// Two hues that none of ComfyUI's own types beside them in a FLUX graph has.
+const COLORS = { DELTA_R: "#1FBFA8", RESIDUAL: "#B07D52" };
 const WIDGET = "qrlora_report";
 
 function paint() {
@@ -51,6 +51,8 @@ app.registerExtension({
     // A change of the palette clears the colours of types that it does not know.
     app.ui?.settings?.addEventListener?.("Comfy.ColorPalette.change", () => setTimeout(paint, 0));
   },
+  // The first palette is applied after setup; a workflow is loaded after that.
+  afterConfigureGraph: paint,
   beforeRegisterNodeDef(nodeType, nodeData) {
     if (!nodeData.name.startsWith("QRLoRA")) return;
     const onExecuted = nodeType.prototype.onExecuted;
