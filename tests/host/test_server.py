@@ -218,3 +218,23 @@ def test_loads_without_diffusers_and_accelerate(tmp_path):
     with instance.Server(HOST, base, {"PYTHONPATH": str(tmp_path / "block")}) as running:
         running.queue(workflow())
         assert "IMPORT FAILED" not in running.log.read_text()
+
+
+def test_translations_cover_every_node_and_input(server):
+    """English repeats the schema, for tools that read only the files; the others must have the same keys."""
+    info = {name: one for name, one in server.get("/object_info").items() if name in json.loads(SNAPSHOT.read_text())}
+    english = json.loads((PACK / "locales" / "en" / "nodeDefs.json").read_text(encoding="utf-8"))
+    for name, one in info.items():
+        inputs = {**one["input"].get("required", {}), **one["input"].get("optional", {})}
+        assert english[name]["display_name"] == one["display_name"]
+        assert english[name]["description"] == one["description"]
+        assert {key: value["tooltip"] for key, value in english[name]["inputs"].items()} == {
+            key: value[1]["tooltip"] for key, value in inputs.items()
+        }
+        assert (PACK / "web" / "docs" / f"{name}.md").is_file()
+    for path in PACK.glob("locales/*/nodeDefs.json"):
+        other = json.loads(path.read_text(encoding="utf-8"))
+        assert {name: one["inputs"].keys() for name, one in other.items()} == {
+            name: one["inputs"].keys() for name, one in english.items()
+        }
+    assert "zh" in server.get("/i18n")
