@@ -51,9 +51,12 @@ def test_the_door_imports_lazily():
     assert not names, "opening the pack must cost nothing"
 
 
+SOURCES = [*python_files("qrlora_core", "train", "nodes", "benchmarks", "tests"), ROOT / "dev.py"]
+
+
 @pytest.mark.parametrize(
     "path",
-    [*python_files("qrlora_core", "train", "nodes", "benchmarks", "tests"), ROOT / "dev.py"] + sorted((ROOT / "web").rglob("*.js")),
+    SOURCES + sorted((ROOT / "web").rglob("*.js")),
     ids=lambda path: path.as_posix()[-40:],
 )
 def test_source_is_ascii_and_safe(path):
