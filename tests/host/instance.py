@@ -32,12 +32,15 @@ def find_host() -> Path | None:
 
 
 def interpreter(host: Path) -> str:
-    """COMFYUI_PYTHON, or the host's own environment, or this interpreter."""
-    for folder in (".venv", "venv"):
-        own = host / folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-        if own.is_file() and not os.environ.get("COMFYUI_PYTHON"):
-            return str(own)
-    return os.environ.get("COMFYUI_PYTHON", sys.executable)
+    """COMFYUI_PYTHON, or the host's own environment, or that of the main host (for older ones), or this one."""
+    if os.environ.get("COMFYUI_PYTHON"):
+        return os.environ["COMFYUI_PYTHON"]
+    for home in (host, find_host()):
+        for folder in (".venv", "venv"):
+            own = home and home / folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+            if own and own.is_file():
+                return str(own)
+    return sys.executable
 
 
 def make_base(folder: Path) -> Path:

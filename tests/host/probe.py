@@ -15,7 +15,6 @@ import comfy.options
 comfy.options.enable_args_parsing()
 
 import comfy.lora
-import comfy.model_detection
 import comfy.model_patcher
 import comfy.sd
 import comfy.utils
@@ -47,19 +46,6 @@ node_ids = [node.GET_SCHEMA().node_id for node in asyncio.run(extension.get_node
 import qr_lora_pack.nodes.apply as apply
 import qr_lora_pack.nodes.host as host_room
 import qr_lora_pack.qrlora_core as core
-
-detected = comfy.model_detection.detect_unet_config
-
-
-def detect_small(*args, **kwargs):
-    """Hosts before 0.33 do not read a FLUX's sizes from its file; they are given those of the golden one."""
-    config = detected(*args, **kwargs)
-    if config is not None and "hidden_size" in config:
-        config.update(hidden_size=128, num_heads=1, context_in_dim=64, vec_in_dim=64)
-    return config
-
-
-comfy.model_detection.detect_unet_config = detect_small
 
 weights = comfy.utils.load_torch_file(str(GOLDEN / "base_bfl.safetensors"))
 tensors = comfy.utils.load_torch_file(str(GOLDEN / "tensors.safetensors"))
@@ -274,5 +260,56 @@ def refused():
     return found
 
 
-checks = (golden_outputs, rows, order, quantised, same_as_export, low_vram, refused)
+def full_qr_portable():
+    """Our own full-QR file holds the initial Q and R too, so any LoRA loader adds the right difference."""
+    adapter, patcher = full_qr.adapters[0], model()
+    places = host_room.place_layers(patcher, adapter.targets)
+    layers = {}
+    for name, info in adapter.layers.items():
+        up, down, _ = adapter.layer(name)
+        initial = core.decompose(host_room.own_weight(patcher, places[name])[0], info.rank)
+        layers[name] = core.AdapterLayer(up, down, initial)
+    whole = core.Adapter.from_tensors("whole", layers, 8, method="qr")
+    path = core.save_adapter(whole, base / "models" / "loras" / "whole.safetensors")
+    terms = core.MergeRecipe.of(core.open_adapter(path))
+    return {
+        "method": terms.adapters[0].method,
+        "ours": gap(output(ours(patcher, terms)), tensors["qr.out3"]),
+        "with residual": gap(output(ours(patcher, terms, rest=residual)), tensors["qr.out3"]),
+        "stock": gap(output(stock(patcher, comfy.utils.load_torch_file(str(path)))), tensors["qr.out3"]),
+    }
+
+
+def cancelled():
+    """Cancel in the middle of Save FLUX Residual: which files are left, and what the exception was."""
+    import comfy.model_management as management
+    import qr_lora_pack.nodes.save as save_room
+
+    calls, real = [], management.throw_exception_if_processing_interrupted
+
+    def cancel_at_the_fifth_layer():
+        calls.append(1)
+        if len(calls) == 5:
+            raise management.InterruptProcessingException()
+
+    management.throw_exception_if_processing_interrupted = cancel_at_the_fifth_layer
+    before = sorted(path.name for path in (base / "models" / "qrlora").iterdir())
+    try:
+        save_room.SaveResidual.execute(model(), 8, "float32", "cancelled", style)
+        said = ""
+    except management.InterruptProcessingException as error:
+        said = type(error).__name__
+    finally:
+        management.throw_exception_if_processing_interrupted = real
+    after = sorted(path.name for path in (base / "models" / "qrlora").iterdir())
+    patched = stock(model(), other_lora)
+    try:
+        save_room.SaveResidual.execute(patched, 8, "float32", "patched", style)
+        refused_patched = ""
+    except core.QRLoRAError as error:
+        refused_patched = str(error)
+    return {"exception": said, "layers": len(calls), "left": after == before, "patched": refused_patched}
+
+
+checks = (full_qr_portable, cancelled, golden_outputs, rows, order, quantised, same_as_export, low_vram, refused)
 result.write_text(json.dumps({"nodes": node_ids, **{check.__name__: check() for check in checks}}, indent=1))

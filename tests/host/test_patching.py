@@ -72,11 +72,29 @@ def test_what_is_refused_changes_nothing(probe):
         assert "does not belong to this adapter's basis" in found[name]
 
 
+def test_our_full_qr_files(probe):
+    found = probe["full_qr_portable"]
+    assert found["method"] == "qr"
+    assert max(found["ours"], found["with residual"], found["stock"]) < 1e-4
+
+
+def test_cancel_leaves_no_file(probe):
+    found = probe["cancelled"]
+    assert found["exception"] == "InterruptProcessingException" and found["layers"] == 5 and found["left"]
+    assert "carry patches" in found["patched"]
+
+
 @pytest.mark.parametrize("host", older_hosts(), ids=lambda path: path.name)
 def test_older_hosts(host, tmp_path):
     found = run_probe(host, instance.make_base(tmp_path / "base"))
     assert [name.removeprefix("QRLoRA") for name in found["nodes"]] == NODES.split()
-    for test in (test_golden_outputs, test_only_the_right_rows_change, test_chained_applies_with_one_residual):
+    for test in (
+        test_our_full_qr_files,
+        test_cancel_leaves_no_file,
+        test_golden_outputs,
+        test_only_the_right_rows_change,
+        test_chained_applies_with_one_residual,
+    ):
         test(found)
     test_low_vram_patches(found)
     test_what_is_refused_changes_nothing(found)

@@ -2,11 +2,26 @@
 
 from pathlib import Path
 
+import comfy.model_detection
 import comfy.model_management
 import folder_paths
 import torch
 from comfy_api.latest import ComfyExtension, io
 from safetensors.torch import load_file, save_file
+
+
+detected = comfy.model_detection.detect_unet_config
+
+
+def detect_small(*args, **kwargs):
+    """Hosts before 0.33 do not read a FLUX's sizes from its file; they are given those of the golden one."""
+    config = detected(*args, **kwargs)
+    if config is not None and "hidden_size" in config:
+        config.update(hidden_size=128, num_heads=1, context_in_dim=64, vec_in_dim=64)
+    return config
+
+
+comfy.model_detection.detect_unet_config = detect_small
 
 
 def golden(filename):
