@@ -11,10 +11,8 @@ NODES: list[type[io.ComfyNode]] = [LoadResidual, LoadDeltaR, Merge, Apply, SaveR
 
 
 class QRLoRAExtension(ComfyExtension):
-    """What the host asks for: the folder is registered once, then the nodes are listed."""
-
-    async def on_load(self) -> None:
-        folders.register_folders()
+    """What the host asks for: the folder is registered, then the nodes are listed."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        folders.register_folders()  # not in on_load: 0.8 and 0.3.64 never call that
         return NODES

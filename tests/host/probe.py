@@ -40,7 +40,6 @@ def load_module(name, path):
 pack = load_module("qr_lora_pack", PACK)
 helpers = load_module("qr_lora_helpers", PACK / "tests" / "host" / "helper_pack")
 extension = asyncio.run(pack.comfy_entrypoint())
-asyncio.run(extension.on_load())
 node_ids = [node.GET_SCHEMA().node_id for node in asyncio.run(extension.get_node_list())]
 
 import qr_lora_pack.nodes.apply as apply

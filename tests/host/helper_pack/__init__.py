@@ -9,7 +9,6 @@ import torch
 from comfy_api.latest import ComfyExtension, io
 from safetensors.torch import load_file, save_file
 
-
 detected = comfy.model_detection.detect_unet_config
 
 
