@@ -15,6 +15,7 @@ import comfy.options
 comfy.options.enable_args_parsing()
 
 import comfy.lora
+import comfy.model_management
 import comfy.model_patcher
 import comfy.sd
 import comfy.utils
@@ -213,6 +214,27 @@ def low_vram():
     return found
 
 
+def partial_load():
+    """A model that does not fit: weights are patched in place or by a function at every use, or some so, some so."""
+    found = {}
+    for kind in ("fp32", "bf16", "fp8_e4m3fn"):
+        patcher = model(kind)
+        before = bits(patcher)
+        for name, rest in (("low_rank", None), ("residual", residual)):
+            whole = relative(output(ours(patcher, rest=rest)), tensors["merged.0.9.1.0.out"])
+            for share in (0.0, 0.55):
+                comfy.model_management.unload_all_models()
+                patched = ours(patcher, rest=rest)
+                patched.patch_model(torch.device("cpu"), lowvram_model_memory=1 + int(share * patcher.model_size()))
+                entry = {"in place": len(patched.backup), "whole": whole}
+                entry["by function"] = sum(bool(getattr(m, "weight_function", None)) for m in patched.model.modules())
+                entry["error"] = relative(helpers.run(patched, tensors), tensors["merged.0.9.1.0.out"])
+                patched.unpatch_model(torch.device("cpu"))
+                entry["restored"] = same_bits(bits(patcher), before)
+                found[f"{kind} {name} {share}"] = entry
+    return found
+
+
 def refused():
     """Everything that must stop before the model changes: what was said."""
     patcher = model()
@@ -310,5 +332,6 @@ def cancelled():
     return {"exception": said, "layers": len(calls), "left": after == before, "patched": refused_patched}
 
 
-checks = (full_qr_portable, cancelled, golden_outputs, rows, order, quantised, same_as_export, low_vram, refused)
+checks = [full_qr_portable, cancelled, golden_outputs, rows, order, quantised, same_as_export]
+checks += [low_vram, partial_load, refused]
 result.write_text(json.dumps({"nodes": node_ids, **{check.__name__: check() for check in checks}}, indent=1))

@@ -70,6 +70,12 @@ class Forward(io.ComfyNode):
 def forward(model, tensors):
     """The model's output on the golden inputs, which are those of diffusers (packed latents, sigma as time)."""
     comfy.model_management.load_models_gpu([model], force_full_load=True)
+    return run(model, tensors)
+
+
+@torch.no_grad()
+def run(model, tensors):
+    """The same, with the weights as they lie."""
     batch = tensors["input.hidden_states"].shape[0]
     return model.model.diffusion_model.forward_orig(
         tensors["input.hidden_states"],
