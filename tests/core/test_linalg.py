@@ -53,6 +53,17 @@ def test_fast_keeps_the_energy(shape):
     assert torch.equal(fast.q, core.decompose(weight, rank, method="fast").q)
 
 
+@pytest.mark.parametrize("shape", [(1024, 1100), (1100, 1024)])
+@pytest.mark.parametrize("spectrum", [torch.linspace(2, 1, 80), torch.exp(-torch.arange(400) / 8)])
+def test_fast_keeps_the_energy_where_the_spectrum_ends_early(shape, spectrum):
+    """A Krylov block is then made of rounding, which must not displace real directions."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(size, len(spectrum), generator=generator)).Q for size in shape)
+    weight = (left * spectrum) @ right.mT
+    best = float(spectrum[:64].double().square().sum() / spectrum.double().square().sum())
+    assert core.core_energy(weight, core.decompose(weight, 64, method="fast").q) >= 0.999 * best
+
+
 @pytest.mark.parametrize("method", ["exact", "fast"])
 def test_signs_do_not_depend_on_the_method_or_on_lapack(method):
     weight = random_weight(40, 6, 1) @ random_weight(6, 50, 2)
