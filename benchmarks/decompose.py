@@ -3,8 +3,8 @@
     python -m benchmarks.decompose [--device cuda] [--repeat 2] [--all]
 
 Published way: full SVD, the core U_r S_r V_r^T formed, QR of the whole core. Weights are random Gaussian matrices: the
-flattest spectrum there is, so the hardest case for an iterative method. A few of each shape are measured, and the totals
-are extrapolated to FLUX.1's counts; `--all` really decomposes all 342 the fast way.
+flattest spectrum there is, so the hardest case for an iterative method. A few of each shape are measured, and the
+totals are extrapolated to FLUX.1's counts; `--all` really decomposes all 342 the fast way.
 """
 
 import argparse

@@ -19,7 +19,7 @@ import torch
 from benchmarks.common import machine
 from qrlora_core import flux_targets
 from qrlora_core.formats import RESIDUAL
-from qrlora_core.storage import TensorSpec, _header
+from qrlora_core.storage import TensorSpec, header_bytes
 
 CHILD = """
 import json, sys, time, resource, torch
@@ -45,7 +45,7 @@ def sparse_file(path: Path, layers: int) -> int:
     targets = flux_targets(19, 38, 3072)[:layers]
     specs = {RESIDUAL.format(target.name): TensorSpec(torch.float32, target.shape) for target in targets}
     with path.open("wb") as file:
-        header = _header(specs, {})
+        header = header_bytes(specs, {})
         file.write(header)
         file.truncate(len(header) + sum(spec.nbytes for spec in specs.values()))
     return path.stat().st_size

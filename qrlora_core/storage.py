@@ -113,7 +113,7 @@ def write_tensors(
         FileFormatError: `tensors` does not yield what `specs` announced.
     """
     path = Path(path)
-    header = _header(specs, metadata)
+    header = header_bytes(specs, metadata)
     total = len(header) + sum(spec.nbytes for spec in specs.values())
     temporary = None
     try:
@@ -188,7 +188,8 @@ def contained_path(folder: Path, name: str) -> Path:
     return path
 
 
-def _header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> bytes:
+def header_bytes(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> bytes:
+    """The beginning of a safetensors file with these tensors, one after the other."""
     entries: dict[str, object] = {"__metadata__": dict(metadata)}
     offset = 0
     for key, spec in specs.items():
