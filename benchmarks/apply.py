@@ -3,8 +3,8 @@
     COMFYUI_PATH=... <ComfyUI's python> -m benchmarks.apply [--hidden 768] [--rank 64] [--rounds 5]
 
 Builds a FLUX with 19 double and 38 single blocks (smaller hidden size, random weights), writes one portable adapter,
-and loads it both ways in turn. Time: from the file to the patched model (node and patching). Memory: growth of the process'
-peak meanwhile (Linux). On hosts before 0.33 small models are not recognised.
+and loads it both ways in turn. Time: from the file to the patched model (node and patching). Memory: growth of the
+process' peak meanwhile (Linux). On hosts before 0.33 small models are not recognised.
 """
 
 import argparse
