@@ -77,9 +77,8 @@ def main() -> None:
     print(
         f"read    {theirs['seconds'] * scale:8.3f} s  {theirs['mb'] * scale:10.1f} MB  (from {part_size / 1e9:.1f} GB)"
     )
-    print(
-        f"ratio   {theirs['seconds'] * scale / ours['seconds']:.0f} x  {theirs['mb'] * scale / max(ours['mb'], 0.1):.0f} x"
-    )
+    times, sizes = theirs["seconds"] * scale / ours["seconds"], theirs["mb"] * scale / max(ours["mb"], 0.1)
+    print(f"ratio   {times:.0f} x  {sizes:.0f} x")
 
 
 if __name__ == "__main__":
