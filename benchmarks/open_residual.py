@@ -4,7 +4,7 @@
 
 Writes a sparse file of about 21.5 GB with the right header (it takes next to no room on a file system with sparse
 files), opens it in a fresh process and looks at the growth of that process. The other side, the library's load_file, is
-run on the first layers only, and extrapolated: reading all of it is what must not happen.
+run on the first layers only, and extrapolated: reading all of it is what must not happen. Linux only (/proc).
 """
 
 import argparse
@@ -22,7 +22,7 @@ from qrlora_core.formats import RESIDUAL
 from qrlora_core.storage import TensorSpec, header_bytes
 
 CHILD = """
-import json, sys, time, resource, torch
+import json, sys, time
 from pathlib import Path
 from qrlora_core import Residual
 from safetensors.torch import load_file
