@@ -4,6 +4,8 @@ import { app } from "../../scripts/app.js";
 // Two hues that none of ComfyUI's own types beside them in a FLUX graph has.
 const COLORS = { DELTA_R: "#1FBFA8", RESIDUAL: "#B07D52" };
 const WIDGET = "qrlora_report";
+// Five lines. Fixed, so that a longer or shorter report never moves the graph; what is longer scrolls.
+const HEIGHT = 96;
 
 function paint() {
   Object.assign(app.canvas?.default_connection_color_byType ?? {}, COLORS);
@@ -14,12 +16,14 @@ function paint() {
   app.canvas?.setDirty(true, true);
 }
 
-function report(node) {
+function reportWidget(node) {
   const known = node.widgets?.find((widget) => widget.name === WIDGET);
   if (known) return known;
   const element = document.createElement("div");
   Object.assign(element.style, {
     boxSizing: "border-box",
+    height: `${HEIGHT}px`,
+    minHeight: `${HEIGHT}px`, // the new renderer shrinks what may shrink
     padding: "4px 8px",
     overflow: "auto",
     whiteSpace: "pre-wrap",
@@ -32,16 +36,35 @@ function report(node) {
   });
   element.setAttribute("role", "status");
   // Never part of the workflow: neither a widget value nor an input of the prompt.
-  const widget = node.addDOMWidget(WIDGET, "qrlora_report", element, {
+  const widget = node.addDOMWidget(WIDGET, WIDGET, element, {
     serialize: false,
     hideOnZoom: false,
-    getMinHeight: () => 72,
-    getMaxHeight: () => 140,
+    getMinHeight: () => HEIGHT,
+    getMaxHeight: () => HEIGHT,
   });
   widget.serialize = false;
   const [width, height] = node.computeSize();
   node.setSize([Math.max(node.size[0], width), Math.max(node.size[1], height)]);
   return widget;
+}
+
+function show(node, output) {
+  const lines = output?.text;
+  if (!lines?.length) return;
+  reportWidget(node).element.textContent = Array.isArray(lines) ? lines.join("\n") : String(lines);
+  node.setDirtyCanvas?.(true, true);
+}
+
+// Undo and a change of tab make every node anew, and a node that the server has cached does not report again.
+function restore() {
+  const root = app.rootGraph ?? app.graph;
+  const outputs = app.nodeOutputs ?? {};
+  for (const graph of [root, ...(root?.subgraphs?.values() ?? [])]) {
+    for (const node of graph?.nodes ?? []) {
+      if (!node.type?.startsWith("QRLoRA")) continue;
+      show(node, outputs[graph === root ? String(node.id) : `${graph.id}:${node.id}`]);
+    }
+  }
 }
 
 app.registerExtension({
@@ -51,17 +74,16 @@ app.registerExtension({
     // A change of the palette clears the colours of types that it does not know.
     app.ui?.settings?.addEventListener?.("Comfy.ColorPalette.change", () => setTimeout(paint, 0));
   },
-  // The first palette is applied after setup; a workflow is loaded after that.
-  afterConfigureGraph: paint,
+  afterConfigureGraph() {
+    paint(); // the first palette is applied after setup; a workflow is loaded after that
+    setTimeout(restore, 0); // the outputs of a tab come back just after its graph
+  },
   beforeRegisterNodeDef(nodeType, nodeData) {
     if (!nodeData.name.startsWith("QRLoRA")) return;
     const onExecuted = nodeType.prototype.onExecuted;
     nodeType.prototype.onExecuted = function (output, ...rest) {
       onExecuted?.call(this, output, ...rest);
-      const lines = output?.text;
-      if (!lines?.length) return;
-      report(this).element.textContent = Array.isArray(lines) ? lines.join("\n") : String(lines);
-      this.setDirtyCanvas?.(true, true);
+      show(this, output);
     };
   },
 });
