@@ -182,6 +182,8 @@ def _info(file: TensorFile, name: str, up_key: str, down_key: str) -> LayerInfo:
         if spec.dtype not in _ADAPTER_DTYPES:
             raise FileFormatError(f"{file.path.name}: {key} is stored as {spec.dtype}, expected 16 bits or more")
     out, rank = up.shape
+    if min(out, rank, down.shape[1]) < 1:
+        raise FileFormatError(f"{file.path.name}: {name} is empty, it pairs {up.shape} with {down.shape}")
     # stacked merges (portable) may have more columns than the weight has; one decomposition cannot
     if rank > min(out, down.shape[1]) and up_key != PORTABLE["up"].format(name):
         raise FileFormatError(
