@@ -41,7 +41,7 @@ def save_adapter(
     metadata: Mapping[str, str] | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write an adapter, then open what was written and check it.
+    """Write an adapter; what was written is opened and checked before it takes its name.
 
     Args:
         adapter: what to write; layers are read one by one.
@@ -73,11 +73,19 @@ def save_adapter(
                 yield key, tensor
 
     fields = standard_metadata(adapter) | {"qrlora.format": format} | dict(metadata or {})
-    write_tensors(path, specs, stream(), fields, overwrite=overwrite)
-    written = open_adapter(path)
-    if list(written.layers) != list(adapter.layers):
-        raise FileFormatError(f"{path.name} was written but reads back with {len(written.layers)} layers")
-    return path
+
+    def check(temporary: Path) -> None:
+        problem = ""
+        try:
+            count = len(open_adapter(temporary).layers)
+            if count != len(adapter.layers):
+                problem = f"it would have {count} layers instead of {len(adapter.layers)}"
+        except FileFormatError as error:
+            problem = str(error).replace(temporary.name, path.name)
+        if problem:  # outside of `except`: a traceback would keep the map open, and Windows could not delete the file
+            raise FileFormatError(f"{adapter.name} cannot be saved as {format}: {problem}")
+
+    return write_tensors(path, specs, stream(), fields, overwrite=overwrite, check=check)
 
 
 def standard_metadata(adapter: Adapter) -> dict[str, str]:

@@ -5,7 +5,7 @@ import os
 import shutil
 import struct
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
@@ -25,7 +25,10 @@ DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_WINDOWS_DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in range(1, 10))}
+# Windows also takes the superscripts 1, 2 and 3 for port numbers
+_PORTS = [f"{port}{n}" for port in ("COM", "LPT") for n in (*"123456789", "\u00b9", "\u00b2", "\u00b3")]
+_WINDOWS_DEVICES = {"CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$", *_PORTS}
+_LONGEST_PART = 200  # file systems take 255 bytes; the ending, a number and a temporary name have to fit too
 
 
 class TensorSpec(NamedTuple):
@@ -92,6 +95,7 @@ def write_tensors(
     metadata: Mapping[str, str],
     *,
     overwrite: bool = False,
+    check: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write a safetensors file one tensor at a time; it appears whole or not at all.
 
@@ -104,6 +108,7 @@ def write_tensors(
         tensors: (key, tensor) pairs; each is converted to its spec's dtype and may be dropped after it was taken.
         metadata: strings for the header.
         overwrite: replace an existing file; otherwise it is an error, raised before anything is written.
+        check: called with the temporary file before it takes its name; what it raises ends the writing.
 
     Returns:
         The path.
@@ -130,6 +135,8 @@ def write_tensors(
             os.fsync(file.fileno())
         if written != list(specs):
             raise FileFormatError(f"{path.name}: {len(written)} of {len(specs)} tensors were written")
+        if check is not None:
+            check(temporary)
         _publish(temporary, path, overwrite)
     except OSError as error:
         raise PathError(f"{path.name} cannot be written in {path.parent.name}: {error.strerror or error}") from error
@@ -176,12 +183,20 @@ def contained_path(folder: Path, name: str) -> Path:
         reason = "it is absolute"
     elif any(part in ("..", ".", "") or part != part.rstrip(" .") for part in parts):
         reason = "a part of it is '..', '.', empty, or ends in a dot or a space"
-    elif any(part.split(".")[0].upper() in _WINDOWS_DEVICES for part in parts):
+    elif any(part.split(".")[0].rstrip().upper() in _WINDOWS_DEVICES for part in parts):
         reason = "a part of it is a device name on Windows"
+    elif any(0xD800 <= ord(char) < 0xE000 for char in name):
+        reason = "it is not valid Unicode"
+    elif max(len(part.encode()) for part in parts) > _LONGEST_PART or len(name.encode()) > 4 * _LONGEST_PART:
+        reason = f"it is too long (a part may have {_LONGEST_PART} bytes, the whole {4 * _LONGEST_PART})"
     else:
         root = Path(folder).resolve()
         path = root.joinpath(*parts)
-        if not path.resolve().is_relative_to(root):
+        try:
+            inside = path.resolve().is_relative_to(root)
+        except (RuntimeError, OSError) as error:  # Python before 3.13 raises RuntimeError for links in a circle
+            raise PathError(f"the file name {name!r} is refused: {error}") from error
+        if not inside:
             reason = "a link leads out of the folder"
     if reason:
         raise PathError(f"the file name {name!r} is refused: {reason}. Use a name inside {Path(folder).name}/")
@@ -227,8 +242,8 @@ def _publish(temporary: Path, path: Path, overwrite: bool) -> None:
         return
     try:
         os.link(temporary, path)  # unlike a rename, fails when somebody else took the name meanwhile
-    except FileExistsError:
-        _require_absent(path, overwrite)
+    except FileExistsError as error:  # also a link that leads nowhere, which `exists` does not see
+        raise PathError(f"{path.name} exists already; choose another name") from error
     except OSError:  # a file system without hard links
         _require_absent(path, overwrite)
         temporary.rename(path)
