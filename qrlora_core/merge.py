@@ -124,9 +124,9 @@ def merge(
     if on_basis_mismatch == "stack":
         return joined
     anchor = first.terms[0].adapter
-    foreign = [term for term in second.terms if _differing_layers(anchor, term.adapter)]
+    foreign = [term for term in second.terms if _differing_layers(anchor, term)]
     if foreign and on_basis_mismatch == "raise":
-        names = _differing_layers(anchor, foreign[0].adapter)
+        names = _differing_layers(anchor, foreign[0])
         raise BasisMismatchError(
             f"{anchor.name} and {foreign[0].adapter.name} have different bases in {len(names)} layers: {few(names)}. "
             "They were trained on different base models, ranks or machines; set on_basis_mismatch to 'stack' (exact) "
@@ -283,9 +283,17 @@ def _joined(groups: list[_Group]) -> AdapterLayer:
     return AdapterLayer(up, down, Basis(up, base_r))
 
 
-def _differing_layers(first: Adapter, second: Adapter) -> list[str]:
-    """Layers that both adapters have, on different bases."""
-    if first is second or (first.basis_fingerprint and first.basis_fingerprint == second.basis_fingerprint):
+def _differing_layers(first: Adapter, term: Term) -> list[str]:
+    """Layers that an adapter and a term have on different bases; an aligned term counts with the basis it is on."""
+    second, onto = term.adapter, term.onto
+    if first is second and onto is None:
         return []
-    common = [name for name in first.layers if name in second.layers]
-    return [name for name in common if not same_basis(first.layer(name).up, second.layer(name).up)]
+    if onto is None and first.basis_fingerprint and first.basis_fingerprint == second.basis_fingerprint:
+        return []
+    differing = []
+    for name in first.layers:
+        if name in second.layers:
+            owner = onto if onto is not None and name in onto.layers else second
+            if not same_basis(first.layer(name).up, owner.layer(name).up):
+                differing.append(name)
+    return differing
