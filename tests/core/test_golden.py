@@ -59,6 +59,9 @@ def test_residual_route(alpha, beta, stored, bound):
         layer = one.layer(name)
         moved = core.Basis(layer.initial.q, layer.initial.r + layer.down)
         weights[name] = core.restored_weight(residual.weight(name), moved, one.layers[name].scaling)
+    if (alpha, beta, stored) == (0.9, 1.0, "fp32"):
+        published = load_file(GOLDEN / "official_merged_a0.9_b1.0.safetensors")
+        assert max(largest_difference(weights[name], published[f"{name}.weight"]) for name in weights) < 1e-5
     output = golden_output(with_weights(weights))
     assert largest_difference(output, golden_tensors()[f"merged.{alpha}.{beta}.out"]) < bound
 
@@ -68,6 +71,29 @@ def test_residual_route(alpha, beta, stored, bound):
 def test_single_adapters(name, file, output):
     ours = golden_output(with_weights(low_rank_weights(adapter(file.format(name)))))
     assert largest_difference(ours, golden_tensors()[output.format(name)]) < 1e-4
+
+
+def test_full_qr_before_the_first_step_is_the_base():
+    residual, one = core.Residual(GOLDEN / "official_residual_fp32.safetensors"), adapter("qr_step0")
+    exact = core.merged_adapter(
+        core.MergeRecipe.of(one), initial_of=lambda one, name: core.decompose(own_weight(name, one), one.rank)
+    )
+    restored = {
+        name: core.restored_weight(residual.weight(name), core.Basis(*one.layer(name)[:2]), 1.0) for name in one.layers
+    }
+    for weights in (low_rank_weights(exact), restored):
+        assert largest_difference(golden_output(with_weights(weights)), golden_tensors()["base.out"]) < 1e-4
+
+
+def test_full_qr_with_residual_through_a_recipe():
+    """`core_in_residual` leaves Q'R' alone: W_res takes the place of the weight."""
+    residual, whole = core.Residual(GOLDEN / "official_residual_fp32.safetensors"), adapter("qr")
+    one = core.merged_adapter(core.MergeRecipe.of(whole), core_in_residual=True)
+    weights = {}
+    for name in one.layers:
+        up, down, alpha = one.update(name)
+        weights[name] = residual.weight(name) + alpha / up.shape[1] * up @ down
+    assert largest_difference(golden_output(with_weights(weights)), golden_tensors()["qr.out3"]) < 1e-4
 
 
 def test_full_qr_with_residual():

@@ -113,3 +113,24 @@ def test_reexpression(seed, rank):
     _, lost = reexpress(q, outside, down)
     assert lost > 1 - 1e-5
     assert product_norm(q, down) == pytest.approx(float(down.double().norm()), rel=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(480, 480), (700, 480), (480, 700)])
+@pytest.mark.parametrize("true_rank", [0, 9, 45])
+def test_fast_on_weights_of_low_rank(shape, true_rank):
+    """The Krylov blocks run out of directions; what fills them must not be counted twice."""
+    left, right = (torch.linalg.qr(random_weight(side, 50, side)).Q[:, :true_rank] for side in shape)
+    weight = left * torch.linspace(2, 1, true_rank) @ right.T
+    fast, exact = core.decompose(weight, 8, method="fast"), core.decompose(weight, 8)
+    assert orthonormality_error(fast.q) < 1e-5 and not fast.r.tril(-1).any()
+    if true_rank:
+        assert core.core_energy(weight, fast.q) >= 0.999 * core.core_energy(weight, exact.q)
+    torch.testing.assert_close(
+        core.restored_weight(core.residual_weight(weight, fast, 1.0), fast, 1.0), weight, atol=1e-5, rtol=1e-5
+    )
+
+
+def test_fast_on_a_spectrum_like_that_of_flux():
+    weight = random_weight(520, 520, 8) / 23 + random_weight(520, 30, 9) @ random_weight(30, 520, 10) / 300
+    fast, exact = (core.decompose(weight.bfloat16(), 8, method=method) for method in ("fast", "exact"))
+    assert core.core_energy(weight, fast.q) >= 0.999 * core.core_energy(weight, exact.q)

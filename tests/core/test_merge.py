@@ -100,6 +100,44 @@ def test_align_is_exact_on_the_same_span():
     assert report.aligned == 2 and report.lost_total < 1e-6
 
 
+def test_align_keeps_the_rank_of_nested_merges():
+    """C shares A's basis but was aligned onto B's before: aligning again brings both back to A's."""
+    a, b, c = make(1), make(2, basis_seed=5), make(3)
+    inner = core.merge(of(b), 0.5, of(c), 2.0, "align")
+    outer = core.merge(of(a), 1.0, inner, 3.0, "align")
+    assert core.merged_adapter(outer).rank == core.merge_report(outer).rank == 3
+    for name in NAMES:
+        q = a.layer(name).up.double()
+        expected = change(a, name) + q @ q.T @ (1.5 * change(b, name) + 6 * change(c, name))
+        torch.testing.assert_close(change(outer, name), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_raise_accepts_what_was_aligned_onto_its_basis():
+    aligned = core.merge(of(make(2)), 1.0, of(make(3, basis_seed=5)), 1.0, "align")
+    recipe = core.merge(of(make(1)), 1.0, aligned, 1.0, "raise")
+    assert core.merged_adapter(recipe).rank == 3
+    with pytest.raises(core.BasisMismatchError, match="different bases"):  # and not what left it
+        core.merge(of(make(3, basis_seed=5)), 1.0, aligned, 1.0, "raise")
+
+
+def test_a_full_qr_adapter_cannot_be_aligned():
+    whole = make(1, method="qr", basis_seed=2)
+    for first, second in ((make(2), whole), (whole, make(2))):
+        with pytest.raises(core.BasisMismatchError, match="only 'stack' is exact"):
+            core.merge(of(first), 1.0, of(second), 1.0, "align")
+
+
+def test_a_single_term_is_saved_as_it_is(tmp_path):
+    path = core.save_adapter(make(1, alpha=6), tmp_path / "a.safetensors")
+    one = core.open_adapter(path)
+    again = core.merged_adapter(core.merge(of(one), 1.0, of(make(2)), 0.0))
+    assert again is one
+    copy = core.TensorFile(core.save_adapter(again, tmp_path / "b.safetensors"))
+    for key in core.TensorFile(path).specs:
+        assert torch.equal(copy.tensor(key), core.TensorFile(path).tensor(key))
+    assert copy.metadata["modelspec.date"] and "/" not in copy.metadata["modelspec.title"]
+
+
 def test_raise_names_the_adapters_and_layers():
     with pytest.raises(core.BasisMismatchError, match=r"a1 and a2 .* 2 layers: transformer_blocks.0.attn.to_q"):
         core.merge(of(make(1)), 1.0, of(make(2, basis_seed=4)), 1.0, "raise")
