@@ -41,9 +41,9 @@ def test_exact_core_is_that_of_the_full_svd(shape):
     assert (q.double() @ r.double() - best).norm() <= 1e-5 * best.norm()
 
 
-@pytest.mark.parametrize("shape", [(480, 480), (1200, 480), (480, 1200)])
+@pytest.mark.parametrize("shape", [(400, 400), (1000, 400), (400, 1000)])
 def test_fast_keeps_the_energy(shape):
-    rank = 8
+    rank = 4
     assert min(shape) > KRYLOV_STEPS * (rank + OVERSAMPLE)  # or it would fall back to the exact way
     weight = random_weight(*shape, 5)  # a flat spectrum, the hardest case
     fast, exact = core.decompose(weight, rank, method="fast"), core.decompose(weight, rank)
@@ -115,22 +115,25 @@ def test_reexpression(seed, rank):
     assert product_norm(q, down) == pytest.approx(float(down.double().norm()), rel=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(480, 480), (700, 480), (480, 700)])
-@pytest.mark.parametrize("true_rank", [0, 9, 45])
+@pytest.mark.parametrize("shape", [(400, 400), (500, 400), (400, 500)])
+@pytest.mark.parametrize("true_rank", [0, 5, 45])
 def test_fast_on_weights_of_low_rank(shape, true_rank):
     """The Krylov blocks run out of directions; what fills them must not be counted twice."""
+    rank = 4
+    assert min(shape) > KRYLOV_STEPS * (rank + OVERSAMPLE)
     left, right = (torch.linalg.qr(random_weight(side, 50, side)).Q[:, :true_rank] for side in shape)
-    weight = left * torch.linspace(2, 1, true_rank) @ right.T
-    fast, exact = core.decompose(weight, 8, method="fast"), core.decompose(weight, 8)
+    spectrum = torch.linspace(2, 1, true_rank)
+    weight = left * spectrum @ right.T
+    fast = core.decompose(weight, rank, method="fast")
     assert orthonormality_error(fast.q) < 1e-5 and not fast.r.tril(-1).any()
     if true_rank:
-        assert core.core_energy(weight, fast.q) >= 0.999 * core.core_energy(weight, exact.q)
-    torch.testing.assert_close(
-        core.restored_weight(core.residual_weight(weight, fast, 1.0), fast, 1.0), weight, atol=1e-5, rtol=1e-5
-    )
+        energy = spectrum.square()
+        assert core.core_energy(weight, fast.q) >= 0.999 * float(energy[:rank].sum() / energy.sum())
+    restored = core.restored_weight(core.residual_weight(weight, fast, 1.0), fast, 1.0)
+    torch.testing.assert_close(restored, weight, atol=1e-5, rtol=1e-5)
 
 
 def test_fast_on_a_spectrum_like_that_of_flux():
-    weight = random_weight(520, 520, 8) / 23 + random_weight(520, 30, 9) @ random_weight(30, 520, 10) / 300
-    fast, exact = (core.decompose(weight.bfloat16(), 8, method=method) for method in ("fast", "exact"))
+    weight = random_weight(400, 400, 8) / 20 + random_weight(400, 30, 9) @ random_weight(30, 400, 10) / 300
+    fast, exact = (core.decompose(weight.bfloat16(), 4, method=method) for method in ("fast", "exact"))
     assert core.core_energy(weight, fast.q) >= 0.999 * core.core_energy(weight, exact.q)
