@@ -421,6 +421,8 @@ def test_slices_fill_the_fused_weights(doubles, singles, hidden, ratio):
         place = core.comfy_slice(target.name, target.shape)
         assert target.name == core.layer_names(place.key)[len(rows.setdefault(place.key, []))]
         rows[place.key].append((place.start, place.length))
+    mlp = core.comfy_slice("single_transformer_blocks.0.proj_mlp", (ratio * hidden, hidden))
+    assert mlp == core.WeightSlice("single_blocks.0.linear1.weight", 3 * hidden, ratio * hidden)
     for key, parts in rows.items():
         fused = "qkv" in key or "linear1" in key
         assert parts == ([(i * hidden, hidden) for i in range(3)] if fused else [(None, None)])
