@@ -1,0 +1,133 @@
+"""Pre-trains the toy FLUX on drawn pictures; the result is `toy_flux.safetensors`.
+
+    python -m benchmarks.toy.pretrain --out toy [--steps 9000] [--seed 0] [--device cuda]
+
+Flow matching as in FLUX. In some captions the shape, or the colour and the texture, are replaced by a word that says
+nothing, so that the model draws something whole for words that it does not know. Deterministic given seed, device,
+number of threads and version of torch: batches and noise are drawn on the CPU.
+"""
+
+import argparse
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm import tqdm
+
+from .comfy_pack.features import TEXT_LENGTH, TEXT_WIDTH, pooled, to_latents, word_feature
+from .model import new_model, pack, sample, velocity
+from .pictures import PLACES, caption, combinations, draw
+from .reader import accuracy
+
+
+class Batch(NamedTuple):
+    """One step's training data: tokens (batch, 64, 64), noise alike, sigma (batch,), text features."""
+
+    tokens: Tensor
+    noise: Tensor
+    sigma: Tensor
+    features: Tensor
+
+
+def batches(size: int, generator: torch.Generator) -> Iterator[Batch]:
+    """Endless random batches of the combinations that are not held out."""
+    looks, _ = combinations()
+    tokens = pack(to_latents(torch.stack([draw(look, place) for look in looks for place in PLACES])))
+    names = torch.stack([torch.stack([word_feature(word) for word in look]) for look in looks])  # (looks, 3, width)
+    while True:
+        picks = torch.randint(len(tokens), (size,), generator=generator)
+        sigma = torch.sigmoid(torch.randn(size, generator=generator) + 0.3)  # most steps where shapes are decided
+        noise = torch.randn(size, *tokens.shape[1:], generator=generator)
+        yield Batch(tokens[picks], noise, sigma, spoilt(names[picks // len(PLACES)], generator))
+
+
+def spoilt(names: Tensor, generator: torch.Generator) -> Tensor:
+    """Features (batch, TEXT_LENGTH, width) of captions (batch, 3, width), with meaningless words in some of them."""
+    size = len(names)
+    unknown = torch.randint(2, (size, 3, TEXT_WIDTH), generator=generator) * 2.0 - 1
+    chance = torch.rand(size, 2, generator=generator)
+    hidden = torch.cat([chance[:, :1], chance[:, 1:], chance[:, 1:]], 1) < 0.12  # colour and texture go together
+    mixed = torch.where(hidden[..., None], unknown, names)
+    mixed[:, 2] *= (~hidden[:, 2:]).float()  # one word stands for a whole style
+    return functional.pad(mixed, (0, 0, 0, TEXT_LENGTH - 3))
+
+
+def learning_rate(step: int, steps: int, peak: float, warm_up: int = 150, cool_down: float = 0.3) -> float:
+    """Up in a line, level, and down to nothing in a line over the last part."""
+    return peak * min(1.0, (step + 1) / warm_up, (steps - step) / (steps * cool_down))
+
+
+def pretrain(
+    model: nn.Module, steps: int, size: int, peak: float, seed: int, on_step: "Callable[[int, float, nn.Module], None]"
+) -> nn.Module:
+    """Train `model` in place; the moving average of its weights, a model of its own.
+
+    Args:
+        on_step: called after each step with its number from 1, its loss and the average so far.
+    """
+    device = next(model.parameters()).device
+    decay, other = [], []
+    for name, value in model.named_parameters():
+        (decay if value.ndim == 2 and ".norm" not in name else other).append(value)
+    groups = [{"params": decay, "weight_decay": 0.01}, {"params": other, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.98), fused=True)
+    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=_warm_average)
+    source = batches(size, torch.Generator().manual_seed(seed))
+    for step in range(steps):
+        batch = Batch(*(part.to(device) for part in next(source)))
+        sigma = batch.sigma[:, None, None]
+        noisy = (1 - sigma) * batch.tokens + sigma * batch.noise
+        guess = velocity(model, noisy, batch.sigma, batch.features, pooled(batch.features))
+        loss = functional.mse_loss(guess, batch.noise - batch.tokens)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, peak)
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update_parameters(model)
+        on_step(step + 1, float(loss.detach()), average.module)
+    return average.module
+
+
+@torch.no_grad()
+def _warm_average(averages: list[Tensor], values: list[Tensor], count: Tensor | int) -> None:
+    """An exponential moving average that forgets the first steps faster."""
+    torch._foreach_lerp_(averages, values, 1 - min(0.998, (1 + int(count)) / (10 + int(count))))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--save-every", type=int, default=500)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(args.seed)
+    model = new_model().to(args.device)
+    print(f"{sum(value.numel() for value in model.parameters()) / 1e6:.2f} M parameters", flush=True)
+    start = time.time()
+    losses = []
+
+    def on_step(step: int, loss: float, average: nn.Module) -> None:
+        losses.append(loss)
+        if step % args.save_every == 0:
+            torch.save(average.state_dict(), args.out/"last.pt")
+            average.eval()
+            looks = combinations()[0]
+            shares = accuracy(sample(average, [caption(look) for look in looks], range(len(looks))), looks)
+            print(step, f"{time.time()-start:.0f}s", f"{sum(losses[-200:])/len(losses[-200:]):.4f}", {k: round(v,3) for k,v in shares.items()}, flush=True)
+
+    pretrain(model, args.steps, args.batch, args.lr, args.seed, on_step)
+
+
+if __name__ == "__main__":
+    main()
