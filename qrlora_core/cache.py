@@ -1,0 +1,237 @@
+"""The training cache: what `encode` or a host's own CLIP and VAE made of pictures and captions, in one file.
+
+| key | shape | |
+|---|---|---|
+| `latent.<i>` | (channels, height, width) | in the transformer's own latent space, shifted and scaled |
+| `latent.<i>.flip` | the same | the picture mirrored, where that was asked for |
+| `mask.<i>` | (height, width) | weight of the loss, 0 to 1, where the picture has one |
+| `text.<j>.embeds` | (tokens, width) | T5's output |
+| `text.<j>.pooled` | (width,) | CLIP's pooled output |
+
+The header's `qrlora.cache` is JSON: `{"version": 1, "items": [{"name", "text", "caption", "repeats", "is_class"}, ...],
+"empty_text": j or null}`. Item i has latent i; `text` is its caption's j.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .errors import FileFormatError
+from .linalg import require_finite
+from .storage import TensorFile, TensorSpec, write_tensors
+
+CACHE_VERSION = 1
+_STORED = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True, slots=True)
+class CacheItem:
+    """One picture of a cache.
+
+    Attributes:
+        name: the picture's file name or a description, for messages.
+        text: which text belongs to it.
+        caption: that text in words.
+        repeats: how often it counts in one pass over the data.
+        is_class: a picture of the class, for prior preservation.
+    """
+
+    name: str
+    text: int
+    caption: str = ""
+    repeats: int = 1
+    is_class: bool = False
+
+
+class EncodedText(NamedTuple):
+    """`embeds` (tokens, width) and `pooled` (width,)."""
+
+    embeds: Tensor
+    pooled: Tensor
+
+
+class EncodedPicture(NamedTuple):
+    """`latent` and `flipped` (channels, height, width), `mask` (height, width)."""
+
+    latent: Tensor
+    flipped: Tensor | None = None
+    mask: Tensor | None = None
+
+
+def bucket_size(width: int, height: int, resolution: int, step: int = 64, keep_aspect: bool = True) -> tuple[int, int]:
+    """The (width, height) in pixels that a picture is resized and cropped to.
+
+    Among sizes whose sides are multiples of `step` and whose area does not exceed `resolution` squared (a small
+    tolerance aside), the one with the nearest aspect ratio; of equal ones the largest.
+    """
+    side = max(step, resolution // step * step)
+    if not keep_aspect:
+        return side, side
+    area = max(resolution * resolution, step * step)
+    aspect = width / height
+    best = (side, side)
+    best_error = abs(_log_ratio(1.0, aspect))
+    for columns in range(1, 4 * side // step + 1):
+        wide = columns * step
+        for tall in {max(step, int(area / wide) // step * step), max(step, -(-int(area / wide) // step) * step)}:
+            if wide * tall > area * 1.02 or tall > 4 * side:
+                continue
+            error = abs(_log_ratio(wide / tall, aspect))
+            if error < best_error - 1e-9 or (error < best_error + 1e-9 and wide * tall > best[0] * best[1]):
+                best, best_error = (wide, tall), error
+    return best
+
+
+def save_cache(
+    path: Path,
+    items: Sequence[CacheItem],
+    pictures: Sequence[EncodedPicture],
+    texts: Sequence[EncodedText],
+    *,
+    empty_text: int | None = None,
+    metadata: dict[str, str] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write a training cache, checked by opening it before it takes its name.
+
+    Args:
+        path: must not exist unless `overwrite`.
+        items, pictures: one of each per picture, in the same order.
+        texts: distinct captions.
+        empty_text: which text is the empty caption, for caption dropout.
+        metadata: more strings for the header.
+
+    Raises:
+        FileFormatError: the counts, shapes or references do not fit together.
+        WeightError: a tensor holds NaN or Inf.
+        PathError: the file exists or cannot be written.
+    """
+    if len(items) != len(pictures):
+        raise FileFormatError(f"a training cache of {len(items)} items got {len(pictures)} pictures")
+    tensors: dict[str, Tensor] = {}
+    for index, picture in enumerate(pictures):
+        tensors[f"latent.{index}"] = picture.latent
+        if picture.flipped is not None:
+            tensors[f"latent.{index}.flip"] = picture.flipped
+        if picture.mask is not None:
+            tensors[f"mask.{index}"] = picture.mask
+    for index, text in enumerate(texts):
+        tensors[f"text.{index}.embeds"], tensors[f"text.{index}.pooled"] = text
+    for key, tensor in tensors.items():
+        require_finite(tensor, key)
+    table = {"version": CACHE_VERSION, "items": [asdict(item) for item in items], "empty_text": empty_text}
+    header = {"qrlora.format": "training_cache", "qrlora.cache": json.dumps(table), **(metadata or {})}
+    specs = {
+        key: TensorSpec(tensor.dtype if tensor.dtype in _STORED else torch.float32, tuple(tensor.shape))
+        for key, tensor in tensors.items()
+    }
+    return write_tensors(
+        path,
+        specs,
+        tensors.items(),
+        header,
+        overwrite=overwrite,
+        check=lambda temporary: TrainingCache(temporary).close(),
+    )
+
+
+class TrainingCache:
+    """A training cache, memory-mapped.
+
+    Attributes:
+        path: where it lies.
+        items: the pictures.
+        text_count: how many captions.
+        empty_text: index of the empty caption, or None.
+        metadata: the header's strings.
+
+    Raises:
+        FileFormatError: another kind of file, or parts that are missing or do not fit together.
+    """
+
+    def __init__(self, path: Path) -> None:
+        file = TensorFile(path)
+        self.path, self.metadata = file.path, file.metadata
+        self._file: TensorFile | None = file
+        try:
+            table = json.loads(file.metadata["qrlora.cache"])
+            if table["version"] != CACHE_VERSION:
+                raise ValueError(f"version {table['version']}")
+            self.items = tuple(CacheItem(**item) for item in table["items"])
+            self.empty_text: int | None = table["empty_text"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise FileFormatError(
+                f"{file.path.name} is not a training cache of version {CACHE_VERSION} ({error}); write one with "
+                "`python -m train encode`"
+            ) from error
+        self.text_count = sum(key.startswith("text.") and key.endswith(".embeds") for key in file.specs)
+        self._check()
+
+    def latent(self, index: int, flipped: bool = False) -> Tensor:
+        """(channels, height, width); the mirrored one only where `has_flip` says so."""
+        return self._tensor(f"latent.{index}.flip" if flipped else f"latent.{index}")
+
+    def latent_shape(self, index: int) -> tuple[int, ...]:
+        return self._open().specs[f"latent.{index}"].shape
+
+    def has_flip(self, index: int) -> bool:
+        return f"latent.{index}.flip" in self._open().specs
+
+    def mask(self, index: int) -> Tensor | None:
+        """(height, width), 0 to 1, or None."""
+        key = f"mask.{index}"
+        return self._tensor(key) if key in self._open().specs else None
+
+    def text(self, index: int) -> EncodedText:
+        return EncodedText(self._tensor(f"text.{index}.embeds"), self._tensor(f"text.{index}.pooled"))
+
+    def fingerprint(self) -> str:
+        """Sixteen hex digits of everything in the file."""
+        digest = hashlib.sha256(self.metadata["qrlora.cache"].encode())
+        for key, spec in sorted(self._open().specs.items()):
+            digest.update(f"{key}{spec.dtype}{spec.shape}".encode())
+            digest.update(self._tensor(key).contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()[:16]
+
+    def close(self) -> None:
+        """Let go of the map: Windows cannot rename or delete a mapped file."""
+        self._file = None
+
+    def _open(self) -> TensorFile:
+        if self._file is None:
+            self._file = TensorFile(self.path)
+        return self._file
+
+    def _tensor(self, key: str) -> Tensor:
+        return self._open().tensor(key)
+
+    def _check(self) -> None:
+        specs, name = self._open().specs, self.path.name
+        for index, item in enumerate(self.items):
+            latent = specs.get(f"latent.{index}")
+            if latent is None or len(latent.shape) != 3 or latent.shape[1] % 2 or latent.shape[2] % 2:
+                found = latent.shape if latent else "none"
+                raise FileFormatError(f"{name}: latent {index} of {item.name} is {found}, expected 3-D, even sides")
+            for key, shape in ((f"latent.{index}.flip", latent.shape), (f"mask.{index}", latent.shape[1:])):
+                if key in specs and specs[key].shape != shape:
+                    raise FileFormatError(f"{name}: {key} is {specs[key].shape}, expected {shape}")
+            if not 0 <= item.text < self.text_count or item.repeats < 1:
+                raise FileFormatError(f"{name}: item {item.name} names text {item.text}, repeats {item.repeats}")
+        for index in range(self.text_count):
+            embeds, pooled = specs.get(f"text.{index}.embeds"), specs.get(f"text.{index}.pooled")
+            if embeds is None or pooled is None or len(embeds.shape) != 2 or len(pooled.shape) != 1:
+                raise FileFormatError(f"{name}: text {index} is incomplete")
+        if self.empty_text is not None and not 0 <= self.empty_text < self.text_count:
+            raise FileFormatError(f"{name}: the empty caption is text {self.empty_text} of {self.text_count}")
+        if not any(not item.is_class for item in self.items):
+            raise FileFormatError(f"{name} holds no picture to train on")
+
+
+def _log_ratio(first: float, second: float) -> float:
+    return float(torch.log(torch.tensor(first / second, dtype=torch.float64)))

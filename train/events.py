@@ -1,0 +1,167 @@
+"""What a running trainer tells whoever started it: one JSON object a line, on a file or pipe of its own.
+
+Standard library only, so that a host can read the lines without torch. A line is
+`{"v": 1, "event": <kind>, "time": <unix seconds>, ...fields}`; `FIELDS` lists the fields of each kind. Readers ignore
+fields they do not know, so that fields can be added.
+"""
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal, TextIO, get_args
+
+VERSION = 1
+
+Kind = Literal["started", "phase", "step", "validation", "sample", "saved", "finished", "stopped", "failed"]
+KINDS: tuple[str, ...] = get_args(Kind)
+
+_NUMBER = (int, float)
+# kind -> field -> accepted types. Every field listed here is required; `None` stands for "not known".
+FIELDS: Mapping[str, Mapping[str, tuple[type, ...]]] = MappingProxyType(
+    {
+        # first line of a run. first_step: steps already done by the run that is resumed
+        "started": {"pid": (int,), "steps": (int,), "first_step": (int,), "pack_version": (str,), "run_dir": (str,)},
+        # phase: load, basis, train, save, encode, ...; done and total count what is worked on, total 0: not known
+        "phase": {"phase": (str,), "done": (int,), "total": (int,), "text": (str,)},
+        # loss: mean of the step; smoothed: exponential average; seconds: per step; eta in seconds; memory in bytes
+        "step": {
+            "step": (int,),
+            "steps": (int,),
+            "loss": _NUMBER,
+            "smoothed_loss": _NUMBER,
+            "lr": _NUMBER,
+            "seconds": _NUMBER,
+            "eta": _NUMBER,
+            "peak_memory": (int,),
+        },
+        # mean loss over fixed items, noise and timesteps: comparable from step to step
+        "validation": {"step": (int,), "loss": _NUMBER},
+        # file: a safetensors file of sample latents, relative to run_dir
+        "sample": {"step": (int,), "file": (str,)},
+        # what: checkpoint or adapter; file: relative to run_dir where it lies inside, otherwise as given
+        "saved": {"step": (int,), "what": (str,), "file": (str,)},
+        # the adapter was written, opened again and checked
+        "finished": {"step": (int,), "file": (str,), "sha256": (str,)},
+        # ended on request; checkpoint: file to resume from, "" when nothing was done yet
+        "stopped": {"step": (int,), "checkpoint": (str,)},
+        # reason: one of REASONS; message says what to do
+        "failed": {"reason": (str,), "message": (str,)},
+    }
+)
+REASONS = ("settings", "data", "model", "memory", "disk", "loss", "resume", "library", "internal")
+
+
+class EventError(ValueError):
+    """A line is not an event."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainEvent:
+    """One thing that happened.
+
+    Attributes:
+        kind: one of KINDS.
+        data: the fields that FIELDS lists for the kind, and perhaps more.
+        time: unix seconds.
+
+    Raises:
+        EventError: an unknown kind, or a field that is missing or of another type.
+    """
+
+    kind: str
+    data: Mapping[str, Any]
+    time: float = field(default_factory=time.time)
+
+    def __post_init__(self) -> None:
+        if self.kind not in FIELDS:
+            raise EventError(f"event kind {self.kind!r} is not one of {', '.join(KINDS)}")
+        for name, types in FIELDS[self.kind].items():
+            value = self.data.get(name)
+            if not isinstance(value, types) or isinstance(value, bool):
+                raise EventError(f"{self.kind}.{name} is {value!r}, expected {' or '.join(t.__name__ for t in types)}")
+
+    def line(self) -> str:
+        """The event as one line of ASCII JSON, without the line break. NaN and infinite numbers become null."""
+        fields = {"v": VERSION, "event": self.kind, "time": round(self.time, 3), **self.data}
+        return json.dumps({key: _finite(value) for key, value in fields.items()}, separators=(",", ":"))
+
+
+def parse(line: str) -> TrainEvent:
+    """Read one line.
+
+    Raises:
+        EventError: not JSON, another version, an unknown kind, or fields that do not fit.
+    """
+    try:
+        raw = json.loads(line)
+    except ValueError as error:
+        raise EventError(f"not JSON: {line[:80]!r}") from error
+    if not isinstance(raw, dict) or raw.get("v") != VERSION:
+        raise EventError(f"not an event of version {VERSION}: {line[:80]!r}")
+    data = {key: value for key, value in raw.items() if key not in ("v", "event", "time")}
+    when = raw.get("time")
+    if not isinstance(when, _NUMBER) or isinstance(when, bool):
+        raise EventError(f"an event without a time: {line[:80]!r}")
+    return TrainEvent(str(raw.get("event")), data, float(when))
+
+
+def read_events(path: Path) -> list[TrainEvent]:
+    """All whole events of a file; a last line that is still being written is left out.
+
+    Raises:
+        EventError: a line before the last one is not an event.
+        OSError: the file cannot be read.
+    """
+    text = Path(path).read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    return [parse(line) for line in whole.splitlines() if line.strip()]
+
+
+class EventWriter:
+    """Writes events to a stream, each flushed at once; without a stream they are dropped.
+
+    A stream that its reader has closed ends the reporting, not the training.
+    """
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self._stream = stream
+
+    @classmethod
+    def open(cls, where: str) -> "EventWriter":
+        """Append to a file; "-" is standard output, "" nothing.
+
+        Raises:
+            OSError: the file cannot be opened.
+        """
+        if not where:
+            return cls(None)
+        if where == "-":
+            import sys
+
+            return cls(sys.stdout)
+        path = Path(where)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return cls(path.open("a", encoding="utf-8", newline="\n"))
+
+    def emit(self, kind: Kind, **data: Any) -> TrainEvent:
+        """Write one event and return it.
+
+        Raises:
+            EventError: fields that do not fit the kind.
+        """
+        event = TrainEvent(kind, data)
+        if self._stream is not None:
+            try:
+                self._stream.write(event.line() + "\n")
+                self._stream.flush()
+            except (BrokenPipeError, ValueError):  # ValueError: closed on our side
+                self._stream = None
+        return event
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
