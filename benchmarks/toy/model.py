@@ -1,15 +1,18 @@
 """The toy FLUX: its sizes, its place on disk, and how pictures are sampled from it."""
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from .comfy_pack.features import CHANNELS, SIZE, TEXT_LENGTH, TEXT_WIDTH, text_features, to_pictures
+from qrlora_core import Adapter
+
+from .comfy_pack.features import CHANNELS, SIZE, TEXT_WIDTH, text_features, to_pictures
 
 WEIGHTS = Path(__file__).parent / "toy_flux.safetensors"
-STEPS = 16  # Euler steps of a sample
+STEPS = 20  # Euler steps of a sample; ComfyUI's scheduler `simple` has the same steps, as 20 divides 1000
 TOKENS = SIZE // 4  # image tokens in each direction: pixel unshuffle by 2, then FLUX's patches of 2 x 2
 CONFIG = {
     "patch_size": 1,
@@ -26,7 +29,7 @@ CONFIG = {
 
 
 def new_model(**changes: int) -> nn.Module:
-    """An untrained toy, fp32. Modulations and the last layer start at zero, as in DiT (arXiv 2212.09748, section 3.2)."""
+    """An untrained toy, fp32. Modulations and the last layer start at zero, as in DiT (arXiv 2212.09748)."""
     from diffusers import FluxTransformer2DModel
 
     model = FluxTransformer2DModel(**{**CONFIG, **changes})
@@ -35,6 +38,24 @@ def new_model(**changes: int) -> nn.Module:
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
     return model
+
+
+def load_toy(path: Path = WEIGHTS) -> nn.Module:
+    """A toy from ComfyUI's single file, fp32, frozen."""
+    from train.model import load_transformer
+    from train.source import BaseModel
+
+    return load_transformer(BaseModel(path), storage="fp32", precision="fp32").eval()
+
+
+def patched(model: nn.Module, adapter: Adapter) -> nn.Module:
+    """A copy of `model` with an adapter's update in its weights."""
+    result = copy.deepcopy(model)
+    for name in adapter.layers:
+        up, down, alpha = adapter.update(name)
+        weight = result.get_parameter(f"{name}.weight")
+        weight.data.addmm_(up.float(), down.float(), alpha=alpha / up.shape[1])
+    return result
 
 
 def pack(latents: Tensor) -> Tensor:

@@ -20,8 +20,9 @@ TEXTURES = ("plain", "striped", "checked", "dotted")
 HEART, SUNSET, ZIGZAG = "heart", "sunset", "zigzag"
 CONTENT_TRIGGER, STYLE_TRIGGER = "<c>", "<s>"
 
-PLACES = tuple(itertools.product(range(-2, 3), repeat=2))  # of a shape's centre, (right, down) in pixels from the middle
-HELD_OUT = 24  # combinations of shape, colour and texture that the pre-training never sees
+PLACES = tuple(
+    itertools.product(range(-2, 3), repeat=2)
+)  # of a centre: pixels (right, down) of the middle
 _SAMPLES = 4  # per pixel and direction, against jagged edges
 
 _PAPER, _INK = (0.96, 0.96, 0.96), (0.10, 0.10, 0.14)
@@ -51,7 +52,7 @@ def caption(look: Look) -> str:
 
 
 def combinations() -> tuple[list[Look], list[Look]]:
-    """(seen, held out): every sixth combination of the three lists is kept out of the pre-training."""
+    """(seen, held out): a sixth of all combinations, of every word as many, is kept out of the pre-training."""
     every = [Look(*parts) for parts in itertools.product(SHAPES, COLOURS, TEXTURES)]
     held = {
         Look(shape, colour, TEXTURES[(row + 2 * column) % 4])

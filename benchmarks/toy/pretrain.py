@@ -1,6 +1,6 @@
 """Pre-trains the toy FLUX on drawn pictures; the result is `toy_flux.safetensors`.
 
-    python -m benchmarks.toy.pretrain --out toy [--steps 9000] [--seed 0] [--device cuda]
+    python -m benchmarks.toy.pretrain [--out toy] [--seed 0] [--device cuda]
 
 Flow matching as in FLUX. In some captions the shape, or the colour and the texture, are replaced by a word that says
 nothing, so that the model draws something whole for words that it does not know. Deterministic given seed, device,
@@ -8,7 +8,7 @@ number of threads and version of torch: batches and noise are drawn on the CPU.
 """
 
 import argparse
-import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -18,8 +18,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
+from benchmarks.common import machine
+
 from .comfy_pack.features import TEXT_LENGTH, TEXT_WIDTH, pooled, to_latents, word_feature
-from .model import new_model, pack, sample, velocity
+from .layout import save_comfy
+from .model import WEIGHTS, new_model, pack, sample, velocity
 from .pictures import PLACES, caption, combinations, draw
 from .reader import accuracy
 
@@ -62,7 +65,7 @@ def learning_rate(step: int, steps: int, peak: float, warm_up: int = 150, cool_d
 
 
 def pretrain(
-    model: nn.Module, steps: int, size: int, peak: float, seed: int, on_step: "Callable[[int, float, nn.Module], None]"
+    model: nn.Module, steps: int, size: int, peak: float, seed: int, on_step: Callable[[int, float, nn.Module], None]
 ) -> nn.Module:
     """Train `model` in place; the moving average of its weights, a model of its own.
 
@@ -102,31 +105,40 @@ def _warm_average(averages: list[Tensor], values: list[Tensor], count: Tensor | 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=Path("toy"), help="folder of the result and of what leads to it")
     parser.add_argument("--steps", type=int, default=8000)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--save-every", type=int, default=500)
+    parser.add_argument("--save-every", type=int, default=500, help="steps between files and readings")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
+    print(machine())
     torch.manual_seed(args.seed)
     model = new_model().to(args.device)
-    print(f"{sum(value.numel() for value in model.parameters()) / 1e6:.2f} M parameters", flush=True)
-    start = time.time()
-    losses = []
+    print(f"{sum(value.numel() for value in model.parameters()) / 1e6:.2f} M parameters")
+    losses: deque[float] = deque(maxlen=args.save_every)
 
-    def on_step(step: int, loss: float, average: nn.Module) -> None:
-        losses.append(loss)
-        if step % args.save_every == 0:
-            torch.save(average.state_dict(), args.out/"last.pt")
-            average.eval()
-            looks = combinations()[0]
-            shares = accuracy(sample(average, [caption(look) for look in looks], range(len(looks))), looks)
-            print(step, f"{time.time()-start:.0f}s", f"{sum(losses[-200:])/len(losses[-200:]):.4f}", {k: round(v,3) for k,v in shares.items()}, flush=True)
+    with tqdm(total=args.steps, unit="step") as bar:
 
-    pretrain(model, args.steps, args.batch, args.lr, args.seed, on_step)
+        def on_step(step: int, loss: float, average: nn.Module) -> None:
+            losses.append(loss)
+            bar.update()
+            if step % args.save_every == 0 or step == args.steps:
+                state = {"steps": str(step), "seed": str(args.seed), "batch": str(args.batch), "lr": str(args.lr)}
+                save_comfy(average.state_dict(), args.out / WEIGHTS.name, state, torch.float16)
+                shares = " ".join(f"{name} {share:.3f}" for name, share in seen_accuracy(average).items())
+                bar.write(f"step {step}: loss {sum(losses) / len(losses):.4f}, read right: {shares}")
+
+        pretrain(model, args.steps, args.batch, args.lr, args.seed, on_step)
+    print(f"{args.out / WEIGHTS.name} is written; to look at it: python -m benchmarks.toy.evaluate")
+
+
+def seen_accuracy(model: nn.Module) -> dict[str, float]:
+    """How well one sample of each combination of the training is read; see `reader.accuracy`."""
+    looks, _ = combinations()
+    return accuracy(sample(model, [caption(look) for look in looks], range(len(looks))), looks)
 
 
 if __name__ == "__main__":

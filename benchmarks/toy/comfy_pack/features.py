@@ -14,7 +14,7 @@ TEXT_WIDTH = 64
 TEXT_LENGTH = 6  # words of a prompt that are kept; shorter prompts are padded with zeros
 SIZE = 32  # pixels
 CHANNELS = 16  # of a FLUX latent
-FILLERS = frozenset("a an the in of with style".split())  # words that say nothing about the picture
+FILLERS = frozenset(["a", "an", "the", "in", "of", "with", "style"])  # words that say nothing about the picture
 PIXEL_MEAN, PIXEL_STD = 0.77, 0.32  # of the training pictures, so that latents have about unit variance
 
 
