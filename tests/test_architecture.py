@@ -13,7 +13,18 @@ ROOT = Path(__file__).resolve().parents[1]
 STDLIB = set(sys.stdlib_module_names)
 ALLOWED = {
     "qrlora_core": {"torch", "safetensors", "numpy"},
-    "train": {"torch", "safetensors", "numpy", "qrlora_core", "diffusers", "accelerate", "tqdm", "PIL", "train"},
+    "train": {
+        "torch",
+        "safetensors",
+        "numpy",
+        "qrlora_core",
+        "diffusers",
+        "accelerate",
+        "tqdm",
+        "PIL",
+        "psutil",
+        "train",
+    },
     "nodes": {"torch", "comfy_api", "comfy", "folder_paths"},
 }
 HOST_FILES = {"comfy": {"host.py"}, "folder_paths": {"folders.py"}}
