@@ -20,9 +20,9 @@ TEXTURES = ("plain", "striped", "checked", "dotted")
 HEART, SUNSET, ZIGZAG = "heart", "sunset", "zigzag"
 CONTENT_TRIGGER, STYLE_TRIGGER = "<c>", "<s>"
 
-PLACES = tuple(
-    itertools.product(range(-2, 3), repeat=2)
-)  # of a centre: pixels (right, down) of the middle
+# Where a shape's centre may be: pixels (right, down) of the middle. They differ by whole tokens (4 pixels), so that a
+# texture looks alike to the model at every place; it is too small to learn all phases in an hour.
+PLACES = tuple(itertools.product((-4, 0, 4), repeat=2))
 _SAMPLES = 4  # per pixel and direction, against jagged edges
 
 _PAPER, _INK = (0.96, 0.96, 0.96), (0.10, 0.10, 0.14)
@@ -76,17 +76,17 @@ def _inside(shape: str, x: Tensor, y: Tensor) -> Tensor:
     radius = torch.hypot(x, y)
     across, down = x.abs(), y.abs()
     if shape == "circle":
-        return radius <= 11
+        return radius <= 10.8
     if shape == "square":
         return torch.maximum(across, down) <= 10
     if shape == "triangle":
         return (down <= 10.5) & (across <= (y + 10.5) * 0.58)
     if shape == "diamond":
-        return across + down <= 13
+        return across + down <= 12.2
     if shape == "cross":
         return (torch.minimum(across, down) <= 4) & (torch.maximum(across, down) <= 11.5)
     if shape == "ring":
-        return (radius <= 12) & (radius >= 6)
+        return (radius <= 11.6) & (radius >= 5.6)
     if shape == HEART:
         u, v = across / 9.8, (1.5 - y) / 9.8
         return (u**2 + v**2 - 1) ** 3 <= u**2 * v**3
@@ -98,11 +98,11 @@ def _marked(texture: str, x: Tensor, y: Tensor) -> Tensor:
     if texture == "plain":
         return torch.zeros_like(x, dtype=torch.bool)
     if texture == "striped":
-        return torch.remainder(y, 6) < 3
+        return torch.remainder(y, 4) < 2
     if texture == "checked":
         return (torch.remainder(x, 8) < 4) ^ (torch.remainder(y, 8) < 4)
     if texture == "dotted":
-        return torch.hypot(torch.remainder(x, 6) - 3, torch.remainder(y, 6) - 3) < 1.9
+        return torch.hypot(torch.remainder(x + 4, 8) - 4, torch.remainder(y + 4, 8) - 4) < 2.5
     if texture == ZIGZAG:
-        return torch.remainder(y + (torch.remainder(x, 8) - 4).abs(), 6) < 2.5
+        return torch.remainder(y + (torch.remainder(x, 8) - 4).abs(), 8) < 4
     raise ValueError(f"{texture!r} is not a texture that can be drawn")
