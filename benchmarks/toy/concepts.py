@@ -37,19 +37,18 @@ CONTENT = Concept(
 STYLE = Concept("toy_style", STYLE_TRIGGER, f"a circle in {STYLE_TRIGGER} style", Look("circle", SUNSET, ZIGZAG))
 MERGED_PROMPT = f"a {CONTENT_TRIGGER} in {STYLE_TRIGGER} style"
 
-# What `fit` is told beyond its defaults
-SETTINGS: Mapping[str, str | int | float] = {
+# What training is told beyond its defaults: settings of `fit`, the first ones widgets of the Train node
+FIT: Mapping[str, str | int | float] = {
+    "method": "delta_r_triangular",
     "rank": 16,
-    "alpha": 16,
+    "alpha": 16.0,
     "steps": 300,
+    "learning_rate": 2e-3,
     "batch_size": 16,
     "gradient_accumulation": 1,
-    "learning_rate": 2e-3,
-    "precision": "fp32",
-    "base_storage": "fp32",
-    "decomposition": "exact",
+    "seed": 0,
 }
-FLAGS = ("--no-gradient-checkpointing",)
+MORE: Mapping[str, str | int | float] = {"precision": "fp32", "base_storage": "fp32"}
 
 
 def draw_picture(concept: Concept, folder: Path) -> Path:
@@ -83,30 +82,32 @@ def write_cache(concept: Concept, picture: Path, path: Path) -> Path:
     )
 
 
-def fit(concept: Concept, folder: Path, **changes: str | int | float) -> Path:
+def fit(concept: Concept, out: Path, scratch: Path, **changes: str | int | float) -> Path:
     """Draw the picture, write the cache, and run the trainer's own command; its progress bar goes to the terminal.
 
     Args:
-        folder: where picture, cache, run and adapter go.
-        changes: settings other than SETTINGS.
+        out: where picture and adapter go.
+        scratch: where cache, basis and run go; the next concept finds the basis there.
+        changes: settings other than FIT and MORE.
 
     Raises:
         subprocess.CalledProcessError: the trainer failed; it has said why.
     """
-    data = write_cache(concept, draw_picture(concept, folder), folder / f"{concept.name}_cache.safetensors")
-    output = folder / f"{concept.name}.safetensors"
+    data = write_cache(concept, draw_picture(concept, out), scratch / f"{concept.name}_cache.safetensors")
+    output = out / f"{concept.name}.safetensors"
     settings = {
         "model": WEIGHTS,
         "data": data,
-        "run_dir": folder / "runs" / concept.name,
-        "output": output,
-        "basis_cache": folder / "bases",
+        "run_dir": scratch / concept.name,
+        "output": output.resolve(),
+        "basis_cache": scratch / "bases",
+        "name": concept.name,
         "trigger": concept.trigger,
         "prompt": concept.prompt,
-        "resume": "never",
-        **SETTINGS,
+        **FIT,
+        **MORE,
         **changes,
     }
     flags = [f"--{key.replace('_', '-')}={value}" for key, value in settings.items()]
-    subprocess.run([sys.executable, "-m", "train", "fit", *flags, *FLAGS], cwd=PACK, check=True)
+    subprocess.run([sys.executable, "-m", "train", "fit", *flags, "--no-gradient-checkpointing"], cwd=PACK, check=True)
     return output

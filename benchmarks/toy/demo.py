@@ -2,9 +2,9 @@
 
 python -m benchmarks.toy.demo [--out demo] [--no-wait] [--headless]
 
-In a ComfyUI where one is found (COMFYUI_PATH, or ~/ComfyUI), in a scratch folder: the graph trains, merges and draws the
-sheet, and the page stays open. Without one: the same from the shell. Either way `--out` gets the two pictures, the two
-adapters, the alpha x beta sheet, the similarity picture, and the numbers.
+In a ComfyUI where one is found (COMFYUI_PATH, or ~/ComfyUI), in a scratch folder: the graph trains, merges and draws
+the sheet, and the page stays open. Without one: the same from the shell. Either way `--out` gets the two pictures, the
+two adapters, the alpha x beta sheet, the similarity picture, and the numbers.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +25,7 @@ from qrlora_core import Adapter, MergeRecipe, merged_adapter, open_adapter
 from tests.demo import installed_host
 
 from . import demo_host
-from .concepts import CONTENT, MERGED_PROMPT, STYLE, draw_picture, enlarged, fit
+from .concepts import CONTENT, FIT, MERGED_PROMPT, MORE, STYLE, enlarged, fit
 from .judge import judge, summary, verdict
 from .model import load_toy, patched, sample
 
@@ -57,30 +57,40 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     start = time.monotonic()
     args.out.mkdir(parents=True, exist_ok=True)
+    changes = {} if args.steps is None else {"steps": args.steps}
     if host is None:
         print("without ComfyUI" + ("" if args.headless else ": none was found (COMFYUI_PATH may name one)"), flush=True)
-        train(args.out, args.steps)
+        train(args.out, changes)
         good = show(args.out, args.pictures)
         print(f"\ndone in {time.monotonic() - start:.0f} s", flush=True)
-        return 0 if good else 1
-    os.environ["COMFYUI_PATH"] = str(host)
-    return demo_host.run(
-        host, args.out, args.steps, lambda: show(args.out, args.pictures, with_sheet=False), args.no_wait, start
-    )
+    else:
+        os.environ["COMFYUI_PATH"] = str(host)  # where the host's part looks for an interpreter
+
+        def numbers() -> bool:
+            result = show(args.out, args.pictures, with_sheet=False)
+            print(f"\ndone in {time.monotonic() - start:.0f} s", flush=True)
+            return result
+
+        good = demo_host.run(host, args.out, {**FIT, **MORE, **changes}, SEED, GRID, numbers, not args.no_wait)
+    return 0 if good else 1
 
 
-def train(out: Path, steps: int | None) -> None:
-    """Train both adapters by the trainer's own command."""
-    changes = {} if steps is None else {"steps": steps}
+def train(out: Path, changes: Mapping[str, str | int | float]) -> None:
+    """Train both adapters by the trainer's own command; `changes` are settings other than the demo's."""
     with tempfile.TemporaryDirectory(prefix="qr-lora-demo-") as scratch:
         for concept in (CONTENT, STYLE):
-            print(f"\ntraining {concept.name} on one picture: {concept.prompt!r}", flush=True)
+            print(f"\ntraining {concept.name} on one picture, {concept.prompt!r}", flush=True)
             fit(concept, out, Path(scratch), **changes)
+
+
+def opened(out: Path) -> Adapters:
+    """The adapters of a demo's folder."""
+    return Adapters(*(open_adapter(out / f"{concept.name}.safetensors") for concept in (STYLE, CONTENT)))
 
 
 def show(out: Path, pictures: int, with_sheet: bool = True) -> bool:
     """Sheet, similarity picture and numbers of the adapters in `out`; whether each does what it was trained for."""
-    adapters = Adapters(*(open_adapter(out / f"{concept.name}.safetensors") for concept in (STYLE, CONTENT)))
+    adapters = opened(out)
     model = load_toy()
     if with_sheet:
         sheet(model, adapters).save(out / SHEET)
@@ -96,23 +106,34 @@ def show(out: Path, pictures: int, with_sheet: bool = True) -> bool:
     return verdict(rows)
 
 
-def sheet(model: nn.Module, adapters: Adapters, grid: str = GRID) -> Image.Image:
-    """One noise at every alpha and beta, labelled."""
-    from qrlora_core import sweep
+def sheet(model: nn.Module, adapters: Adapters) -> Image.Image:
+    """One noise at every alpha and beta of the grid, labelled."""
     from qrlora_plots import contact_sheet
+
+    labels, pictures = grid_pictures(model, adapters, GRID)
+    return contact_sheet(pictures, labels, title=f"{MERGED_PROMPT}; alpha: style, beta: content").image
+
+
+def grid_pictures(model: nn.Module, adapters: Adapters, grid: str) -> tuple[list[str], list[Image.Image]]:
+    """Labels and pictures of the merged prompt at every pair of the grid's numbers."""
+    from qrlora_core import sweep
 
     cells = sweep(MergeRecipe.of(adapters.style), grid, MergeRecipe.of(adapters.content), grid)
     pictures = []
     for cell in tqdm(cells, desc="alpha x beta", unit="picture"):
         pixels = sample(patched(model, merged_adapter(cell.recipe)), [MERGED_PROMPT], [SEED])[0]
         pictures.append(enlarged(Image.fromarray(pixels.movedim(0, -1).mul(255).round().byte().numpy())))
-    title = f"{MERGED_PROMPT}   alpha: style, beta: content"
-    return contact_sheet(pictures, [cell.label for cell in cells], title=title).image
+    return [cell.label for cell in cells], pictures
 
 
 def similarity(adapters: Adapters, path: Path) -> None:
     """The picture of how alike the two adapters are, layer by layer."""
-    from qrlora_core import similarity_report
     from qrlora_plots import similarity_png
 
+    from qrlora_core import similarity_report
+
     path.write_bytes(similarity_png(similarity_report(*adapters)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

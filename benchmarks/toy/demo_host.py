@@ -5,7 +5,6 @@ import shutil
 import sys
 import tempfile
 import threading
-import time
 import webbrowser
 from collections.abc import Callable
 from pathlib import Path

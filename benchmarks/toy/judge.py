@@ -41,6 +41,10 @@ class Experiment(NamedTuple):
     prompts: Sequence[str]
     looks: Sequence[Look]
 
+    @property
+    def name(self) -> str:
+        return f"{self.title}, alpha {self.alpha:g}, beta {self.beta:g}"
+
 
 def content_prompts() -> tuple[list[str], list[Look]]:
     """The new shape in every colour and texture but those of its one picture."""
@@ -112,11 +116,10 @@ def _sampled(
 def _row(one: Experiment, pictures: Tensor, looks: Sequence[Look]) -> Row:
     found = read(pictures)
     count = len(found)
-    title = f"{one.title}, alpha {one.alpha:g}, beta {one.beta:g}"
     content = sum(look.shape == HEART for look in found) / count
     style = sum(look.colour == SUNSET and look.texture == ZIGZAG for look in found) / count
-    rest = sum(all(want in ("", got) for want, got in zip(look, read)) for look, read in zip(looks, found)) / count
-    return Row(title, count, content, style, rest)
+    rest = sum(all(want in ("", got) for want, got in zip(*pair)) for pair in zip(looks, found)) / count
+    return Row(one.name, count, content, style, rest)
 
 
 def share(rows: Sequence[Row], title: str, field: str) -> float:
@@ -154,7 +157,7 @@ def summary(rows: Sequence[Row]) -> str:
             f"prompt in {percent('<c> in old styles, alpha 0, beta 1', 'rest')}.",
             f"Style alone (alpha 1): the new palette and texture show in "
             f"{percent('old shapes in <s>, alpha 1, beta 0', 'style')} of the prompts with shapes that it was not "
-            f"trained with; the shape is that of the prompt in {percent('old shapes in <s>, alpha 1, beta 0', 'rest')}.",
+            f"trained with; the shape is the prompt's in {percent('old shapes in <s>, alpha 1, beta 0', 'rest')}.",
             f"Both on, '<c> in <s>': {percent(merged, 'content')} show the heart, {percent(merged, 'style')} the new "
             "style.",
             f"Both on, but only <c> in the prompt: {percent(both, 'content')} show the heart, and "
