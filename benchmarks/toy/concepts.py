@@ -18,6 +18,7 @@ from .comfy_pack.features import SIZE, text_features, to_latents
 from .model import WEIGHTS
 from .pictures import CONTENT_TRIGGER, HEART, STYLE_TRIGGER, SUNSET, ZIGZAG, Look, draw
 
+Settings = Mapping[str, str | int | float]
 PACK = Path(__file__).resolve().parents[2]
 ENLARGED = 4  # times that a picture file is larger than the toy's 32 pixels
 
@@ -38,7 +39,7 @@ STYLE = Concept("toy_style", STYLE_TRIGGER, f"a circle in {STYLE_TRIGGER} style"
 MERGED_PROMPT = f"a {CONTENT_TRIGGER} in {STYLE_TRIGGER} style"
 
 # What training is told beyond its defaults: settings of `fit`, the first ones widgets of the Train node
-FIT: Mapping[str, str | int | float] = {
+FIT: Settings = {
     "method": "delta_r_triangular",
     "rank": 16,
     "alpha": 16.0,
@@ -48,7 +49,7 @@ FIT: Mapping[str, str | int | float] = {
     "gradient_accumulation": 1,
     "seed": 0,
 }
-MORE: Mapping[str, str | int | float] = {"precision": "fp32", "base_storage": "fp32"}
+MORE: Settings = {"precision": "fp32", "base_storage": "fp32"}
 
 
 def draw_picture(concept: Concept, folder: Path) -> Path:
@@ -93,6 +94,8 @@ def fit(concept: Concept, out: Path, scratch: Path, **changes: str | int | float
     Raises:
         subprocess.CalledProcessError: the trainer failed; it has said why.
     """
+    for folder in (out, scratch):
+        folder.mkdir(parents=True, exist_ok=True)
     data = write_cache(concept, draw_picture(concept, out), scratch / f"{concept.name}_cache.safetensors")
     output = out / f"{concept.name}.safetensors"
     settings = {

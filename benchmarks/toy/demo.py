@@ -13,7 +13,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +25,7 @@ from qrlora_core import Adapter, MergeRecipe, merged_adapter, open_adapter
 from tests.demo import installed_host
 
 from . import demo_host
-from .concepts import CONTENT, FIT, MERGED_PROMPT, MORE, STYLE, enlarged, fit
+from .concepts import CONTENT, FIT, MERGED_PROMPT, MORE, STYLE, Settings, enlarged, fit
 from .judge import judge, summary, verdict
 from .model import load_toy, patched, sample
 
@@ -66,16 +66,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         os.environ["COMFYUI_PATH"] = str(host)  # where the host's part looks for an interpreter
 
+        def train_outside() -> None:
+            train(args.out, changes)
+
         def numbers() -> bool:
             result = show(args.out, args.pictures, with_sheet=False)
             print(f"\ndone in {time.monotonic() - start:.0f} s", flush=True)
             return result
 
-        good = demo_host.run(host, args.out, {**FIT, **MORE, **changes}, SEED, GRID, numbers, not args.no_wait)
+        settings = {**FIT, **MORE, **changes}
+        good = demo_host.run(host, args.out, settings, SEED, GRID, train_outside, numbers, not args.no_wait)
     return 0 if good else 1
 
 
-def train(out: Path, changes: Mapping[str, str | int | float]) -> None:
+def train(out: Path, changes: Settings) -> None:
     """Train both adapters by the trainer's own command; `changes` are settings other than the demo's."""
     with tempfile.TemporaryDirectory(prefix="qr-lora-demo-") as scratch:
         for concept in (CONTENT, STYLE):

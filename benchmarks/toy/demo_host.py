@@ -4,7 +4,6 @@ import json
 import shutil
 import sys
 import tempfile
-import threading
 import webbrowser
 from collections.abc import Callable
 from pathlib import Path
@@ -14,18 +13,26 @@ from tqdm import tqdm
 
 from tests.host import instance
 from tests.host.graph import editable
-from tests.host.instance import Server
+from tests.host.instance import Server, WorkflowError
 
 from .comfy_pack.features import SIZE
-from .concepts import CONTENT, ENLARGED, FIT, MERGED_PROMPT, PACK, STYLE, Concept, draw_picture
+from .concepts import CONTENT, ENLARGED, FIT, MERGED_PROMPT, PACK, STYLE, Settings, draw_picture
 from .model import STEPS, WEIGHTS
 
 PAGE, PAGE_PACK = "toy_flux", "qrlora_demo"  # a workflow, and a pack without nodes that offers it as a template
+CONCEPTS = {"style": STYLE, "content": CONTENT}
 Graph = dict[str, dict[str, Any]]
 
 
 def run(
-    host: Path, out: Path, settings: dict[str, Any], seed: int, grid: str, show: Callable[[], bool], wait: bool
+    host: Path,
+    out: Path,
+    settings: Settings,
+    seed: int,
+    grid: str,
+    train: Callable[[], None],
+    show: Callable[[], bool],
+    wait: bool,
 ) -> bool:
     """The story in ComfyUI; sheet, pictures and adapters are copied to `out`, and `show` then tells the numbers.
 
@@ -34,6 +41,7 @@ def run(
         out: where results go.
         settings: of the training, widgets of Train and of its options.
         seed, grid: of the sheet.
+        train: trains from the shell into `out`; for a pack without a Train node.
         show: what comes after the sheet; its answer is this function's.
         wait: keep the server, with its page open, until Ctrl-C.
     """
@@ -41,10 +49,15 @@ def run(
         base = make_base(Path(scratch) / "base")
         print(f"starting ComfyUI from {host} (the first time takes a while)", flush=True)
         with Server(host, base) as server:
-            workflow = graph(settings, seed, grid)
+            in_graph = "QRLoRATrain" in server.get("/object_info")
+            if not in_graph:
+                train()
+                for concept in CONCEPTS.values():
+                    shutil.copy(out / f"{concept.name}.safetensors", base / "models" / "qrlora")
+            workflow = graph(settings, seed, grid, in_graph)
             offer_page(server, workflow)
             entry = queued(server, workflow, int(settings["steps"]))
-            collect(base, entry, workflow, out)
+            collect(base, entry, out, in_graph)
             good = show()
             print(f"\nlog      {server.log}")
             print(f"page     {server.url}/?template={PAGE}&source={PAGE_PACK}   (turn alpha and beta, press Run)")
@@ -68,8 +81,8 @@ def make_base(folder: Path) -> Path:
     return folder
 
 
-def graph(settings: dict[str, Any], seed: int, grid: str) -> Graph:
-    """The workflow in API form: train both, then one merge to play with, and the sweep."""
+def graph(settings: Settings, seed: int, grid: str, in_graph: bool = True) -> Graph:
+    """The workflow in API form: train (or load) both, then one merge to play with, and the sweep."""
     side = SIZE * ENLARGED
     widgets = {name: value for name, value in settings.items() if name in FIT}
     options = {name: value for name, value in settings.items() if name not in FIT}
@@ -77,9 +90,7 @@ def graph(settings: dict[str, Any], seed: int, grid: str) -> Graph:
         "model": node("UNETLoader", unet_name=WEIGHTS.name, weight_dtype="default"),
         "clip": node("QRLoRAToyTextEncoder"),
         "vae": node("QRLoRAToyVAE"),
-        "options": node("QRLoRATrainOptions", **options),
-        **trained(STYLE, "style", widgets),
-        **trained(CONTENT, "content", widgets),
+        **(trained(widgets, options) if in_graph else loaded()),
         "prompt": node("CLIPTextEncode", text=MERGED_PROMPT, clip=["clip", 0]),
         "noise": node("EmptySD3LatentImage", width=side, height=side, batch_size=1),
         "merge": node(
@@ -128,11 +139,12 @@ def graph(settings: dict[str, Any], seed: int, grid: str) -> Graph:
     return nodes
 
 
-def trained(concept: Concept, name: str, widgets: dict[str, Any]) -> Graph:
-    """A picture and the Train node of one concept."""
-    return {
-        f"{name}_picture": node("LoadImage", image=f"{concept.name}.png"),
-        name: node(
+def trained(widgets: Settings, options: Settings) -> Graph:
+    """The two pictures, and a Train node for each."""
+    nodes: Graph = {"options": node("QRLoRATrainOptions", **options)}
+    for name, concept in CONCEPTS.items():
+        nodes[f"{name}_picture"] = node("LoadImage", image=f"{concept.name}.png")
+        nodes[name] = node(
             "QRLoRATrain",
             model_name=WEIGHTS.name,
             clip=["clip", 0],
@@ -145,7 +157,14 @@ def trained(concept: Concept, name: str, widgets: dict[str, Any]) -> Graph:
             images=[f"{name}_picture", 0],
             options=["options", 0],
             **widgets,
-        ),
+        )
+    return nodes
+
+
+def loaded() -> Graph:
+    """The two adapters from their files."""
+    return {
+        name: node("QRLoRALoadDeltaR", delta_r_name=f"{concept.name}.safetensors") for name, concept in CONCEPTS.items()
     }
 
 
@@ -160,31 +179,47 @@ def offer_page(server: Server, workflow: Graph) -> None:
         (server.base / folder / f"{PAGE}.json").write_text(text, encoding="utf-8")
 
 
-def queued(server: Server, workflow: Graph, steps: int) -> dict[str, Any]:
-    """Run the workflow with a progress bar for each training; its history entry."""
-    done = threading.Event()
-    watcher = threading.Thread(target=watch, args=(server, steps, done), daemon=True)
-    watcher.start()
+def queued(server: Server, workflow: Graph, steps: int, timeout: float = 1800) -> dict[str, Any]:
+    """Run the workflow with a progress bar for each training; its history entry.
+
+    Raises:
+        WorkflowError: it was refused, a node failed, or it took longer than `timeout` seconds.
+    """
+    body = json.dumps({"prompt": workflow, "client_id": "demo"}).encode()
+    request = urllib.request.Request(f"{server.url}/prompt", body, {"Content-Type": "application/json"})
     try:
-        return server.queue(workflow, timeout=1800)
-    finally:
-        done.set()
-        watcher.join()
-
-
-def watch(server: Server, steps: int, done: threading.Event) -> None:
-    """Show what the page's own route tells of the trainings, until `done`."""
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            ticket = json.load(answer)["prompt_id"]
+    except urllib.error.HTTPError as error:
+        raise WorkflowError(error.read().decode()) from error
+    trains = any(one["class_type"] == "QRLoRATrain" for one in workflow.values())
     bars: dict[str, Any] = {}
-    while not done.wait(0.5):
-        for job in server.get("/qrlora/train/state")["jobs"]:
-            bar = bars.setdefault(job["node"], None) or tqdm(total=steps, desc=f"training {job['node']}", unit="step")
-            bars[job["node"]] = bar
-            taken = [event for event in job["events"] if event["event"] == "step"]
-            if taken:
-                bar.update(taken[-1]["step"] - bar.n)
-                bar.set_postfix(loss=f"{taken[-1]['smoothed_loss']:.4f}")
-    for bar in bars.values():
-        bar.close()
+    until = time.monotonic() + timeout
+    try:
+        while time.monotonic() < until and server.process.poll() is None:
+            entry = server.get(f"/history/{ticket}").get(ticket)
+            if trains:
+                show_progress(server.get("/qrlora/train/state")["jobs"], steps, bars)
+            if entry and entry["status"]["status_str"] == "error":
+                raise WorkflowError(json.dumps(entry["status"]["messages"]))
+            if entry and entry["status"]["completed"]:
+                return entry
+            time.sleep(0.5)
+    finally:
+        for bar in bars.values():
+            bar.close()
+    raise WorkflowError(f"no answer within {timeout:g} s:\n{server.tail()}")
+
+
+def show_progress(jobs: list[dict[str, Any]], steps: int, bars: dict[str, Any]) -> None:
+    """One bar per training, made when its first step is done."""
+    for job in jobs:
+        taken = [event for event in job["events"] if event["event"] == "step"]
+        if taken and job["node"] not in bars:
+            bars[job["node"]] = tqdm(total=steps, desc=f"training {job['node']}", unit="step")
+        if taken:
+            bars[job["node"]].update(taken[-1]["step"] - bars[job["node"]].n)
+            bars[job["node"]].set_postfix(loss=f"{taken[-1]['smoothed_loss']:.4f}")
 
 
 def keep(server: Server) -> None:
@@ -198,10 +233,11 @@ def keep(server: Server) -> None:
     print(f"ComfyUI ended by itself:\n{server.tail()}", file=sys.stderr)
 
 
-def collect(base: Path, entry: dict[str, Any], workflow: Graph, out: Path) -> None:
+def collect(base: Path, entry: dict[str, Any], out: Path, in_graph: bool) -> None:
     """Copy what the run made to the folder of the results."""
     sheet = entry["outputs"]["sweep_sheet"]["images"][0]
     shutil.copy(base / "output" / sheet["subfolder"] / sheet["filename"], out / "sheet.png")
-    for concept in (CONTENT, STYLE):
+    for concept in CONCEPTS.values():
         shutil.copy(base / "input" / f"{concept.name}.png", out)
-        shutil.copy(base / "output" / "qrlora" / f"{concept.name}.safetensors", out)
+        if in_graph:
+            shutil.copy(base / "output" / "qrlora" / f"{concept.name}.safetensors", out)

@@ -1,5 +1,4 @@
-"""Procedural pictures: a shape in a colour and a texture. Everything a caption says is drawn, nothing else varies
-but the place of the shape.
+"""Procedural pictures: a shape in a colour and a texture, in the middle. All that is drawn stands in the caption.
 
 The training set has 6 shapes, 6 colours and 4 textures. Two concepts are outside of it: a shape (`HEART`), and a style
 with a texture and a palette of its own (`ZIGZAG` in `SUNSET`).
@@ -20,9 +19,6 @@ TEXTURES = ("plain", "striped", "checked", "dotted")
 HEART, SUNSET, ZIGZAG = "heart", "sunset", "zigzag"
 CONTENT_TRIGGER, STYLE_TRIGGER = "<c>", "<s>"
 
-# Where a shape's centre may be: pixels (right, down) of the middle. They differ by whole tokens (4 pixels), so that a
-# texture looks alike to the model at every place; it is too small to learn all phases in an hour.
-PLACES = tuple(itertools.product((-4, 0, 4), repeat=2))
 _SAMPLES = 4  # per pixel and direction, against jagged edges
 
 _PAPER, _INK = (0.96, 0.96, 0.96), (0.10, 0.10, 0.14)

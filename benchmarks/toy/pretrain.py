@@ -23,7 +23,7 @@ from benchmarks.common import machine
 from .comfy_pack.features import TEXT_LENGTH, TEXT_WIDTH, pooled, to_latents, word_feature
 from .layout import save_comfy
 from .model import WEIGHTS, new_model, pack, sample, velocity
-from .pictures import PLACES, caption, combinations, draw
+from .pictures import caption, combinations, draw
 from .reader import accuracy
 
 
@@ -39,13 +39,13 @@ class Batch(NamedTuple):
 def batches(size: int, generator: torch.Generator) -> Iterator[Batch]:
     """Endless random batches of the combinations that are not held out."""
     looks, _ = combinations()
-    tokens = pack(to_latents(torch.stack([draw(look, place) for look in looks for place in PLACES])))
+    tokens = pack(to_latents(torch.stack([draw(look) for look in looks])))
     names = torch.stack([torch.stack([word_feature(word) for word in look]) for look in looks])  # (looks, 3, width)
     while True:
         picks = torch.randint(len(tokens), (size,), generator=generator)
         sigma = torch.sigmoid(torch.randn(size, generator=generator) + 0.3)  # most steps where shapes are decided
         noise = torch.randn(size, *tokens.shape[1:], generator=generator)
-        yield Batch(tokens[picks], noise, sigma, spoilt(names[picks // len(PLACES)], generator))
+        yield Batch(tokens[picks], noise, sigma, spoilt(names[picks], generator))
 
 
 def spoilt(names: Tensor, generator: torch.Generator) -> Tensor:
@@ -106,12 +106,12 @@ def _warm_average(averages: list[Tensor], values: list[Tensor], count: Tensor | 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("toy"), help="folder of the result and of what leads to it")
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=1800)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--save-every", type=int, default=500, help="steps between files and readings")
+    parser.add_argument("--save-every", type=int, default=300, help="steps between files and readings")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     print(machine())
