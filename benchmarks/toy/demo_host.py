@@ -4,6 +4,9 @@ import json
 import shutil
 import sys
 import tempfile
+import time
+import urllib.error
+import urllib.request
 import webbrowser
 from collections.abc import Callable
 from pathlib import Path
