@@ -38,7 +38,7 @@ class Term:
 
     def __str__(self) -> str:
         scales = "".join(f" [{scale}]" for scale in self.scales)
-        return f"{self.strength:g} {self.adapter.name}{scales}"
+        return f"{self.strength:g} x {self.adapter.name}{scales}"
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -114,14 +114,15 @@ def _compare(name: str, a: Adapter, b: Adapter) -> tuple[LayerEntry, float]:
     cosine["delta_r"], band["delta_r"] = _cosine(one.delta_r, two.delta_r)
     cosine["q"], band["q"] = _cosine(one.q, two.q)
     cosine["r"], band["r"] = _cosine(one.r, two.r)
-    inner = 0.0
-    norm_a, norm_b = (_product_norm(part.update) for part in (one, two))
+    gram_a, gram_b, cross = one.q.mT @ one.q, two.q.mT @ two.q, one.q.mT @ two.q
+    inner, norm_a, norm_b = 0.0, _product_norm(one, gram_a), _product_norm(two, gram_b)
     if one.update and two.update:
-        inner, deviation = _inner(one.update, two.update)
+        shared = one.update[0] is one.q and two.update[0] is two.q
+        inner, deviation = _inner(one.update, two.update, cross if shared else one.update[0].mT @ two.update[0])
         size = (norm_a or 0.0) * (norm_b or 0.0)
         if size > 0:
             cosine["update"], band["update"] = _clamped(inner / size), _BAND * deviation
-    angles, overlap = _spans(one.q, two.q)
+    angles, overlap = _spans(gram_a, gram_b, cross)
     norms: Norms = {
         "delta_r_a": _norm(one.delta_r),
         "delta_r_b": _norm(two.delta_r),
@@ -168,33 +169,31 @@ def _cosine(one: Tensor | None, two: Tensor | None) -> tuple[float | None, float
     return _clamped(float(torch.dot(one.flatten(), two.flatten())) / size), _BAND / math.sqrt(entries)
 
 
-def _inner(one: tuple[Tensor, Tensor], two: tuple[Tensor, Tensor]) -> tuple[float, float]:
+def _inner(one: tuple[Tensor, Tensor], two: tuple[Tensor, Tensor], cross: Tensor) -> tuple[float, float]:
     """Inner product of two updates, and the standard deviation of their cosine if both dR were random.
 
     For independent entries of D1, D2 the product has the variance ||U1^T U2||^2 * in and the sizes are ||Ui||^2 * in:
-    1 / sqrt(rank * in) on one basis, 1 / sqrt(out * in) on two random ones.
+    1 / sqrt(rank * in) on one basis, 1 / sqrt(out * in) on two random ones. `cross` is U1^T U2.
     """
-    cross = one[0].mT @ two[0]
     product = float((cross * (one[1] @ two[1].mT)).sum())
     spread = float(cross.norm() / (one[0].norm() * two[0].norm()))
     return product, spread / math.sqrt(one[1].shape[1])
 
 
-def _spans(one: Tensor, two: Tensor) -> tuple[list[float], float]:
+def _spans(gram_a: Tensor, gram_b: Tensor, cross: Tensor) -> tuple[list[float], float]:
     """Principal angles between two column spans, ascending, in radians, and the mean of their squared cosines.
 
-    Bjoerck & Golub 1973. The columns are made orthonormal by their own Gram matrix, because files in bf16 and stacked
-    merges hold a Q that is not.
+    Bjoerck & Golub 1973, from `Qa^T Qa`, `Qb^T Qb` and `Qa^T Qb`. The columns are made orthonormal by their own Gram
+    matrix, because files in bf16 and stacked merges hold a Q that is not.
     """
-    cross = _whitening(one).mT @ (one.mT @ two) @ _whitening(two)
-    cosines = torch.linalg.svdvals(cross).clamp(0, 1)
+    cosines = torch.linalg.svdvals(_whitening(gram_a).mT @ cross @ _whitening(gram_b)).clamp(0, 1)
     # acos cannot tell angles below 1e-8 from 0, which is far below what a file stores
     return torch.acos(cosines).tolist(), float(cosines.square().mean())
 
 
-def _whitening(q: Tensor) -> Tensor:
+def _whitening(gram: Tensor) -> Tensor:
     """`T` such that `q @ T` has orthonormal columns that span what q spans: (rank, rank) or narrower."""
-    values, vectors = torch.linalg.eigh(q.mT @ q)
+    values, vectors = torch.linalg.eigh(gram)
     kept = values > _SPAN_ENERGY * values[-1]
     whitening: Tensor = vectors[:, kept] / values[kept].sqrt()
     return whitening
@@ -213,11 +212,12 @@ def _norm(tensor: Tensor | None) -> float | None:
     return None if tensor is None else float(tensor.norm())
 
 
-def _product_norm(update: tuple[Tensor, Tensor] | None) -> float | None:
-    if update is None:
+def _product_norm(parts: _Parts, gram_q: Tensor) -> float | None:
+    if parts.update is None:
         return None
-    up, down = update
-    return float(((up.mT @ up) * (down @ down.mT)).sum().clamp_min(0).sqrt())
+    up, down = parts.update
+    gram = gram_q if up is parts.q else up.mT @ up
+    return float((gram * (down @ down.mT)).sum().clamp_min(0).sqrt())
 
 
 def _total(norms: Sequence[float | None]) -> float | None:
@@ -261,7 +261,7 @@ def _statistics(layers: Sequence[LayerEntry], key: str) -> Statistics | None:
         return None
     values = np.array([value for value, _ in found])
     bands = [None if key == "sign_conflict" else _quantity(entry["null_band"], key) for _, entry in found]
-    outside = [abs(value) > band for value, band in zip(values, bands) if band is not None]
+    outside = [abs(value) > band for (value, _), band in zip(found, bands) if band is not None]
     return {
         "layers": len(values),
         "mean": float(values.mean()),
