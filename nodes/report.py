@@ -83,21 +83,20 @@ def sheet_text(sheet: ContactSheet, filename: str) -> str:
 
 
 def similarity_text(report: SimilarityReport) -> str:
-    """The comparison in a few lines."""
+    """The comparison in a few lines, the most telling first."""
+    summary, layers = report["summary"], report["layers"]
     lines = head_lines(report)
-    for key, title in (("update", "updates"), ("delta_r", "\u0394R"), ("q", "Q"), ("r", "R")):
-        found = report["summary"][key]
-        if found is None:
-            lines.append(f"cos {title}: not defined")
-            continue
-        outside = found["outside_null_band"]
-        chance = "" if outside is None else f", {100 * outside:.0f} % of layers beyond chance"
-        lines.append(f"cos {title}: {found['mean']:+.4f} ({found['min']:+.4f} to {found['max']:+.4f}){chance}")
-    signs = report["summary"]["sign_conflict"]
+    beyond = summary["update"] and summary["update"]["outside_null_band"]
+    if beyond is not None:
+        lines.append(f"{100 * beyond:.0f} % of the layers beyond chance")
+    for key, title in (("delta_r", "\u0394R"), ("q", "Q"), ("r", "R")):
+        found = summary[key]
+        span = "not defined" if found is None else f"{found['mean']:+.4f} ({found['min']:+.4f} to {found['max']:+.4f})"
+        lines.append(f"cosine of {title}: {span}")
+    signs = summary["sign_conflict"]
     if signs is not None:
         lines.append(f"opposite signs in \u0394R: {100 * signs['mean']:.1f} % (chance: 50 %)")
-    angle = max(entry["angles"]["max"] for entry in report["layers"])
-    lines.append(f"largest angle between the spans of Q: {angle:.3g}\u00b0")
+    lines.append(f"largest angle between spans of Q: {max(entry['angles']['max'] for entry in layers):.3g}\u00b0")
     for side, missing in (("A", report["only_in_a"]), ("B", report["only_in_b"])):
         if missing:
             lines.append(f"{len(missing)} layers only in {side}: {', '.join(missing[:2])}")

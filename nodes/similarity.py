@@ -48,7 +48,8 @@ class Similarity(io.ComfyNode):
         lines = [report.similarity_text(found)]
         picture, missing = _picture(found, lines, fixed_scale)
         shown = ui.PreviewImage(picture, cls=cls).as_dict()
-        return io.NodeOutput(picture, json.dumps(found, allow_nan=False, indent=1), ui={**shown, "text": missing + lines})
+        numbers = json.dumps(found, allow_nan=False, indent=1)
+        return io.NodeOutput(picture, numbers, ui={**shown, "text": missing + lines})
 
 
 def _picture(found: SimilarityReport, lines: list[str], fixed_scale: bool) -> tuple[torch.Tensor, list[str]]:

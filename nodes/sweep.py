@@ -72,9 +72,10 @@ class ContactSheetNode(io.ComfyNode):
                 io.Image.Input("images", tooltip="The pictures, as a list or as one batch."),
                 io.String.Input(
                     "labels",
-                    default="",
-                    multiline=True,
-                    tooltip="One for each picture: a list from \u0394R Scale Sweep, or one in a line. Empty: numbers.",
+                    optional=True,
+                    force_input=True,
+                    tooltip="One for each picture: a list from \u0394R Scale Sweep, or a text with one in each line. "
+                    "Without any, the pictures are numbered.",
                 ),
                 io.Int.Input(
                     "columns", default=0, min=0, max=100, tooltip="Pictures in a row; 0 chooses. Not used with axes."
@@ -102,14 +103,14 @@ class ContactSheetNode(io.ComfyNode):
     def execute(
         cls,
         images: list[torch.Tensor],
-        labels: list[str],
         columns: list[int],
         max_size: list[int],
         title: list[str],
         filename_prefix: list[str],
+        labels: list[str] | None = None,
     ) -> io.NodeOutput:
         pictures = [picture for batch in images for picture in images_of(batch.float().cpu().numpy())]
-        names = picture_labels(labels, [len(batch) for batch in images])
+        names = picture_labels(labels or [], [len(batch) for batch in images])
         sheet = contact_sheet(pictures, names, columns=columns[0], max_size=max_size[0], title=title[0])
         picture = torch.from_numpy(array_of(sheet.image))
         extra = {**(cls.hidden.extra_pnginfo or {}), METADATA: recipe_of(sheet, title[0], cls.hidden)}

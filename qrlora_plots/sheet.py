@@ -103,7 +103,7 @@ def _draw(pictures: Sequence[Image.Image], labels: Sequence[str], grid: _Grid, t
     rows, columns = (1 + max(place[side] for place in grid.places) for side in (0, 1))
     width, height = (max(picture.size[side] for picture in pictures) for side in (0, 1))
     # Letters grow with the sheet, because a large sheet is looked at reduced
-    size = max(SMALLEST, round(columns * width / 55))
+    size = max(SMALLEST, round(columns * width / 42))
     gap = max(6, size // 2)
     line = text_size("Ag", size)[1]
     left = gap + (max(text_size(label, size)[0] for label in grid.rows) + gap if grid.rows else 0)

@@ -170,12 +170,17 @@ def test_sweep_and_contact_sheet(server):
 
 
 def test_any_labelled_list_makes_a_sheet(server):
-    graph = sweep_graph("0.5", "0, 1", labels="first light\nsecond light", columns=1, title="")
+    graph = sweep_graph("0.5", "0, 1", labels=["words", 0], columns=1, title="")
+    graph["words"] = node("PrimitiveStringMultiline", value="first light\nsecond light")
     entry = server.queue(graph)
     assert "2 x 1 pictures" in entry["outputs"]["sheet"]["text"][0]
     recipe = json.loads(picture(server, entry, "sheet").info["qr_lora_contact_sheet"])
     assert [cell["label"] for cell in recipe["cells"]] == ["first light", "second light"] and not recipe["rows"]
-    graph["sheet"]["inputs"]["labels"] = "one\ntwo\nthree"
+    del graph["sheet"]["inputs"]["labels"]
+    recipe = json.loads(picture(server, server.queue(graph), "sheet").info["qr_lora_contact_sheet"])
+    assert [cell["label"] for cell in recipe["cells"]] == ["1", "2"]
+    graph["sheet"]["inputs"]["labels"] = ["words", 0]
+    graph["words"]["inputs"]["value"] = "one\ntwo\nthree"
     with pytest.raises(WorkflowError, match="2 pictures and 3 labels"):
         server.queue(graph)
 
