@@ -96,7 +96,8 @@ def similarity_text(report: SimilarityReport) -> str:
     signs = summary["sign_conflict"]
     if signs is not None:
         lines.append(f"opposite signs in \u0394R: {100 * signs['mean']:.1f} % (chance: 50 %)")
-    lines.append(f"largest angle between spans of Q: {max(entry['angles']['max'] for entry in layers):.3g}\u00b0")
+    angle = max(entry["angles"]["max"] for entry in layers)
+    lines.append(f"largest angle between spans of Q: {angle if angle > 1e-3 else 0:.3g}\u00b0")
     for side, missing in (("A", report["only_in_a"]), ("B", report["only_in_b"])):
         if missing:
             lines.append(f"{len(missing)} layers only in {side}: {', '.join(missing[:2])}")
