@@ -13,12 +13,25 @@ ROOT = Path(__file__).resolve().parents[1]
 STDLIB = set(sys.stdlib_module_names)
 ALLOWED = {
     "qrlora_core": {"torch", "safetensors", "numpy"},
-    "train": {"torch", "safetensors", "numpy", "qrlora_core", "diffusers", "accelerate", "tqdm", "PIL", "train"},
+    "train": {
+        "torch",
+        "safetensors",
+        "numpy",
+        "qrlora_core",
+        "qrlora_plots",
+        "diffusers",
+        "accelerate",
+        "tqdm",
+        "PIL",
+        "psutil",
+        "train",
+    },
     "nodes": {"torch", "comfy_api", "comfy", "folder_paths"},
     # imports neither core nor host, so that nodes (relatively) and trainer (absolutely) can both import it
-    "qrlora_plots": {"numpy", "PIL", "matplotlib"},
+    "qrlora_plots": {"numpy", "PIL"},
 }
-ALLOWED["train"].add("qrlora_plots")
+# imported inside the functions that need them, when installed
+OPTIONAL = {"train": {"torchao", "bitsandbytes", "prodigyopt"}, "qrlora_plots": {"matplotlib"}}
 HOST_FILES = {"comfy": {"host.py", "hooks.py"}, "folder_paths": {"folders.py"}}
 
 
@@ -50,8 +63,22 @@ def test_imports(path):
                 "train.events",
             ), name
         else:
-            assert top in STDLIB | ALLOWED[room], f"{path.name} imports {name}"
+            assert top in STDLIB | ALLOWED[room] | OPTIONAL.get(room, set()), f"{path.name} imports {name}"
             assert path.name in HOST_FILES.get(top, {path.name}), f"only {HOST_FILES[top]} may import {name}"
+
+
+@pytest.mark.parametrize("path", python_files("train"), ids=lambda path: path.name)
+def test_optional_packages_are_not_needed_to_import(path):
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            assert not {name.split(".")[0] for name in names} & OPTIONAL["train"]
+
+
+@pytest.mark.parametrize("name", ["config", "events"])
+def test_what_the_nodes_may_import_of_the_trainer_is_standard_library(name):
+    for module, level in imports(ROOT / "train" / f"{name}.py"):
+        assert not level and module.split(".")[0] in STDLIB
 
 
 def test_the_door_imports_lazily():
