@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,7 +24,7 @@ from .similarity_schema import (
     Norms,
     Quantities,
     SimilarityReport,
-    Statistics,
+    statistics,
 )
 from .targets import layer_kind
 
@@ -79,9 +78,17 @@ def similarity_report(a: Adapter, b: Adapter, progress: Progress | None = None) 
             "update_norm_b": size_b,
             "energy_ratio": _squared_ratio(size_b, size_a),
         },
-        "summary": {key: _statistics(layers, key) for key in QUANTITIES},
+        "summary": {key: statistics(layers, key) for key in QUANTITIES},
         "layers": layers,
     }
+
+
+class _Update(NamedTuple):
+    """`scaling * up @ down`, float64."""
+
+    up: Tensor
+    down: Tensor
+    scaling: float
 
 
 class _Parts(NamedTuple):
@@ -90,39 +97,53 @@ class _Parts(NamedTuple):
     q: Tensor
     r: Tensor | None
     delta_r: Tensor | None
-    update: tuple[Tensor, Tensor] | None
+    update: _Update | None
 
 
-def _parts(adapter: Adapter, layer: AdapterLayer, scaling: float) -> _Parts:
-    up, down = layer.up.double(), layer.down.double()
+def _both(layer_a: AdapterLayer, layer_b: AdapterLayer, a: Adapter, b: Adapter, name: str) -> tuple[_Parts, _Parts]:
+    """The two sides of a layer. Tensors that are equal bit by bit are one tensor in both, which saves most of the work
+    for adapters of one base."""
+    one = _parts(a, layer_a, a.layers[name].scaling)
+    q = one.q if _equal(layer_a.up, layer_b.up) else None
+    r = one.r if layer_a.initial and layer_b.initial and _equal(layer_a.initial.r, layer_b.initial.r) else None
+    return one, _parts(b, layer_b, b.layers[name].scaling, q, r)
+
+
+def _parts(
+    adapter: Adapter, layer: AdapterLayer, scaling: float, q: Tensor | None = None, r: Tensor | None = None
+) -> _Parts:
+    up = layer.up.double() if q is None else q
+    down = layer.down.double()
     if adapter.method != "qr":
-        return _Parts(up, layer.initial.r.double() if layer.initial else None, down, (up, scaling * down))
+        known = layer.initial.r.double() if layer.initial and r is None else r
+        return _Parts(up, known, down, _Update(up, down, scaling))
     if layer.initial is None:
         return _Parts(up, down, None, None)
     stacked = torch.cat([up, layer.initial.q.double()], dim=1), torch.cat([down, -layer.initial.r.double()])
-    return _Parts(up, down, None, (stacked[0], scaling * stacked[1]))
+    return _Parts(up, down, None, _Update(*stacked, scaling))
 
 
 def _compare(name: str, a: Adapter, b: Adapter) -> tuple[LayerEntry, float]:
     """One layer, and the inner product of its two updates."""
     info, kind = a.layers[name], layer_kind(name)
     layer_a, layer_b = a.layer(name), b.layer(name)
-    same = same_basis(layer_a.up, layer_b.up)
-    one, two = _parts(a, layer_a, info.scaling), _parts(b, layer_b, b.layers[name].scaling)
+    one, two = _both(layer_a, layer_b, a, b, name)
+    same = one.q is two.q or same_basis(layer_a.up, layer_b.up)
     cosine: Quantities = {"delta_r": None, "q": None, "r": None, "update": None}
     band: Quantities = {"delta_r": None, "q": None, "r": None, "update": None}
     cosine["delta_r"], band["delta_r"] = _cosine(one.delta_r, two.delta_r)
     cosine["q"], band["q"] = _cosine(one.q, two.q)
     cosine["r"], band["r"] = _cosine(one.r, two.r)
-    gram_a, gram_b, cross = one.q.mT @ one.q, two.q.mT @ two.q, one.q.mT @ two.q
+    gram_a = one.q.mT @ one.q
+    gram_b, cross = (gram_a, gram_a) if two.q is one.q else (two.q.mT @ two.q, one.q.mT @ two.q)
     inner, norm_a, norm_b = 0.0, _product_norm(one, gram_a), _product_norm(two, gram_b)
     if one.update and two.update:
-        shared = one.update[0] is one.q and two.update[0] is two.q
-        inner, deviation = _inner(one.update, two.update, cross if shared else one.update[0].mT @ two.update[0])
+        shared = one.update.up is one.q and two.update.up is two.q
+        inner, deviation = _inner(one.update, two.update, cross if shared else one.update.up.mT @ two.update.up)
         size = (norm_a or 0.0) * (norm_b or 0.0)
         if size > 0:
             cosine["update"], band["update"] = _clamped(inner / size), _BAND * deviation
-    angles, overlap = _spans(gram_a, gram_b, cross)
+    angles, overlap = ([0.0], 1.0) if two.q is one.q else _spans(gram_a, gram_b, cross)
     norms: Norms = {
         "delta_r_a": _norm(one.delta_r),
         "delta_r_b": _norm(two.delta_r),
@@ -164,20 +185,22 @@ def _cosine(one: Tensor | None, two: Tensor | None) -> tuple[float | None, float
     size = float(one.norm() * two.norm())
     if size == 0:
         return None, None
+    if one is two:
+        return 1.0, _BAND / math.sqrt(int(torch.count_nonzero(one)))
     # A triangular dR and every R have a corner of zeros, which chance cannot fill
     entries = min(int(torch.count_nonzero(one)), int(torch.count_nonzero(two)))
     return _clamped(float(torch.dot(one.flatten(), two.flatten())) / size), _BAND / math.sqrt(entries)
 
 
-def _inner(one: tuple[Tensor, Tensor], two: tuple[Tensor, Tensor], cross: Tensor) -> tuple[float, float]:
+def _inner(one: _Update, two: _Update, cross: Tensor) -> tuple[float, float]:
     """Inner product of two updates, and the standard deviation of their cosine if both dR were random.
 
     For independent entries of D1, D2 the product has the variance ||U1^T U2||^2 * in and the sizes are ||Ui||^2 * in:
     1 / sqrt(rank * in) on one basis, 1 / sqrt(out * in) on two random ones. `cross` is U1^T U2.
     """
-    product = float((cross * (one[1] @ two[1].mT)).sum())
-    spread = float(cross.norm() / (one[0].norm() * two[0].norm()))
-    return product, spread / math.sqrt(one[1].shape[1])
+    product = float((cross * (one.down @ two.down.mT)).sum())
+    spread = float(cross.norm() / (one.up.norm() * two.up.norm()))
+    return one.scaling * two.scaling * product, spread / math.sqrt(one.down.shape[1])
 
 
 def _spans(gram_a: Tensor, gram_b: Tensor, cross: Tensor) -> tuple[list[float], float]:
@@ -215,9 +238,13 @@ def _norm(tensor: Tensor | None) -> float | None:
 def _product_norm(parts: _Parts, gram_q: Tensor) -> float | None:
     if parts.update is None:
         return None
-    up, down = parts.update
+    up, down, scaling = parts.update
     gram = gram_q if up is parts.q else up.mT @ up
-    return float((gram * (down @ down.mT)).sum().clamp_min(0).sqrt())
+    return abs(scaling) * float((gram * (down @ down.mT)).sum().clamp_min(0).sqrt())
+
+
+def _equal(one: Tensor, two: Tensor) -> bool:
+    return one.dtype == two.dtype and torch.equal(one, two)
 
 
 def _total(norms: Sequence[float | None]) -> float | None:
@@ -229,10 +256,6 @@ def _total(norms: Sequence[float | None]) -> float | None:
 def _clamped(cosine: float) -> float:
     """Rounding can carry a cosine past 1."""
     return max(-1.0, min(1.0, cosine))
-
-
-def _quantity(entry: Quantities, key: str) -> float | None:
-    return {"delta_r": entry["delta_r"], "q": entry["q"], "r": entry["r"], "update": entry["update"]}[key]
 
 
 def _squared_ratio(value: float | None, by: float | None) -> float | None:
@@ -247,29 +270,4 @@ def _adapter_entry(adapter: Adapter) -> AdapterEntry:
         "alpha": adapter.alpha,
         "layers": len(adapter.layers),
         "basis_fingerprint": adapter.basis_fingerprint,
-    }
-
-
-def _statistics(layers: Sequence[LayerEntry], key: str) -> Statistics | None:
-    """Over the layers that have the value; None when no layer has it."""
-    found: list[tuple[float, LayerEntry]] = []
-    for entry in layers:
-        value = entry["sign_conflict"] if key == "sign_conflict" else _quantity(entry["cosine"], key)
-        if value is not None:
-            found.append((value, entry))
-    if not found:
-        return None
-    values = np.array([value for value, _ in found])
-    bands = [None if key == "sign_conflict" else _quantity(entry["null_band"], key) for _, entry in found]
-    outside = [abs(value) > band for (value, _), band in zip(found, bands) if band is not None]
-    return {
-        "layers": len(values),
-        "mean": float(values.mean()),
-        "median": float(np.median(values)),
-        "std": float(values.std()),
-        "min": float(values.min()),
-        "max": float(values.max()),
-        "min_layer": found[int(values.argmin())][1]["name"],
-        "max_layer": found[int(values.argmax())][1]["name"],
-        "outside_null_band": sum(outside) / len(outside) if outside else None,
     }

@@ -1,9 +1,12 @@
-"""The form of a similarity report, which is its JSON: keys are added in a new version, never renamed or removed.
+"""The form and the summary of a similarity report. It is its JSON: new versions add keys and keep these.
 
 Everything is null where it is not defined: a file that does not hold the tensor, ranks that differ, a matrix of zeros.
 """
 
+from collections.abc import Sequence
 from typing import TypedDict
+
+import numpy as np
 
 SCHEMA = "qr-lora/similarity"
 VERSION = 1
@@ -119,3 +122,32 @@ class SimilarityReport(TypedDict):
     total: Total
     summary: dict[str, Statistics | None]
     layers: list[LayerEntry]
+
+
+def statistics(layers: Sequence[LayerEntry], key: str) -> Statistics | None:
+    """Over the layers that have the value; None when no layer has it."""
+    found: list[tuple[float, LayerEntry]] = []
+    for entry in layers:
+        value = entry["sign_conflict"] if key == "sign_conflict" else _quantity(entry["cosine"], key)
+        if value is not None:
+            found.append((value, entry))
+    if not found:
+        return None
+    values = np.array([value for value, _ in found])
+    bands = [None if key == "sign_conflict" else _quantity(entry["null_band"], key) for _, entry in found]
+    outside = [abs(value) > band for (value, _), band in zip(found, bands) if band is not None]
+    return {
+        "layers": len(values),
+        "mean": float(values.mean()),
+        "median": float(np.median(values)),
+        "std": float(values.std()),
+        "min": float(values.min()),
+        "max": float(values.max()),
+        "min_layer": found[int(values.argmin())][1]["name"],
+        "max_layer": found[int(values.argmax())][1]["name"],
+        "outside_null_band": sum(outside) / len(outside) if outside else None,
+    }
+
+
+def _quantity(entry: Quantities, key: str) -> float | None:
+    return {"delta_r": entry["delta_r"], "q": entry["q"], "r": entry["r"], "update": entry["update"]}[key]

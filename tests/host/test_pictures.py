@@ -118,8 +118,8 @@ def inked(image):
     return image.crop(ImageChops.invert(image).getbbox())
 
 
-def written(words, size=text.SMALLEST):
-    """Words alone, in the letters that a small sheet has."""
+def written(words, size):
+    """Words alone."""
     paper = Image.new("RGB", (40 * len(words), 4 * size), text.PAPER)
     ImageDraw.Draw(paper).text((size, size), words, fill=text.INK, font=text.font_for(words, size))
     return inked(paper)
@@ -159,14 +159,15 @@ def test_sweep_and_contact_sheet(server):
     # what is written at the edges, against the same words alone
     sheet = sheet.convert("RGB")
     first = layout.cells[0].box
-    middle = first[1] - text.text_size("A", text.SMALLEST)[1] - 6
-    assert inked(sheet.crop((0, 0, sheet.width, middle))).tobytes() == written(recipe["title"]).tobytes()
+    letters = round(3 * 192 / 42)
+    middle = first[1] - text.text_size("A", letters)[1] - letters // 2
+    assert inked(sheet.crop((0, 0, sheet.width, middle))).tobytes() == written(recipe["title"], letters).tobytes()
     for cell in layout.cells[:3]:
         header = inked(sheet.crop((cell.box[0], middle, cell.box[2], first[1] - 1)))
-        assert header.tobytes() == written(recipe["columns"][cell.column]).tobytes()
+        assert header.tobytes() == written(recipe["columns"][cell.column], letters).tobytes()
     for cell in layout.cells[::3]:
         header = inked(sheet.crop((0, cell.box[1], first[0] - 1, cell.box[3])))
-        assert header.tobytes() == written(recipe["rows"][cell.row]).tobytes()
+        assert header.tobytes() == written(recipe["rows"][cell.row], letters).tobytes()
 
 
 def test_any_labelled_list_makes_a_sheet(server):
