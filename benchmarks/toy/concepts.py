@@ -54,15 +54,16 @@ MORE: Settings = {"precision": "fp32", "base_storage": "fp32"}
 
 def draw_picture(concept: Concept, folder: Path) -> Path:
     """Write the concept's one picture, 128 x 128 pixels, as a PNG."""
-    pixels = draw(concept.look).movedim(0, -1).mul(255).round().to(torch.uint8)
     path = folder / f"{concept.name}.png"
-    enlarged(Image.fromarray(pixels.numpy())).save(path)
+    to_image(draw(concept.look)).save(path)
     return path
 
 
-def enlarged(picture: Image.Image) -> Image.Image:
-    """A picture of the toy as it is shown and saved."""
-    return picture.resize((picture.width * ENLARGED, picture.height * ENLARGED), Image.Resampling.NEAREST)
+def to_image(picture: Tensor) -> Image.Image:
+    """A picture of the toy, (3, 32, 32), 0 to 1, as it is shown and saved: 128 x 128 pixels."""
+    pixels = picture.movedim(0, -1).mul(255).round().to(torch.uint8)
+    side = SIZE * ENLARGED
+    return Image.fromarray(pixels.numpy()).resize((side, side), Image.Resampling.NEAREST)
 
 
 def read_picture(path: Path) -> Tensor:

@@ -21,11 +21,12 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from qrlora_core import Adapter, MergeRecipe, merged_adapter, open_adapter
+from qrlora_core import Adapter, MergeRecipe, merged_adapter, open_adapter, similarity_report, sweep
+from qrlora_plots import contact_sheet, similarity_png
 from tests.demo import installed_host
 
 from . import demo_host
-from .concepts import CONTENT, FIT, MERGED_PROMPT, MORE, STYLE, Settings, enlarged, fit
+from .concepts import CONTENT, FIT, MERGED_PROMPT, MORE, STYLE, Settings, fit, to_image
 from .judge import judge, summary, verdict
 from .model import load_toy, patched, sample
 
@@ -112,29 +113,22 @@ def show(out: Path, pictures: int, with_sheet: bool = True) -> bool:
 
 def sheet(model: nn.Module, adapters: Adapters) -> Image.Image:
     """One noise at every alpha and beta of the grid, labelled."""
-    from qrlora_plots import contact_sheet
-
     labels, pictures = grid_pictures(model, adapters, GRID)
     return contact_sheet(pictures, labels, title=f"{MERGED_PROMPT}; alpha: style, beta: content").image
 
 
 def grid_pictures(model: nn.Module, adapters: Adapters, grid: str) -> tuple[list[str], list[Image.Image]]:
     """Labels and pictures of the merged prompt at every pair of the grid's numbers."""
-    from qrlora_core import sweep
-
     cells = sweep(MergeRecipe.of(adapters.style), grid, MergeRecipe.of(adapters.content), grid)
     pictures = []
     for cell in tqdm(cells, desc="alpha x beta", unit="picture"):
         pixels = sample(patched(model, merged_adapter(cell.recipe)), [MERGED_PROMPT], [SEED])[0]
-        pictures.append(enlarged(Image.fromarray(pixels.movedim(0, -1).mul(255).round().byte().numpy())))
+        pictures.append(to_image(pixels))
     return [cell.label for cell in cells], pictures
 
 
 def similarity(adapters: Adapters, path: Path) -> None:
     """The picture of how alike the two adapters are, layer by layer."""
-    from qrlora_plots import similarity_png
-
-    from qrlora_core import similarity_report
 
     path.write_bytes(similarity_png(similarity_report(*adapters)))
 
