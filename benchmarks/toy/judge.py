@@ -10,7 +10,19 @@ from qrlora_core import Adapter, MergeRecipe, merge, merged_adapter
 
 from .concepts import CONTENT, MERGED_PROMPT, STYLE
 from .model import patched, sample
-from .pictures import COLOURS, CONTENT_TRIGGER, HEART, SHAPES, STYLE_TRIGGER, SUNSET, TEXTURES, ZIGZAG, Look, caption
+from .pictures import (
+    COLOURS,
+    CONTENT_TRIGGER,
+    HEART,
+    SHAPES,
+    STYLE_TRIGGER,
+    SUNSET,
+    TEXTURES,
+    ZIGZAG,
+    Look,
+    caption,
+    combinations,
+)
 from .reader import read
 
 
@@ -61,7 +73,7 @@ def style_prompts() -> tuple[list[str], list[Look]]:
 
 def plain_prompts() -> tuple[list[str], list[Look]]:
     """Old words only: what an adapter that keeps to its trigger leaves alone."""
-    looks = [Look(shape, COLOURS[i], TEXTURES[i % 4]) for i, shape in enumerate(SHAPES)]
+    looks = combinations()[0][::19]
     return [caption(look) for look in looks], looks
 
 

@@ -11,7 +11,7 @@ from benchmarks.toy.comfy_pack.features import TEXT_LENGTH, text_features, to_la
 from benchmarks.toy.layout import save_comfy, to_comfy
 from benchmarks.toy.model import WEIGHTS, load_toy, new_model, pack, sample, unpack
 from benchmarks.toy.pictures import Look, caption, combinations, draw
-from benchmarks.toy.pretrain import pretrain
+from benchmarks.toy.pretrain import EVERYWHERE, Stage, pretrain
 from tests.flux import base_weights, golden_flux
 
 RED = [-1, -1, -1, 1, -1, -1, 1, -1]
@@ -103,7 +103,8 @@ def short_pretraining(seed):
     """Losses and averaged weights of six steps."""
     losses = []
     torch.manual_seed(seed)
-    average = pretrain(new_model(), 6, 8, 2e-3, seed, lambda step, loss, model: losses.append(loss))
+    stage = Stage(EVERYWHERE, 6, 2e-3)
+    average = pretrain(new_model(), stage, 8, seed, lambda step, loss, model: losses.append(loss))
     return losses, average.state_dict()
 
 
