@@ -43,9 +43,9 @@ FIT: Settings = {
     "method": "delta_r_triangular",
     "rank": 16,
     "alpha": 16.0,
-    "steps": 300,
-    "learning_rate": 2e-3,
-    "batch_size": 16,
+    "steps": 120,
+    "learning_rate": 3e-3,
+    "batch_size": 8,
     "gradient_accumulation": 1,
     "seed": 0,
 }
