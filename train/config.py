@@ -9,6 +9,7 @@ import difflib
 import importlib
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
@@ -27,6 +28,9 @@ LossWeighting = Literal["none", "sigma_sqrt", "cosmap"]
 Precision = Literal["bf16", "fp16", "fp32"]
 Storage = Literal["bf16", "fp16", "fp32", "fp8", "int8", "nf4"]
 Resume = Literal["auto", "never", "require"]
+
+
+_RULES = re.compile(r"(\d+(\.\d+)?:\d+,)+\d+(\.\d+)?")
 
 
 class ConfigError(ValueError):
@@ -160,8 +164,13 @@ class FitConfig:
             raise ConfigError(
                 f"prodigy finds its own step: learning_rate is a factor near 1, not {self.learning_rate:g}"
             )
-        if self.scheduler == "piecewise_constant" and not self.scheduler_rules:
-            raise ConfigError("scheduler piecewise_constant needs scheduler_rules")
+        if self.scheduler == "piecewise_constant" and not _RULES.fullmatch(self.scheduler_rules):
+            raise ConfigError(
+                f"scheduler_rules is {self.scheduler_rules!r}: piecewise_constant needs factor:step pairs and a last "
+                'factor, such as "1:100,0.1:500,0.01"'
+            )
+        if self.method == "qr" and self.init == "random":
+            raise ConfigError("init random is about \u0394R; method qr has none and starts from Q and R")
         if self.offload and self.base_storage in ("int8", "nf4"):
             raise ConfigError("offload works with base_storage bf16, fp16, fp32 and fp8")
 
@@ -216,6 +225,8 @@ class EncodeConfig:
             raise ConfigError("class_pictures and class_prompt go together")
         if self.resolution % 16 or self.bucket_step % 16:
             raise ConfigError("resolution and bucket_step are multiples of 16 (8 by the VAE, 2 by the patches)")
+        if self.bucket_step > self.resolution:
+            raise ConfigError(f"bucket_step {self.bucket_step} is larger than resolution {self.resolution}")
 
 
 Config = TypeVar("Config", FitConfig, EncodeConfig)
@@ -229,7 +240,7 @@ def load_settings(path: Path) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # Windows' editor writes a byte order mark
         if path.suffix.lower() == ".json":
             values = json.loads(text)
         elif path.suffix.lower() == ".toml":
@@ -240,7 +251,7 @@ def load_settings(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path.name} cannot be read: {error.strerror or error}") from error
     except ConfigError:
         raise
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path.name} is not valid: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path.name} holds {type(values).__name__}, expected a table of settings")
@@ -295,6 +306,8 @@ def _check(config: FitConfig | EncodeConfig) -> None:
         wanted: Any = tuple if get_origin(one.type) is tuple else one.type
         if not isinstance(value, wanted) or (wanted is not bool and isinstance(value, bool)):
             raise ConfigError(f"{one.name} is {value!r}, expected {wanted.__name__}")
+        if isinstance(value, str) and ("\0" in value or (one.default is MISSING and not value)):
+            raise ConfigError(f"{one.name} is {value!r}, expected a path")
         if isinstance(value, tuple) and not all(isinstance(item, str) and item for item in value):
             raise ConfigError(f"{one.name} is {value!r}, expected a list of names")
         if isinstance(value, int | float) and not isinstance(value, bool):
@@ -308,7 +321,9 @@ def _converted(one: "Field[Any]", value: Any) -> Any:
     if get_origin(one.type) is tuple and isinstance(value, Sequence) and not isinstance(value, str):
         return tuple(value)
     if one.type is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        with suppress(OverflowError):  # the range check says what is wrong with a number of 400 digits
+            return float(value)
+        return math.inf
     return value
 
 
