@@ -13,7 +13,6 @@ from train.config import ConfigError, EncodeConfig, make_config
 from train.encode import encode, fitted, read_picture
 from train.errors import TrainError
 
-
 NO_TEXT = EncodedText(torch.zeros(1, 1), torch.zeros(1))
 
 
@@ -23,8 +22,9 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def run(folder, tmp_path):
+def run(folder, tmp_path, monkeypatch):
     """Encode with some settings changed; the opened cache."""
+    monkeypatch.setattr(module.gc, "collect", int)  # half a second each time, for models of a few kilobytes
 
     def run(**changes):
         base = {

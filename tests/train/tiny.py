@@ -5,10 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
 
+from qrlora_core.storage import TensorSpec, header_bytes
 from tests.flux import golden_flux
 
 WIDTH = 64  # of the golden transformer's text and pooled inputs
@@ -81,4 +83,16 @@ def picture(path: Path, width: int = 96, height: int = 64, mode: str = "RGB", se
         image.putalpha(alpha)
     path.parent.mkdir(parents=True, exist_ok=True)
     image.convert(mode).save(path, **options)
+    return path
+
+
+def sparse_flux(path: Path, double: int = 19, single: int = 38, dtype: torch.dtype = torch.bfloat16) -> Path:
+    """FLUX.1's real shapes in diffusers' names: a header, and a hole where the data would be."""
+    with init_empty_weights():
+        model = FluxTransformer2DModel(num_layers=double, num_single_layers=single, guidance_embeds=True)
+    specs = {name: TensorSpec(dtype, tuple(value.shape)) for name, value in model.state_dict().items()}
+    with path.open("wb") as file:
+        header = header_bytes(specs, {})
+        file.write(header)
+        file.truncate(len(header) + sum(spec.nbytes for spec in specs.values()))
     return path
