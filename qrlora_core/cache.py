@@ -14,6 +14,7 @@ The header's `qrlora.cache` is JSON: `{"version": 1, "items": [{"name", "text", 
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -85,14 +86,16 @@ def bucket_size(width: int, height: int, resolution: int, step: int = 64, keep_a
     aspect = width / height
     best = (side, side)
     best_error = abs(_log_ratio(1.0, aspect))
-    for columns in range(1, 4 * side // step + 1):
-        wide = columns * step
-        for tall in {max(step, int(area / wide) // step * step), max(step, -(-int(area / wide) // step) * step)}:
-            if wide * tall > area * 1.02 or tall > 4 * side:
+    for one in range(step, 4 * side + 1, step):
+        fitting = int(area / one)
+        for other in {max(step, fitting // step * step), max(step, -(-fitting // step) * step)}:
+            if one * other > area * 1.02 or other > 4 * side:
                 continue
-            error = abs(_log_ratio(wide / tall, aspect))
-            if error < best_error - 1e-9 or (error < best_error + 1e-9 and wide * tall > best[0] * best[1]):
-                best, best_error = (wide, tall), error
+            for wide, tall in ((one, other), (other, one)):  # both ways, so that a turned picture gets the turned size
+                error = abs(_log_ratio(wide / tall, aspect))
+                nearer, equal = error < best_error - 1e-9, error < best_error + 1e-9
+                if nearer or (equal and wide * tall > best[0] * best[1]):
+                    best, best_error = (wide, tall), error
     return best
 
 
@@ -253,4 +256,4 @@ class TrainingCache:
 
 
 def _log_ratio(first: float, second: float) -> float:
-    return float(torch.log(torch.tensor(first / second, dtype=torch.float64)))
+    return math.log(first / second)
