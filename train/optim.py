@@ -1,5 +1,7 @@
 """Optimizers and learning rate schedules by name, and their state as tensors and JSON."""
 
+import contextlib
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -31,14 +33,15 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: FitConfig) -> tor
     require_package("prodigyopt", "optimizer prodigy")
     import prodigyopt
 
-    made = prodigyopt.Prodigy(
-        parameters,
-        eps=config.epsilon,
-        decouple=True,
-        use_bias_correction=True,
-        safeguard_warmup=config.warmup_steps > 0,
-        **common,
-    )
+    with contextlib.redirect_stdout(sys.stderr):  # it prints, and standard output may carry the events
+        made = prodigyopt.Prodigy(
+            parameters,
+            eps=config.epsilon,
+            decouple=True,
+            use_bias_correction=True,
+            safeguard_warmup=config.warmup_steps > 0,
+            **common,
+        )
     return made
 
 

@@ -102,10 +102,10 @@ def prepare(config: FitConfig, accelerator: Any, reporter: Reporter, watch: Stop
         reporter.phase("model", done, total, "loading the base model")
 
     folder = Path(config.basis_cache) if config.basis_cache else run_dir.parent / "basis"
+    # Apple's GPUs have no float64, which the decomposition needs in one place
+    device = torch.device("cpu") if accelerator.device.type == "mps" else accelerator.device
     with accelerator.local_main_process_first():  # the others find the file
-        basis_of, _ = cached_basis(
-            folder, source, targets, config.rank, config.decomposition, accelerator.device, on_basis
-        )
+        basis_of, _ = cached_basis(folder, source, targets, config.rank, config.decomposition, device, on_basis)
     model = load_transformer(
         source, config.base_storage, config.precision, accelerator.device, config.offload, on_model
     )
@@ -158,14 +158,15 @@ def output_path(config: FitConfig) -> Path:
 
 def make_accelerator(config: FitConfig) -> Any:
     """Accelerate's view of this process: its device, its number, how many there are."""
-    if config.device not in ("auto", "cpu") and "ACCELERATE_TORCH_DEVICE" not in os.environ:
-        os.environ["ACCELERATE_TORCH_DEVICE"] = config.device
     try:
-        accelerator = Accelerator(cpu=config.device == "cpu")
-        if accelerator.device.type == "cuda":
-            torch.zeros(1, device=accelerator.device)
-    except (RuntimeError, ValueError, AssertionError) as error:
+        wanted = None if config.device == "auto" else torch.zeros(1, device=config.device).device
+    except (RuntimeError, AssertionError) as error:
         raise TrainError("settings", f"device {config.device!r} cannot be used: {error}") from error
+    if wanted is not None and wanted.type != "cpu":
+        os.environ.setdefault("ACCELERATE_TORCH_DEVICE", config.device)
+    accelerator = Accelerator(cpu=config.device == "cpu")
+    if wanted is not None and accelerator.device.type != wanted.type:  # the launcher or its config file says otherwise
+        raise TrainError("settings", f"device is {config.device!r}, but accelerate was set up for {accelerator.device}")
     return accelerator
 
 
