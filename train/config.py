@@ -252,7 +252,10 @@ def load_settings(path: Path) -> dict[str, Any]:
     except ConfigError:
         raise
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path.name} is not valid: {error}") from error
+        # Windows paths are the commonest mistake: TOML and JSON take a backslash for the start of an escape
+        hint = "; write backslashes double, or the text in single quotes" if "\\" in str(error) else ""
+        hint = hint or ("; write backslashes double" if "escape" in str(error).lower() else "")
+        raise ConfigError(f"{path.name} is not valid: {error}{hint}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path.name} holds {type(values).__name__}, expected a table of settings")
     return values
