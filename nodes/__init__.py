@@ -3,11 +3,28 @@
 from comfy_api.latest import ComfyExtension, io
 
 from . import folders
+from .blocks import BlockScaleNode
 from .files import LoadDeltaR, LoadResidual
+from .hooks import CreateHook
 from .model import Apply, Merge
 from .save import ExportLoRA, SaveDeltaR, SaveResidual
+from .similarity import Similarity
+from .sweep import ContactSheetNode, ScaleSweep
 
-NODES: list[type[io.ComfyNode]] = [LoadResidual, LoadDeltaR, Merge, Apply, SaveResidual, SaveDeltaR, ExportLoRA]
+NODES: list[type[io.ComfyNode]] = [
+    LoadResidual,
+    LoadDeltaR,
+    Merge,
+    Apply,
+    SaveResidual,
+    SaveDeltaR,
+    ExportLoRA,
+    Similarity,
+    ScaleSweep,
+    ContactSheetNode,
+    BlockScaleNode,
+    CreateHook,
+]
 
 
 class QRLoRAExtension(ComfyExtension):
