@@ -84,7 +84,7 @@ class FitConfig:
     method: Method = _setting(
         "delta_r_triangular", "delta_r, delta_r_triangular (upper trapezoidal like R), or qr (Q and R)"
     )
-    rank: int = _setting(64, "columns of Q", low=1, high=3072)
+    rank: int = _setting(64, "columns of Q: how much the adapter can hold, and how large it is", low=1, high=3072)
     alpha: float = _setting(64.0, "scaling is alpha / rank", low=1e-3, high=1e5)
     targets: tuple[str, ...] = _setting((), "layers by name or dotted suffix (default: the published ones)")
     init: Literal["zero", "random"] = _setting("zero", "what \u0394R starts as")
@@ -102,20 +102,22 @@ class FitConfig:
     scheduler_power: float = _setting(1.0, "power of the polynomial schedule", low=0.0, high=10.0)
     scheduler_rules: str = _setting("", 'rules of piecewise_constant, such as "1:100,0.1:500,0.01"')
     optimizer: Optimizer = _setting("adamw", "adamw, adamw8bit (needs bitsandbytes), prodigy (needs prodigyopt)")
-    beta1: float = _setting(0.9, "AdamW and Prodigy", low=0.0, high=0.9999)
-    beta2: float = _setting(0.999, "AdamW and Prodigy", low=0.0, high=0.99999)
-    epsilon: float = _setting(1e-8, "AdamW and Prodigy", low=1e-16, high=1.0)
+    beta1: float = _setting(0.9, "decay of the mean gradient, AdamW and Prodigy", low=0.0, high=0.9999)
+    beta2: float = _setting(0.999, "decay of the mean square, AdamW and Prodigy", low=0.0, high=0.99999)
+    epsilon: float = _setting(1e-8, "smallest divisor, AdamW and Prodigy", low=1e-16, high=1.0)
     weight_decay: float = _setting(1e-4, "decoupled weight decay", low=0.0, high=1.0)
     max_grad_norm: float = _setting(1.0, "gradient clipping, 0 for none", low=0.0, high=1e6)
     seed: int = _setting(0, "order of the data, noise, timesteps, dropout, random start", low=0, high=2**63 - 1)
 
     # loss
     timestep_sampling: TimestepSampling = _setting("uniform", "how sigma is drawn before the shift")
-    logit_mean: float = _setting(0.0, "of logit_normal", low=-10.0, high=10.0)
-    logit_std: float = _setting(1.0, "of logit_normal", low=1e-3, high=10.0)
-    mode_scale: float = _setting(1.29, "of mode", low=-1.0, high=1.75)
+    logit_mean: float = _setting(
+        0.0, "mean of timestep_sampling logit_normal, 0: as much noise as picture", low=-10.0, high=10.0
+    )
+    logit_std: float = _setting(1.0, "spread of timestep_sampling logit_normal", low=1e-3, high=10.0)
+    mode_scale: float = _setting(1.29, "strength of timestep_sampling mode", low=-1.0, high=1.75)
     shift: Shift = _setting("none", "none (published), constant, or resolution: FLUX's own, by number of tokens")
-    shift_value: float = _setting(3.0, "of a constant shift", low=0.01, high=100.0)
+    shift_value: float = _setting(3.0, "factor of a constant shift; above 1 there is more noise", low=0.01, high=100.0)
     guidance: float = _setting(1.0, "distilled guidance value during training", low=0.0, high=100.0)
     loss_weighting: LossWeighting = _setting("none", "weight of the loss over sigma")
     caption_dropout: float = _setting(0.0, "share of pictures trained with an empty caption", low=0.0, high=1.0)
@@ -315,7 +317,7 @@ def _check(config: FitConfig | EncodeConfig) -> None:
             raise ConfigError(f"{one.name} is {value!r}, expected a list of names")
         if isinstance(value, int | float) and not isinstance(value, bool):
             low, high = one.metadata["low"], one.metadata["high"]
-            if not math.isfinite(value) or not low <= value <= high:
+            if not low <= value <= high:  # NaN is in no range
                 raise ConfigError(f"{one.name} is {value!r}, expected {low:g} to {high:g}")
 
 
