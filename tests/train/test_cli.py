@@ -14,7 +14,8 @@ from qrlora_core import open_adapter
 from tests.flux import GOLDEN
 from tests.train.conftest import small_cache
 from train import cli
-from train.cli import DONE, FAILED, STOPPED, USAGE, main, make_parser
+from train.arguments import make_parser
+from train.cli import DONE, FAILED, STOPPED, USAGE, main
 from train.config import EncodeConfig, FitConfig, as_table
 from train.events import read_events
 
@@ -40,7 +41,7 @@ def subparsers():
 
 
 def test_every_command_is_there():
-    assert tuple(subparsers()) == COMMANDS
+    assert tuple(subparsers()) == COMMANDS == tuple(cli.RUN)
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
@@ -205,5 +206,5 @@ def test_ctrl_c(monkeypatch):
     def interrupted(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_encode", interrupted)
+    monkeypatch.setitem(cli.RUN, "encode", interrupted)
     assert main(["encode"]) == STOPPED
