@@ -7,6 +7,7 @@ import argparse
 import importlib
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -71,6 +72,8 @@ def _fit(args: argparse.Namespace) -> int:
         return _guarded(work, events, config)
     except Stopped:
         log.info("stopped on request; the same command goes on")
+        if watch.orphaned:  # all is written; taking the interpreter down can take seconds that nobody waits for
+            os._exit(STOPPED)
         return STOPPED
     finally:
         events.close()
