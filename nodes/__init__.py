@@ -2,14 +2,16 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import folders
+from . import folders, routes
 from .blocks import BlockScaleNode
 from .files import LoadDeltaR, LoadResidual
 from .hooks import CreateHook
 from .model import Apply, Merge
+from .options import TrainOptionsNode
 from .save import ExportLoRA, SaveDeltaR, SaveResidual
 from .similarity import Similarity
 from .sweep import ContactSheetNode, ScaleSweep
+from .train import Train
 
 NODES: list[type[io.ComfyNode]] = [
     LoadResidual,
@@ -19,6 +21,8 @@ NODES: list[type[io.ComfyNode]] = [
     SaveResidual,
     SaveDeltaR,
     ExportLoRA,
+    Train,
+    TrainOptionsNode,
     Similarity,
     ScaleSweep,
     ContactSheetNode,
@@ -32,4 +36,5 @@ class QRLoRAExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         folders.register_folders()  # not in on_load: 0.8 and 0.3.64 never call that
+        routes.register()
         return NODES

@@ -26,13 +26,19 @@ ALLOWED = {
         "psutil",
         "train",
     },
-    "nodes": {"torch", "comfy_api", "comfy", "folder_paths"},
+    # numpy, PIL, psutil and aiohttp are the host's own requirements; server is the host's module of that name
+    "nodes": {"torch", "comfy_api", "comfy", "folder_paths", "numpy", "PIL", "psutil", "aiohttp", "server"},
     # imports neither core nor host, so that nodes (relatively) and trainer (absolutely) can both import it
     "qrlora_plots": {"numpy", "PIL"},
 }
 # imported inside the functions that need them, when installed
 OPTIONAL = {"train": {"torchao", "bitsandbytes", "prodigyopt"}, "qrlora_plots": {"matplotlib"}}
-HOST_FILES = {"comfy": {"host.py", "hooks.py"}, "folder_paths": {"folders.py"}}
+HOST_FILES = {
+    "comfy": {"host.py", "host_train.py", "hooks.py"},
+    "folder_paths": {"folders.py"},
+    "server": {"host_train.py", "routes.py"},
+    "aiohttp": {"routes.py"},
+}
 
 
 def python_files(*rooms):
