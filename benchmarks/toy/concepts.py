@@ -17,7 +17,7 @@ from qrlora_core import CacheItem, EncodedPicture, EncodedText, save_cache
 
 from .comfy_pack.features import SIZE, text_features, to_latents
 from .model import WEIGHTS
-from .pictures import CONTENT_TRIGGER, HEART, STYLE_TRIGGER, SUNSET, ZIGZAG, Look, draw
+from .pictures import CONTENT_TRIGGER, HEART, STYLE_TRIGGER, SUNSET, BARRED, Look, draw
 
 Settings = Mapping[str, str | int | float]
 PACK = Path(__file__).resolve().parents[2]
@@ -36,7 +36,7 @@ class Concept(NamedTuple):
 CONTENT = Concept(
     "toy_content", CONTENT_TRIGGER, f"a {CONTENT_TRIGGER} in red plain style", Look(HEART, "red", "plain")
 )
-STYLE = Concept("toy_style", STYLE_TRIGGER, f"a circle in {STYLE_TRIGGER} style", Look("circle", SUNSET, ZIGZAG))
+STYLE = Concept("toy_style", STYLE_TRIGGER, f"a circle in {STYLE_TRIGGER} style", Look("circle", SUNSET, BARRED))
 MERGED_PROMPT = f"a {CONTENT_TRIGGER} in {STYLE_TRIGGER} style"
 
 # What training is told beyond its defaults: settings of `fit`, the first ones widgets of the Train node
@@ -44,7 +44,7 @@ FIT: Settings = {
     "method": "delta_r_triangular",
     "rank": 16,
     "alpha": 16.0,
-    "steps": 120,
+    "steps": 160,
     "learning_rate": 3e-3,
     "batch_size": 8,
     "gradient_accumulation": 1,

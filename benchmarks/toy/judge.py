@@ -18,7 +18,7 @@ from .pictures import (
     STYLE_TRIGGER,
     SUNSET,
     TEXTURES,
-    ZIGZAG,
+    BARRED,
     Look,
     caption,
     combinations,
@@ -129,7 +129,7 @@ def _row(one: Experiment, pictures: Tensor, looks: Sequence[Look]) -> Row:
     found = read(pictures)
     count = len(found)
     content = sum(look.shape == HEART for look in found) / count
-    style = sum(look.colour == SUNSET and look.texture == ZIGZAG for look in found) / count
+    style = sum(look.colour == SUNSET and look.texture == BARRED for look in found) / count
     rest = sum(all(want in ("", got) for want, got in zip(*pair)) for pair in zip(looks, found)) / count
     return Row(one.name, count, content, style, rest)
 

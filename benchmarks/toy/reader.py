@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .pictures import COLOURS, HEART, SHAPES, SUNSET, TEXTURES, ZIGZAG, Look, draw
+from .pictures import COLOURS, HEART, SHAPES, SUNSET, TEXTURES, BARRED, Look, draw
 
 PLACES = tuple(itertools.product((-2, 0, 2), repeat=2))  # of a shape's centre, pixels right and down of the middle
-LOOKS = tuple(Look(*parts) for parts in itertools.product(SHAPES + (HEART,), COLOURS + (SUNSET,), TEXTURES + (ZIGZAG,)))
+LOOKS = tuple(Look(*parts) for parts in itertools.product(SHAPES + (HEART,), COLOURS + (SUNSET,), TEXTURES + (BARRED,)))
 
 
 def read(pictures: Tensor) -> list[Look]:

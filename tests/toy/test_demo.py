@@ -10,7 +10,7 @@ from qrlora_plots import contact_sheet
 from benchmarks.toy import demo
 from benchmarks.toy.concepts import CONTENT, STYLE, read_picture
 from benchmarks.toy.judge import Row, experiments, summary, verdict
-from benchmarks.toy.pictures import HEART, SUNSET, ZIGZAG
+from benchmarks.toy.pictures import HEART, SUNSET, BARRED
 from benchmarks.toy.reader import read
 from qrlora_core import open_adapter
 
@@ -81,4 +81,4 @@ def test_the_verdict_needs_both_adapters(content, style, good):
 
 
 def test_the_two_concepts_are_what_the_reader_calls_new():
-    assert CONTENT.look.shape == HEART and STYLE.look[1:] == (SUNSET, ZIGZAG)
+    assert CONTENT.look.shape == HEART and STYLE.look[1:] == (SUNSET, BARRED)
