@@ -51,7 +51,9 @@ function reportWidget(node) {
 function show(node, output) {
   const lines = output?.text;
   if (!lines?.length) return;
-  reportWidget(node).element.textContent = Array.isArray(lines) ? lines.join("\n") : String(lines);
+  const text = Array.isArray(lines) ? lines.join("\n") : String(lines);
+  if (node.qrloraReport) return node.qrloraReport(text); // a node with a view of its own
+  reportWidget(node).element.textContent = text;
   node.setDirtyCanvas?.(true, true);
 }
 

@@ -1,0 +1,149 @@
+// The Train node's own view of its run: from the server's messages, and after a reload from what it still knows.
+import { api } from "../../scripts/api.js";
+import { app } from "../../scripts/app.js";
+import { Job } from "./qrlora_train_job.js";
+import { HEIGHT, Panel } from "./qrlora_train_panel.js";
+
+const NODE = "QRLoRATrain";
+const WIDGET = "qrlora_train";
+const MARGIN = 8; // around the panel, in the classic renderer
+const KEPT_JOBS = 64;
+
+const jobs = new Map(); // node id as the server names it ("5", or "1:5" in a subgraph) -> Job, newest last
+let early = null; // messages that came while the state was being asked for
+let drawing = 0;
+
+// The node of this id in the graph that is open. The server's id is the way through the subgraphs.
+function find(id) {
+  let graph = app.rootGraph ?? app.graph;
+  const way = String(id).split(":");
+  const last = way.pop();
+  for (const part of way) graph = graph?.getNodeById?.(part)?.subgraph;
+  const node = graph?.getNodeById?.(last);
+  return node?.type === NODE ? node : null;
+}
+
+// Tabs of other workflows have nodes of the same ids.
+function here(job) {
+  const open = (app.rootGraph ?? app.graph)?.id;
+  return !job.workflow || !open || job.workflow === open;
+}
+
+function take(message, caughtUp) {
+  if (message?.node == null || typeof message.run !== "string") return;
+  const id = String(message.node);
+  let job = jobs.get(id);
+  if (job?.run !== message.run || (message.workflow ?? job.workflow) !== job.workflow) job = new Job(id, message.run);
+  jobs.delete(id);
+  jobs.set(id, job); // at the end: two instances of a subgraph share a node, which shows the newest
+  if (jobs.size > KEPT_JOBS) jobs.delete(jobs.keys().next().value);
+  job.take(message, caughtUp);
+}
+
+async function catchUp() {
+  if (early) return;
+  early = [];
+  try {
+    const answer = await api.fetchApi("/qrlora/train/state");
+    if (answer.ok) for (const state of (await answer.json()).jobs ?? []) take(state, true);
+  } catch (error) {
+    console.warn("QR-LoRA: the state of training runs could not be read", error); // the next message still shows
+  }
+  const waiting = early;
+  early = null;
+  for (const message of waiting) take(message);
+  draw();
+}
+
+async function stop(job) {
+  const body = JSON.stringify({ node: job.node });
+  try {
+    const answer = await api.fetchApi("/qrlora/train/stop", {
+      method: "POST",
+      headers: { "Content-Type": "application/json" },
+      body,
+    });
+    return answer.ok ? "" : `The server did not stop the run: ${(await answer.text()).slice(0, 300) || answer.status}`;
+  } catch (error) {
+    return `The server could not be asked to stop: ${error.message}`;
+  }
+}
+
+function picture(job, step) {
+  return api.apiURL(`/qrlora/train/sample?run=${encodeURIComponent(job.run)}&step=${step}`);
+}
+
+function panel(node) {
+  const known = node.widgets?.find((widget) => widget.name === WIDGET);
+  if (known) return known.qrloraPanel;
+  const made = new Panel({ stop, picture });
+  // Never part of the workflow: neither a widget value nor an input of the prompt.
+  const widget = node.addDOMWidget(WIDGET, WIDGET, made.element, {
+    serialize: false,
+    hideOnZoom: false,
+    margin: MARGIN,
+    getMinHeight: () => HEIGHT + 2 * MARGIN, // no more is ever asked for, so nothing that is shown moves the graph
+  });
+  widget.serialize = false;
+  widget.qrloraPanel = made;
+  made.element.addEventListener("wheel", (event) => zoom(event, made), { passive: false });
+  for (const kind of ["Down", "Move", "Up"]) {
+    made.element.addEventListener(`pointer${kind.toLowerCase()}`, (event) => {
+      if (kind === "Move" ? event.buttons & 4 : event.button === 1) app.canvas?.[`processMouse${kind}`]?.(event);
+    });
+  }
+  const [width, height] = node.computeSize();
+  node.setSize([Math.max(node.size[0], width, 340), Math.max(node.size[1], height)]);
+  return made;
+}
+
+// The new renderer hands the wheel to the canvas by itself. What can scroll, scrolls.
+function zoom(event, { element, message, samples }) {
+  if (element.closest(".lg-node")) return;
+  const scrolls = [message, samples].some(
+    (one) => one.contains(event.target) && (one.scrollHeight > one.clientHeight || one.scrollWidth > one.clientWidth),
+  );
+  if (scrolls && !event.ctrlKey) return event.stopPropagation();
+  event.preventDefault();
+  app.canvas?.processMouseWheel?.(event);
+}
+
+function draw() {
+  if (drawing) return;
+  drawing = requestAnimationFrame(() => {
+    drawing = 0;
+    const shown = new Map();
+    for (const job of jobs.values()) {
+      const node = here(job) && find(job.node);
+      if (node && (!job.ended || shown.get(node)?.ended !== false)) shown.set(node, job);
+    }
+    for (const [node, job] of shown) panel(node)?.show(job);
+  });
+}
+
+app.registerExtension({
+  name: "QR-LoRA.Train",
+  setup() {
+    api.addEventListener("qrlora.train", ({ detail }) => {
+      if (early) return early.push(detail);
+      take(detail);
+      draw();
+    });
+    api.addEventListener("reconnected", catchUp);
+    return catchUp();
+  },
+  afterConfigureGraph() {
+    draw(); // undo and a change of tab make every node anew
+  },
+  beforeRegisterNodeDef(nodeType, nodeData) {
+    if (nodeData.name !== NODE) return;
+    const { onNodeCreated } = nodeType.prototype;
+    nodeType.prototype.onNodeCreated = function (...args) {
+      const result = onNodeCreated?.apply(this, args);
+      const made = panel(this);
+      this.qrloraReport = (lines) => made.report(lines); // qrlora.js: the panel instead of its own few lines
+      draw();
+      return result;
+    };
+  },
+});
