@@ -23,21 +23,58 @@ function find(id) {
   return node?.type === NODE ? node : null;
 }
 
-// Tabs of other workflows have nodes of the same ids.
-function here(job) {
+// Tabs of other workflows have nodes of the same ids. A workflow that was saved under another name has another id,
+// but its node still asks for the adapter that is trained.
+function here(job, node) {
+  if (job.workflow === undefined) return false; // asked for
   const open = (app.rootGraph ?? app.graph)?.id;
-  return !job.workflow || !open || job.workflow === open;
+  if (!job.workflow || !open || job.workflow === open) return true;
+  const name = node.widgets?.find((widget) => widget.name === "output_name")?.value;
+  return !!name && job.run.startsWith(`${String(name).split(/[\\/]/).pop()}-`);
+}
+
+// The id of the workflow that a queue entry was made from, "" where the host does not say.
+async function workflowOf(prompt) {
+  const json = async (path) => (await api.fetchApi(path)).json();
+  try {
+    const { queue_running: running = [], queue_pending: pending = [] } = await json("/queue");
+    const entry = [...running, ...pending].find((one) => one[1] === prompt);
+    const found = entry ?? (await json(`/history/${encodeURIComponent(prompt)}`))[prompt]?.prompt;
+    return found?.[3]?.extra_pnginfo?.workflow?.id ?? "";
+  } catch {
+    return ""; // then the run is shown in every workflow that has the node
+  }
 }
 
 function take(message, caughtUp) {
   if (message?.node == null || typeof message.run !== "string") return;
   const id = String(message.node);
-  let job = jobs.get(id);
-  if (job?.run !== message.run || (message.workflow ?? job.workflow) !== job.workflow) job = new Job(id, message.run);
+  const job = nextJob(jobs.get(id), id, message.run);
   jobs.delete(id);
   jobs.set(id, job); // at the end: two instances of a subgraph share a node, which shows the newest
   if (jobs.size > KEPT_JOBS) jobs.delete(jobs.keys().next().value);
+  if (job.prompt !== (message.prompt_id ?? null)) identify(job, message.prompt_id);
   job.take(message, caughtUp);
+}
+
+// While a run prepares it has no name yet. When it turns out to be the one before, its curve goes on.
+function nextJob(known, id, run) {
+  if (known?.run === run) return known;
+  if (known && !known.run) {
+    if (known.former?.run !== run) return Object.assign(known, { run, former: null });
+    return Object.assign(known.former, { phase: known.phase });
+  }
+  return Object.assign(new Job(id, run), { former: run ? null : known });
+}
+
+async function identify(job, prompt) {
+  job.prompt = prompt ?? null;
+  job.workflow = prompt ? undefined : "";
+  if (!prompt) return;
+  const workflow = await workflowOf(prompt);
+  if (job.prompt !== prompt) return;
+  job.workflow = workflow;
+  draw();
 }
 
 async function catchUp() {
@@ -63,7 +100,9 @@ async function stop(job) {
       headers: { "Content-Type": "application/json" },
       body,
     });
-    return answer.ok ? "" : `The server did not stop the run: ${(await answer.text()).slice(0, 300) || answer.status}`;
+    if (answer.ok) return "";
+    const reason = (await answer.json().catch(() => ({}))).error ?? `status ${answer.status}`;
+    return `The server did not stop the run: ${reason}`;
   } catch (error) {
     return `The server could not be asked to stop: ${error.message}`;
   }
@@ -114,8 +153,8 @@ function draw() {
     drawing = 0;
     const shown = new Map();
     for (const job of jobs.values()) {
-      const node = here(job) && find(job.node);
-      if (node && (!job.ended || shown.get(node)?.ended !== false)) shown.set(node, job);
+      const node = find(job.node);
+      if (node && here(job, node) && (!job.ended || shown.get(node)?.ended !== false)) shown.set(node, job);
     }
     for (const [node, job] of shown) panel(node)?.show(job);
   });

@@ -1,11 +1,11 @@
 // The loss curve as SVG: sharp at every zoom of the canvas, and its colours follow the theme by themselves.
 
 const SVG = "http://www.w3.org/2000/svg";
-// Blue and orange of Okabe and Ito, told apart by every kind of colour vision; width and shape differ as well.
+// A blue and the vermilion of Okabe and Ito, told apart by every kind of colour vision; width and shape differ as well.
 // Mixed with the text's colour they keep their contrast on light and on dark palettes.
 const TEXT = "var(--input-text, #ddd)";
 export const BLUE = `color-mix(in srgb, #2a93d5 72%, ${TEXT})`;
-const ORANGE = `color-mix(in srgb, #e07a00 72%, ${TEXT})`;
+const ORANGE = `color-mix(in srgb, #d55e00 72%, ${TEXT})`;
 const FAINT = `color-mix(in srgb, ${TEXT} 22%, transparent)`;
 const RAW = `color-mix(in srgb, ${TEXT} 55%, transparent)`;
 const MARGIN = { left: 44, right: 8, top: 20, bottom: 20 };

@@ -99,8 +99,9 @@ export class Job {
   constructor(node, run) {
     this.node = node;
     this.run = run;
-    this.prompt = null;
-    this.workflow = null;
+    this.prompt = undefined; // id of the queue entry
+    this.workflow = undefined; // id of the workflow it was queued from, "" when nobody knows
+    this.former = null; // the node's run before, while this one has no name
     this.state = "preparing";
     this.text = "";
     this.reset();
@@ -125,8 +126,6 @@ export class Job {
 
   // `caughtUp`: events of a run that began before this page did. They come by kind, so they are put in order first.
   take(message, caughtUp = false) {
-    this.prompt = message.prompt_id ?? this.prompt;
-    this.workflow = message.workflow ?? this.workflow;
     const events = Array.isArray(message.events) ? [...message.events] : [];
     if (caughtUp) events.sort((one, other) => (one.time ?? 0) - (other.time ?? 0));
     for (const event of events) this.#event(event);

@@ -56,7 +56,7 @@ export class Panel {
     this.element.dataset.qrloraTrain = "";
     this.#head();
     this.chart = new Chart();
-    make(this.element, "div", { position: "relative", flex: "1 1 0", minHeight: "90px" }).append(this.chart.element);
+    make(this.element, "div", { position: "relative", flex: "1 1 0", minHeight: "60px" }).append(this.chart.element);
     this.samples = make(this.element, "div", {
       display: "none",
       gap: "4px",
@@ -122,7 +122,7 @@ export class Panel {
   }
 
   #foot(stop) {
-    const foot = make(this.element, "div", { display: "flex", gap: "8px", alignItems: "center", flex: "0 0 28px" });
+    const foot = make(this.element, "div", { display: "flex", gap: "8px", alignItems: "center", flex: "0 0 34px" });
     this.button = make(
       foot,
       "button",
@@ -155,12 +155,12 @@ export class Panel {
   async #stop(stop) {
     const { job } = this;
     if (!job || this.button.disabled) return;
-    this.asked = job;
+    this.asked = true;
     this.refused = "";
     this.show(job);
     const refused = await stop(job);
     if (!refused) return;
-    this.asked = null;
+    this.asked = false;
     this.refused = refused;
     this.show(this.job);
   }
@@ -173,10 +173,10 @@ export class Panel {
 
   // job: qrlora_train_job.js or null.
   show(job) {
-    if (job !== this.job) [this.asked, this.refused] = [null, ""];
+    if (job?.run !== this.job?.run) this.refused = "";
     this.job = job;
     const state = job?.state ?? (this.lines ? "finished" : "idle");
-    if (!["preparing", "running"].includes(state)) this.asked = null;
+    if (!["preparing", "running"].includes(state)) this.asked = false;
     const shown = this.asked ? "stopping" : state;
     Object.assign(this.element.dataset, {
       state: shown,
@@ -195,9 +195,9 @@ export class Panel {
     this.#pictures(job);
     const text =
       this.refused ||
-      (state === "failed" && job.reason) ||
       (state === "finished" && this.lines) ||
       job?.text ||
+      job?.reason ||
       (job ? "" : IDLE);
     put(this.message, text);
     this.message.style.height = state === "failed" ? "6.75em" : "2.7em"; // an error is read, not watched

@@ -6,7 +6,7 @@ import shutil
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +56,20 @@ class Page:
     def open(self) -> "Page":
         """Load the page anew, as a reload does, and wait for the graph."""
         self.driver.get(self.server.url)
-        try:
+        with suppress(NoAlertPresentException):
             self.driver.switch_to.alert.accept()  # "leave the page?"
-        except NoAlertPresentException:
-            pass
         self.wait("return !!window.app?.graph && !!window.app.canvas && !!window.app.extensionManager", 120)
         self.wait("return !document.querySelector('.p-progressspinner')", 60)
         return self
+
+    def load(self, workflow: dict[str, Any]) -> None:
+        """Put a workflow in the place of the open one."""
+        self.js("return app.loadGraphData(arguments[0])", workflow)
+        self.wait(
+            "return app.canvas.graph === app.graph && app.graph.nodes.length === arguments[0]",
+            30,
+            len(workflow["nodes"]),
+        )
 
     def js(self, script: str, *arguments: Any) -> Any:
         """Run the body of a function; what it returns, awaited."""
