@@ -9,6 +9,7 @@ CATEGORY = "QR-LoRA"
 
 DeltaR = io.Custom("DELTA_R")
 Residual = io.Custom("RESIDUAL")
+TrainOptions = io.Custom("QRLORA_TRAIN_OPTIONS")
 
 
 def schema(node_id: str, display_name: str, description: str, **fields: Any) -> io.Schema:

@@ -14,9 +14,16 @@ STDLIB = set(sys.stdlib_module_names)
 ALLOWED = {
     "qrlora_core": {"torch", "safetensors", "numpy"},
     "train": {"torch", "safetensors", "numpy", "qrlora_core", "diffusers", "accelerate", "tqdm", "PIL", "train"},
-    "nodes": {"torch", "comfy_api", "comfy", "folder_paths"},
+    # numpy, PIL, psutil and aiohttp are the host's own requirements; server is the host's module of that name
+    "nodes": {"torch", "comfy_api", "comfy", "folder_paths", "numpy", "PIL", "psutil", "aiohttp", "server"},
 }
-HOST_FILES = {"comfy": {"host.py"}, "folder_paths": {"folders.py"}}
+HOST_FILES = {
+    "comfy": {"host.py", "host_train.py"},
+    "folder_paths": {"folders.py"},
+    "server": {"host_train.py", "routes.py"},
+    "aiohttp": {"routes.py"},
+    "psutil": {"process.py", "runs.py", "host_train.py"},
+}
 
 
 def python_files(*rooms):

@@ -8,7 +8,7 @@ import pytest
 from tests.host import instance
 from tests.host.conftest import HOST, run_probe
 
-NODES = "LoadResidual LoadDeltaR Merge Apply SaveResidual SaveDeltaR ExportLoRA"
+NODES = "LoadResidual LoadDeltaR Merge Apply SaveResidual SaveDeltaR ExportLoRA Train TrainOptions"
 
 
 def older_hosts():
