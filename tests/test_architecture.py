@@ -13,10 +13,23 @@ ROOT = Path(__file__).resolve().parents[1]
 STDLIB = set(sys.stdlib_module_names)
 ALLOWED = {
     "qrlora_core": {"torch", "safetensors", "numpy"},
-    "train": {"torch", "safetensors", "numpy", "qrlora_core", "diffusers", "accelerate", "tqdm", "PIL", "train"},
+    "train": {
+        "torch",
+        "safetensors",
+        "numpy",
+        "qrlora_core",
+        "diffusers",
+        "accelerate",
+        "tqdm",
+        "PIL",
+        "psutil",
+        "train",
+    },
     # numpy, PIL, psutil and aiohttp are the host's own requirements; server is the host's module of that name
     "nodes": {"torch", "comfy_api", "comfy", "folder_paths", "numpy", "PIL", "psutil", "aiohttp", "server"},
 }
+# imported inside the functions that need them, when installed
+OPTIONAL = {"train": {"torchao", "bitsandbytes", "prodigyopt"}}
 HOST_FILES = {
     "comfy": {"host.py", "host_train.py"},
     "folder_paths": {"folders.py"},
@@ -49,8 +62,24 @@ def test_imports(path):
         elif level:  # ..qrlora_core, or the two standard-library modules of the trainer
             assert (level == 2 and top == "qrlora_core") or name in ("train.config", "train.events"), name
         else:
-            assert top in STDLIB | ALLOWED[room], f"{path.name} imports {name}"
-            assert path.name in HOST_FILES.get(top, {path.name}), f"only {HOST_FILES[top]} may import {name}"
+            assert top in STDLIB | ALLOWED[room] | OPTIONAL.get(room, set()), f"{path.name} imports {name}"
+            assert room != "nodes" or path.name in HOST_FILES.get(top, {path.name}), (
+                f"only {HOST_FILES[top]} may import {name}"
+            )
+
+
+@pytest.mark.parametrize("path", python_files("train"), ids=lambda path: path.name)
+def test_optional_packages_are_not_needed_to_import(path):
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            assert not {name.split(".")[0] for name in names} & OPTIONAL["train"]
+
+
+@pytest.mark.parametrize("name", ["config", "events"])
+def test_what_the_nodes_may_import_of_the_trainer_is_standard_library(name):
+    for module, level in imports(ROOT / "train" / f"{name}.py"):
+        assert not level and module.split(".")[0] in STDLIB
 
 
 def test_the_door_imports_lazily():

@@ -71,6 +71,7 @@ class FitConfig:
         "portable: any LoRA loader applies it; published: as the scripts write it",
         trajectory=False,
     )
+    save_dtype: Precision = _setting("fp32", "how the adapter's tensors are stored", trajectory=False)
     name: str = _setting("", "title in the adapter's metadata (default: the file's name)", trajectory=False, key=False)
     trigger: str = _setting("", "trigger word, for the metadata", trajectory=False)
     prompt: str = _setting("", "instance prompt, for the metadata", trajectory=False)

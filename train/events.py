@@ -23,7 +23,7 @@ _NUMBER = (int, float)
 # kind -> field -> accepted types. Every field listed here is required; `None` stands for "not known".
 FIELDS: Mapping[str, Mapping[str, tuple[type, ...]]] = MappingProxyType(
     {
-        # first line of a run. first_step: steps already done by the run that is resumed
+        # everything is loaded, the steps begin. first_step: steps already done by the run that is resumed
         "started": {"pid": (int,), "steps": (int,), "first_step": (int,), "pack_version": (str,), "run_dir": (str,)},
         # phase: load, basis, train, save, encode, ...; done and total count what is worked on, total 0: not known
         "phase": {"phase": (str,), "done": (int,), "total": (int,), "text": (str,)},

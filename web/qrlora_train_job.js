@@ -131,7 +131,7 @@ export class Job {
     for (const event of events) this.#event(event);
     if (typeof message.state === "string") this.state = message.state;
     if (typeof message.text === "string") this.text = message.text;
-    if (this.state === "preparing") this.reason = "";
+    if (this.state === "preparing") [this.phase, this.reason] = [null, ""]; // those of an earlier start
     for (const name of message.samples ?? []) this.#sample(Number(String(name).match(/(\d+)(?!.*\d)/)?.[1]));
   }
 

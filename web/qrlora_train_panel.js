@@ -5,12 +5,10 @@ export const HEIGHT = 380;
 const TEXT = "var(--input-text, #ddd)";
 const LINE = `color-mix(in srgb, ${TEXT} 30%, transparent)`;
 const PHASES = {
-  preflight: "Checking",
-  encode: "Encoding",
-  load: "Loading the model",
-  basis: "Decomposing",
+  load: "Reading the model",
+  basis: "Decomposing the model",
+  model: "Loading the model",
   train: "Training",
-  validate: "Validating",
   sample: "Sampling",
   save: "Saving",
 };
@@ -193,12 +191,7 @@ export class Panel {
     put(this.memory, job?.peak > 0 ? `peak ${(job.peak / 1024 ** 3).toFixed(1)} GiB` : "");
     this.chart.draw(job);
     this.#pictures(job);
-    const text =
-      this.refused ||
-      (state === "finished" && this.lines) ||
-      job?.text ||
-      job?.reason ||
-      (job ? "" : IDLE);
+    const text = this.refused || (state === "finished" && this.lines) || job?.text || job?.reason || (job ? "" : IDLE);
     put(this.message, text);
     this.message.style.height = state === "failed" ? "6.75em" : "2.7em"; // an error is read, not watched
     this.button.disabled = !(shown === "running" || shown === "preparing");
@@ -210,8 +203,7 @@ export class Panel {
 
   #progress(state, job) {
     const phase = job?.phase;
-    const working =
-      ["preparing", "running"].includes(state) && phase && !["train", "sample", "validate"].includes(phase.phase);
+    const working = state === "running" && phase && !["train", "sample"].includes(phase.phase);
     let part = job?.steps ? job.step / job.steps : 0;
     if (working && phase.total > 0) part = phase.done / phase.total;
     if (state === "finished") part = 1;
@@ -279,10 +271,9 @@ function thumbnail(address, step) {
 
 function heading(state, job) {
   if (state === "idle") return "Not trained yet";
+  if (state !== "running") return STATES[state] ?? state;
   const phase = job.phase?.phase;
-  const busy = state === "preparing" || state === "running";
-  if (busy && phase) return PHASES[phase] ?? phase[0].toUpperCase() + phase.slice(1);
-  return STATES[state] ?? state;
+  return phase ? (PHASES[phase] ?? phase[0].toUpperCase() + phase.slice(1)) : job.step ? "Training" : "Starting";
 }
 
 function hint(state, job) {

@@ -99,7 +99,7 @@ class Page:
 
 
 @contextmanager
-def browser(server: Server, profile: Path, size: tuple[int, int] = (1500, 1000)) -> Iterator[Page]:
+def browser(server: Server, profile: Path, size: tuple[int, int] = (1500, 1500)) -> Iterator[Page]:
     """A window over a new profile folder."""
     found = find_chromium()
     if found is None:

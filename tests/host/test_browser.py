@@ -151,7 +151,7 @@ def test_a_run_from_start_to_end_moves_nothing(train, vue):
     assert panel(train)["state"] == "idle" and points(train) == 0
     send(train, "preparing", run="", text="checking the trainer")
     assert panel(train)["state"] == "preparing" and "checking the trainer" in panel(train)["text"]
-    send(train, "preparing", phase("load", 1, 4), text="reading")
+    send(train, "running", phase("model", 1, 4), text="reading")
     assert "Loading the model" in panel(train)["text"]
     assert train.js(f"return {PANEL}.querySelector('[role=progressbar]').getAttribute('aria-valuenow')") == "25"
     send(train, "running", started(), phase("train"), *[step(one, 1 / one) for one in range(1, 101)], text="one line")

@@ -1,0 +1,414 @@
+"""Whole runs: exact resume however a run ended, what is refused, what is written. In this process where possible."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qrlora_core import PathError, WeightError, open_adapter
+from tests.flux import GOLDEN
+from tests.train.conftest import small_cache
+from train import checkpoint
+from train import fit as fit_module
+from train.cli import main
+from train.config import as_table
+from train.errors import TrainError
+from train.events import EventWriter, parse, read_events
+from train.fit import fit
+from train.source import BaseModel
+from train.watch import Stopped, StopWatch
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+# looks at the watch while the golden model is loaded; then three per step of two passes
+LOADING = len(BaseModel(GOLDEN / "base_bfl.safetensors").specs)
+
+
+class StopAt(StopWatch):
+    """Asks to stop at its n-th look."""
+
+    def __init__(self, looks):
+        super().__init__()
+        self.looks = looks
+
+    @property
+    def asked(self):
+        self.looks -= 1
+        return self.looks < 0
+
+
+def tensors(config):
+    """Adapter and newest checkpoint of a finished run, every tensor of them."""
+    newest = checkpoint.newest_checkpoint(Path(config.run_dir))
+    return load_file(Path(config.run_dir) / "adapter.safetensors") | newest.tensors("")
+
+
+def same(one, other):
+    assert one.keys() == other.keys()
+    different = [key for key in one if not torch.equal(one[key], other[key])]
+    assert not different, different[:3]
+
+
+def events_of(path):
+    return [event.kind for event in read_events(path)]
+
+
+@pytest.fixture
+def elsewhere(tmp_path):
+    """The same settings in another run folder."""
+    return lambda config, name="other", **changes: replace(config, run_dir=str(tmp_path / name), **changes)
+
+
+@pytest.mark.parametrize("method", ["delta_r", "delta_r_triangular", "qr"])
+def test_a_run(settings, method, tmp_path):
+    config = settings(method=method, sample_every=2, validate_every=2, checkpoint_every=1, trigger="<c>", name="mine")
+    events = tmp_path / "events.jsonl"
+    path = fit(config, EventWriter.open(str(events)))
+    adapter = open_adapter(path)
+    assert adapter.method == method and adapter.rank == 8 and len(adapter.layers) == 15
+    assert adapter.metadata["qrlora.trigger"] == "<c>" and adapter.metadata["modelspec.title"] == "mine"
+    assert adapter.metadata["qrlora.steps"] == "4" and str(tmp_path) not in str(adapter.metadata)
+    assert any(float(adapter.layer(name).down.abs().max()) > 1e-4 for name in adapter.layers)
+    kept = sorted(one.name for one in (Path(config.run_dir) / "checkpoints").iterdir())
+    assert kept == ["step-00000003.safetensors", "step-00000004.safetensors"]
+    latent = load_file(Path(config.run_dir) / "samples" / "step-00000004.safetensors")["latent"]
+    assert latent.shape == (1, 16, 4, 4) and bool(torch.isfinite(latent).all())
+    kinds = [kind for kind in events_of(events) if kind != "phase"]
+    steps = ["step", "saved", "step", "validation", "saved", "sample"]
+    assert kinds == ["started", *steps, *steps, "saved", "finished"]
+    assert str(tmp_path) not in (Path(config.run_dir) / "resolved.json").read_text()
+
+
+def test_training_lowers_the_loss(settings):
+    """On fixed noise, which is what the validation loss is."""
+    config = settings(steps=30, learning_rate=1e-2, validate_every=1, init="random", batch_size=2)
+    losses = [e.data["loss"] for e in run_events(config) if e.kind == "validation"]
+    assert losses[-1] < losses[0] - 0.01
+
+
+def run_events(config):
+    path = Path(config.run_dir).parent / "events.jsonl"
+    fit(config, EventWriter.open(str(path)))
+    return read_events(path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"method": "qr", "learning_rate": 1e-4},
+        {"optimizer": "prodigy", "learning_rate": 1.0},
+        {"scheduler": "cosine", "warmup_steps": 1, "init": "random"},
+        {"precision": "bf16", "base_storage": "fp8", "gradient_checkpointing": True},
+        {"batch_size": 2, "timestep_sampling": "logit_normal", "caption_dropout": 0.3, "shift": "resolution"},
+    ],
+    ids=["adamw", "qr", "prodigy", "cosine", "fp8", "sampling"],
+)
+def test_interrupted_anywhere_ends_bit_equal(settings, elsewhere, changes):
+    whole = settings(steps=3, **changes)
+    fit(whole)
+    broken = elsewhere(whole)
+    # while loading, in the middle of step 1, in the middle of step 2, between steps 2 and 3
+    for looks, done in ((3, 0), (LOADING + 1, 0), (LOADING + 4, 1), (LOADING + 3, 2)):
+        with pytest.raises(Stopped):
+            fit(broken, watch=StopAt(looks))
+        kept = checkpoint.newest_checkpoint(Path(broken.run_dir))
+        assert (kept.step if kept else 0) == done
+    fit(broken)
+    same(tensors(whole), tensors(broken))
+
+
+def test_stopping_in_the_middle_of_a_step_leaves_no_trace(settings, elsewhere, tmp_path):
+    whole, broken = settings(gradient_accumulation=4), None
+    fit(whole)
+    broken = elsewhere(whole)
+    watch, looks = StopWatch(), iter(range(1000))
+    real = fit_module.flow_loss
+
+    def loss(*args):
+        if next(looks) == 6:  # the third of four passes of the second step
+            watch.ask()
+        return real(*args)
+
+    fit_module.flow_loss = loss
+    try:
+        with pytest.raises(Stopped):
+            fit(broken, EventWriter.open(str(tmp_path / "e.jsonl")), watch)
+    finally:
+        fit_module.flow_loss = real
+    last = read_events(tmp_path / "e.jsonl")[-1]
+    assert last.kind == "stopped" and last.data == {"step": 1, "checkpoint": "checkpoints/step-00000001.safetensors"}
+    fit(broken)
+    same(tensors(whole), tensors(broken))
+
+
+@pytest.mark.parametrize("scheduler", ["constant", "linear"])
+def test_more_steps_continue_a_finished_run(settings, elsewhere, scheduler):
+    short = settings(steps=2, scheduler=scheduler)
+    fit(short)
+    first = load_file(Path(short.run_dir) / "adapter.safetensors")
+    longer = replace(short, steps=4)
+    fit(longer)
+    assert any(not torch.equal(value, first[key]) for key, value in tensors(longer).items() if key in first)
+    if scheduler == "constant":
+        whole = elsewhere(longer)
+        fit(whole)
+        same(tensors(whole), tensors(longer))
+
+
+def test_a_finished_run_is_not_trained_again(settings):
+    config = settings()
+    fit(config)
+    before = tensors(config)
+    assert "step" not in [event.kind for event in run_events(config)]
+    same(before, tensors(config))
+    with pytest.raises(TrainError, match="has 4 steps already"):
+        fit(replace(config, steps=3))
+
+
+def test_a_second_start_decomposes_nothing(settings, elsewhere, monkeypatch):
+    fit(settings())
+    monkeypatch.setattr("train.basis.decompose", lambda *a, **k: pytest.fail("decomposed again"))
+    fit(elsewhere(settings()))
+
+
+def command(config, *more):
+    path = Path(config.run_dir).with_suffix(".json")
+    path.write_text(json.dumps(as_table(config)))
+    events = Path(config.run_dir).with_suffix(".jsonl")
+    return [sys.executable, "-m", "train", "fit", "--settings", path, "--events", events, *more], events
+
+
+def wait_for(events, wanted, process, seconds=90):
+    until = time.monotonic() + seconds
+    while time.monotonic() < until and process.poll() is None:
+        if events.exists():
+            found = [e for e in read_events(events) if wanted(e)]
+            if found:
+                return found[-1]
+        time.sleep(0.02)
+    pytest.fail(f"did not happen within {seconds} s; exit code {process.poll()}")
+
+
+def start(config, *more, **options):
+    line, events = command(config, *more)
+    process = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
+    return process, events
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM; the stop file is tested everywhere")
+def test_sigterm_then_kill_then_resume_is_bit_equal(settings, elsewhere):
+    whole = settings(steps=40, checkpoint_every=3)
+    fit(whole)
+    broken = elsewhere(whole)
+    process, events = start(broken)
+    wait_for(events, lambda e: e.kind == "step" and e.data["step"] >= 4, process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 3
+    stopped = read_events(events)[-1]
+    assert stopped.kind == "stopped" and (Path(broken.run_dir) / stopped.data["checkpoint"]).is_file()
+    process, events = start(broken)
+    wait_for(events, lambda e: e.kind == "step" and e.data["step"] >= stopped.data["step"] + 5, process)
+    process.kill()
+    assert process.wait(60) == -signal.SIGKILL
+    assert not (Path(broken.run_dir) / "adapter.safetensors").exists()
+    fit(broken)
+    same(tensors(whole), tensors(broken))
+
+
+def test_stop_file_and_lifeline(settings, elsewhere):
+    config = settings(steps=100_000)
+    stop = Path(config.run_dir).parent / "stop"
+    process, events = start(config, "--stop-file", str(stop))
+    other, other_events = start(elsewhere(config), "--lifeline", stdin=subprocess.PIPE)
+    wait_for(events, lambda e: e.kind == "step", process)
+    stop.touch()
+    assert process.wait(30) == 3
+    wait_for(other_events, lambda e: e.kind == "step", other)
+    other.stdin.close()  # what the system does when the parent dies
+    began = time.monotonic()
+    assert other.wait(30) in (3, 4) and time.monotonic() - began < 5
+    stop.unlink()
+
+
+def test_two_processes_equal_one(settings, elsewhere):
+    """Gloo on this machine: two processes of one pass each see the batches that one process of two passes sees."""
+    one = settings(gradient_accumulation=2, steps=3)
+    fit(one)
+    two = elsewhere(one, gradient_accumulation=1)
+    line, events = command(two)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    done = subprocess.run([*launch, *line[1:]], cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert events_of(events).count("finished") == 1
+    ours, theirs = (load_file(Path(config.run_dir) / "adapter.safetensors") for config in (one, two))
+    for key, value in ours.items():
+        assert torch.allclose(value, theirs[key], rtol=1e-5, atol=1e-7), key
+
+
+def test_prior_preservation(settings, tmp_path, monkeypatch):
+    """loss + prior_weight * loss of the class pictures, as published."""
+    data = small_cache(tmp_path / "with_class.safetensors", class_pictures=2)
+    losses = {}
+    for weight in (0.0, 1.0, 0.5):
+        config = settings(data=str(data), prior_weight=weight, steps=1, run_dir=str(tmp_path / f"run{weight}"))
+        losses[weight] = run_events_of(config, tmp_path / f"e{weight}.jsonl")
+    assert losses[0.5] == pytest.approx((losses[0.0] + losses[1.0]) / 2, rel=1e-5)
+    assert losses[1.0] > losses[0.0] + 0.1
+
+
+def run_events_of(config, path):
+    fit(config, EventWriter.open(str(path)))
+    return next(event.data["loss"] for event in read_events(path) if event.kind == "step")
+
+
+def test_what_a_resumed_run_must_share(settings, tmp_path):
+    config = settings(steps=2)
+    fit(config)
+    base = load_file(GOLDEN / "base_bfl.safetensors")
+    base["img_in.weight"] += 1e-3
+    save_file(base, tmp_path / "other_base.safetensors")
+    small_cache(tmp_path / "other.safetensors", seed=1)
+    for changes, message in (
+        ({"model": str(tmp_path / "other_base.safetensors")}, "another base model"),
+        ({"data": str(tmp_path / "other.safetensors")}, "other pictures or captions"),
+        ({"learning_rate": 1e-4}, "learning_rate 0.001 -> 0.0001"),
+        ({"resume": "never"}, "holds checkpoints"),
+    ):
+        before = tensors(config)
+        # the adapter is of the run it was; a run that is not the same may not write over it
+        with pytest.raises(TrainError, match=f"{message}|not of this run"):
+            fit(replace(config, **{"steps": 4, **changes}))
+        same(before, tensors(config))
+    with pytest.raises(TrainError, match="no checkpoint"):
+        fit(replace(config, run_dir=str(tmp_path / "empty"), resume="require"))
+
+
+def test_a_damaged_checkpoint_is_passed_over(settings, elsewhere):
+    whole = settings(checkpoint_every=1)
+    fit(whole)
+    broken = elsewhere(whole)
+    with pytest.raises(Stopped):
+        fit(broken, watch=StopAt(LOADING + 6))
+    folder = Path(broken.run_dir) / "checkpoints"
+    newest = sorted(folder.iterdir())[-1]
+    assert len(list(folder.iterdir())) == 2
+    newest.write_bytes(newest.read_bytes()[:-100])
+    (folder / ".qrlora-dead.tmp").write_bytes(b"x")
+    fit(broken)
+    assert not list(folder.glob("*.tmp"))
+    same(tensors(whole), tensors(broken))
+
+
+def test_a_loss_that_is_not_finite_stops(settings, monkeypatch):
+    config = settings(steps=6, checkpoint_every=2)
+    real, calls = fit_module.flow_loss, iter(range(1000))
+    monkeypatch.setattr(fit_module, "flow_loss", lambda *a: real(*a) * (float("nan") if next(calls) >= 7 else 1))
+    with pytest.raises(TrainError, match="loss of step 4 is nan.*step-00000002.safetensors is kept") as caught:
+        fit(config)
+    assert caught.value.reason == "loss"
+    kept = checkpoint.newest_checkpoint(Path(config.run_dir))
+    assert kept.step == 2 and all(bool(torch.isfinite(t).all()) for t in kept.tensors("").values())
+
+
+def test_a_full_disk_keeps_what_is_there(settings, monkeypatch, tmp_path):
+    config = settings(steps=4, checkpoint_every=1)
+    real = checkpoint.save_file
+
+    def full(tensors, path, metadata):
+        if json.loads(metadata["qrlora.checkpoint"])["step"] == 3:
+            Path(path).write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        real(tensors, path, metadata=metadata)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(TrainError, match="cannot be written") as caught:
+        fit(config)
+    assert caught.value.reason == "disk"
+    assert sorted(p.name for p in (Path(config.run_dir) / "checkpoints").iterdir()) == [
+        "step-00000001.safetensors",
+        "step-00000002.safetensors",
+    ]
+
+
+@pytest.mark.parametrize("path", ["run_dir", "output"])
+def test_an_adapter_of_another_run_is_not_written_over(settings, tmp_path, path):
+    config = settings()
+    target = tmp_path / "mine.safetensors" if path == "output" else Path(config.run_dir) / "adapter.safetensors"
+    target.parent.mkdir(exist_ok=True, parents=True)
+    target.write_bytes((GOLDEN / "official_style.safetensors").read_bytes())
+    before = target.read_bytes()
+    with pytest.raises(TrainError, match="is not of this run"):
+        fit(replace(config, output=str(target) if path == "output" else ""))
+    assert target.read_bytes() == before
+
+
+def test_published_format_and_half_precision(settings, elsewhere):
+    config = settings(output_format="published", save_dtype="bf16")
+    keys = load_file(fit(config))
+    assert {key.split(".lora.")[1] for key in keys} == {"q.weight", "delta_r.weight", "base_r.weight"}
+    assert {tensor.dtype for tensor in keys.values()} == {torch.bfloat16}
+    assert open_adapter(Path(config.run_dir) / "adapter.safetensors").has_initial
+    portable = open_adapter(fit(elsewhere(config, output_format="portable", save_dtype="fp32")))
+    name = next(iter(portable.layers))
+    published = open_adapter(Path(config.run_dir) / "adapter.safetensors").layer(name)
+    assert torch.allclose(portable.layer(name).down, published.down.float(), rtol=1e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "changes,kind,message",
+    [
+        ({"model": "nowhere.safetensors"}, TrainError, "does not exist; nothing is downloaded"),
+        ({"model": str(GOLDEN / "official_style.safetensors")}, TrainError, "is not a FLUX.1 transformer"),
+        ({"data": "nowhere.safetensors"}, TrainError, "does not exist; `python -m train encode`"),
+        ({"data": str(GOLDEN / "tensors.safetensors")}, TrainError, "is not a training cache"),
+        ({"rank": 200}, WeightError, "rank 200 does not fit"),
+        ({"targets": ["attn.to_qq"]}, Exception, "did you mean"),
+        ({"base_storage": "nf4"}, TrainError, "bitsandbytes|cannot be used here"),
+        ({"optimizer": "adamw8bit"}, TrainError, "pip install bitsandbytes"),
+        ({"device": "cuda:7"}, TrainError, "cannot be used"),
+    ],
+)
+def test_what_is_refused(settings, changes, kind, message):
+    config = settings(**changes)
+    with pytest.raises(kind, match=message):
+        fit(config)
+    assert not (Path(config.run_dir) / "adapter.safetensors").exists()
+
+
+def test_memory_is_estimated_first(settings, monkeypatch):
+    monkeypatch.setattr("psutil.virtual_memory", lambda: type("M", (), {"available": 10_000_000})())
+    with pytest.raises(TrainError, match="gradient_checkpointing true; base_storage fp8") as caught:
+        fit(settings())
+    assert caught.value.reason == "memory"
+    fit(settings(memory_check=False))
+
+
+def test_exit_codes_and_the_failed_event(settings, tmp_path, capsys, monkeypatch):
+    config = settings(steps=1)
+    line, events = command(config)
+    assert main([str(part) for part in line[3:]]) == 0
+    assert main(["fit", "--settings", str(line[5]), "--rank", "0"]) == 2
+    bad = [str(part) for part in line[3:]] + ["--model", "nowhere", "--run-dir", str(tmp_path / "new")]
+    assert main(bad) == 1
+    last = parse(events.read_text().splitlines()[-1])
+    assert last.kind == "failed" and last.data["reason"] == "model"
+
+    def out_of_memory(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(fit_module, "flow_loss", out_of_memory)
+    assert main([*[str(part) for part in line[3:]], "--run-dir", str(tmp_path / "oom")]) == 1
+    last = parse(events.read_text().splitlines()[-1])
+    assert last.data["reason"] == "memory" and "offload" in last.data["message"]
+    assert isinstance(PathError("x"), Exception)

@@ -1,0 +1,132 @@
+"""Can this machine train? Answers in seconds, before anything is loaded, each problem with its fix."""
+
+import importlib.metadata
+import platform
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .config import FitConfig, as_table
+
+REQUIRED = {"torch": "2.4", "safetensors": "0.4.2", "numpy": "1.25", "diffusers": "0.35", "accelerate": "1.0"}
+OPTIONAL = ("transformers", "bitsandbytes", "torchao", "prodigyopt", "xformers", "psutil")
+_NEEDED_BY = {"adamw8bit": "bitsandbytes", "nf4": "bitsandbytes", "int8": "torchao", "prodigy": "prodigyopt"}
+
+
+def check(config: FitConfig, data: bool = True) -> dict[str, Any]:
+    """Look at the interpreter, the device, the disk, the base model and the data.
+
+    Works in an interpreter that lacks the trainer's packages: that is then one of the problems.
+
+    Args:
+        config: settings of the run that is planned.
+        data: whether the training cache exists already.
+
+    Returns:
+        JSON-ready: `python`, `versions`, `device`, `vram_free`, `ram_free`, `disk_free`, `model`, `estimate` (bytes,
+        None where unknown), and `problems`: a list of {"what", "fix"}.
+    """
+    found: dict[str, Any] = {
+        "python": f"{platform.python_version()} {sys.executable}",
+        "versions": {name: _version(name) for name in (*REQUIRED, *OPTIONAL)},
+        "device": None,
+        "vram_free": None,
+        "ram_free": None,
+        "disk_free": _disk_free(Path(config.run_dir)),
+        "model": None,
+        "estimate": None,
+        "problems": [],
+    }
+    problems: list[dict[str, str]] = found["problems"]
+    _check_packages(found["versions"], config, problems)
+    if not problems:
+        try:
+            from .inspect import look_at_device, look_at_files
+        except ImportError as error:
+            problems.append(
+                {"what": f"a package is broken: {error}", "fix": _pip("--force-reinstall diffusers accelerate")}
+            )
+            return found
+        look_at_device(config, found, problems)
+        look_at_files(config, found, problems, data)
+    return found
+
+
+def readable(found: Mapping[str, Any]) -> str:
+    """The same for a person."""
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items() if version)
+    lines = [f"python     {found['python']}", f"packages   {versions}"]
+    for key in ("device", "model"):
+        value = found[key]
+        text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
+        lines.append(f"{key:<10} {text or 'not known'}")
+    for key in ("vram_free", "ram_free", "disk_free"):
+        if found[key] is not None:
+            lines.append(f"{key:<10} {found[key] / 1e9:.1f} GB")
+    if found["estimate"]:
+        parts = ", ".join(f"{k} {v / 1e9:.1f} GB" for k, v in found["estimate"].items())
+        lines.append(f"needs      {parts}")
+    lines += [f"PROBLEM    {one['what']}\n           fix: {one['fix']}" for one in found["problems"]]
+    return "\n".join(lines if found["problems"] else [*lines, "ready to train"])
+
+
+def dry_run(config: FitConfig) -> str:
+    """Resolved settings, memory estimate and layers, for `fit --dry-run`.
+
+    Raises:
+        QRLoRAError: the model or the data cannot be read.
+    """
+    from .inspect import planned
+
+    settings = "\n".join(f"{key} = {value!r}" for key, value in as_table(config).items())
+    return f"{settings}\n\n{planned(config)}"
+
+
+def _check_packages(versions: Mapping[str, str | None], config: FitConfig, problems: list[dict[str, str]]) -> None:
+    wrong = [name for name, least in REQUIRED.items() if _older(versions[name], least)]
+    if "torch" in wrong:  # its build depends on the GPU, so it is never part of one command for all
+        problems.append(
+            {
+                "what": f"torch {versions['torch'] or 'is not installed'}, {REQUIRED['torch']} or newer is needed",
+                "fix": "install torch for this machine as https://pytorch.org/get-started says",
+            }
+        )
+        wrong.remove("torch")
+    if wrong:
+        listed = ", ".join(f"{name} {versions[name] or 'is not installed'}" for name in wrong)
+        wanted = " ".join(f'"{name}>={REQUIRED[name]}"' for name in wrong)
+        problems.append({"what": f"{listed}", "fix": _pip(wanted)})
+    for setting in (config.optimizer, config.base_storage):
+        package = _NEEDED_BY.get(setting)
+        if package and not versions[package]:
+            problems.append({"what": f"{setting} needs {package}, which is not installed", "fix": _pip(package)})
+
+
+def _pip(what: str) -> str:
+    return f'"{sys.executable}" -m pip install {what}'
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _older(version: str | None, least: str) -> bool:
+    if version is None:
+        return True
+
+    def numbers(text: str) -> list[int]:
+        plain = text.split("+")[0].split(".")
+        return [int(part) for part in plain[:3] if part.isdigit()]
+
+    return numbers(version) < numbers(least)
+
+
+def _disk_free(folder: Path) -> int:
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
