@@ -90,8 +90,9 @@ class Page:
         raise TimeoutError(f"not within {seconds} s: {script}\n{error}\nthe page shows: {shown[:2000]}")
 
     def errors(self) -> list[str]:
-        """What the console reported as an error and comes from this pack."""
-        return [entry["message"] for entry in self.driver.get_log("browser") if "qrlora" in entry["message"].lower()]
+        """What the console reported and comes from this pack's scripts; not what could not be downloaded."""
+        entries = [entry for entry in self.driver.get_log("browser") if entry["source"] != "network"]
+        return [entry["message"] for entry in entries if "qrlora" in entry["message"].lower()]
 
     def screenshot(self, path: Path) -> Path:
         self.driver.save_screenshot(str(path))
