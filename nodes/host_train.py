@@ -22,6 +22,10 @@ CHANNELS = 16  # of FLUX's latents
 _PREVIEW = 512
 _SAMPLED = 1024  # values of each weight that tell one encoder from another
 
+# FLUX takes CLIP's pooled output unprojected. Where a file lacks these the host leaves them as the memory happens to
+# be, so that one file would look like another at each loading.
+_UNUSED = ("text_projection.weight", "logit_scale")
+
 Interrupted = comfy.model_management.InterruptProcessingException
 
 
@@ -107,6 +111,8 @@ def weights_identity(holder: Any) -> str:
     digest = hashlib.sha256(str(getattr(holder, "layer_idx", None)).encode())
     digest.update(repr(sorted(getattr(holder, "tokenizer_options", {}).items())).encode())
     for key, weight in sorted(patcher.model.state_dict().items()):
+        if key.endswith(_UNUSED):
+            continue
         backup = patcher.backup.get(key)  # while it is loaded, a patched weight's own values lie here
         _add(digest, key, backup.weight if backup is not None else weight)
     for key, queue in sorted(patcher.patches.items(), key=lambda item: str(item[0])):

@@ -22,6 +22,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 AUTO = "auto"
 _OFFLOAD = {"none": 0.0, "half": 0.5, "all": 1.0}
 _SWITCH = {"on": True, "off": False}
+_NEEDS_MORE = ("piecewise_constant",)  # rules that the node has no widget for
 _SPECS = {one.name: one for one in fields(FitConfig)}
 
 
@@ -76,7 +77,7 @@ def number_input(name: str, tooltip: str, **more: Any) -> Any:
 def combo_input(name: str, tooltip: str, with_preset: bool = False) -> Any:
     """A widget for a field of FitConfig that is one of several words."""
     spec = _SPECS[name]
-    options = ([PRESET] if with_preset else []) + list(choices(spec) or ())
+    options = ([PRESET] if with_preset else []) + [one for one in choices(spec) or () if one not in _NEEDS_MORE]
     return io.Combo.Input(name, options=options, default=PRESET if with_preset else spec.default, tooltip=tooltip)
 
 

@@ -15,6 +15,9 @@ from ..train.config import ConfigError, load_settings
 PACK = Path(__file__).resolve().parents[1]
 START = PACK / "train" / "start.py"
 VARIABLE = "QRLORA_CONFIG"
+# port 0: any free one, so that two ComfyUIs do not meet
+_ONE_MACHINE = ["--multi_gpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+_ONE_MACHINE += ["--main_process_port", "0"]
 _NAMES = ("qrlora.toml", "qrlora.json")
 
 
@@ -30,8 +33,7 @@ class Owner(NamedTuple):
         if processes == 1:
             return [self.python, str(START), *arguments]
         launch = [self.python, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
-        if self.accelerate_config:
-            launch += ["--config_file", self.accelerate_config]
+        launch += ["--config_file", self.accelerate_config] if self.accelerate_config else _ONE_MACHINE
         return [*launch, str(START), *arguments]
 
 

@@ -23,9 +23,7 @@ class Cancelled(Exception):
     """Cancel was pressed meanwhile."""
 
 
-def preflight(
-    who: owner.Owner, settings: Path, log_file: Path, cancelled: Callable[[], bool], with_data: bool = False
-) -> dict[str, Any]:
+def preflight(who: owner.Owner, settings: Path, log_file: Path, cancelled: Callable[[], bool]) -> dict[str, Any]:
     """What `train check` reports, once it reports no problem.
 
     Args:
@@ -33,13 +31,13 @@ def preflight(
         settings: the run's settings.
         log_file: its output is kept there.
         cancelled: whether Cancel was pressed since the last call.
-        with_data: look at the training cache too.
 
     Raises:
         PreflightError: the interpreter cannot start, or it reports problems.
         Cancelled: Cancel was pressed.
     """
-    arguments = ["check", "--settings", str(settings), "--json", *([] if with_data else ["--no-data"])]
+    # memory is compared later: ComfyUI's own models still lie on the card
+    arguments = ["check", "--settings", str(settings), "--json", "--no-data", "--no-memory-check"]
     command = who.command(arguments)
     try:
         child = Child(command, settings.parent, log_file, owner.environment())
@@ -75,22 +73,24 @@ def preflight(
 
 def summary(report: dict[str, Any]) -> str:
     """Versions, device and memory of a report, in one line."""
-    versions = ", ".join(f"{name} {version}" for name, version in (report.get("versions") or {}).items())
+    versions = ", ".join(f"{name} {version}" for name, version in (report.get("versions") or {}).items() if version)
     estimate = report.get("estimate") or {}
     needs = ", ".join(f"{estimate[name] / _GB:.1f} GB {name.upper()}" for name in ("vram", "ram") if estimate.get(name))
     return f"{versions}; on {report.get('device', '?')}" + (f"; needs about {needs}" if needs else "")
 
 
 def require_memory(report: dict[str, Any], vram: int | None, ram: int) -> None:
-    """Compare the estimate with what is free now that ComfyUI's models are unloaded.
+    """Compare the estimate with what is free now that ComfyUI's models are unloaded; without a card the trainer does.
 
     Raises:
         PreflightError: it does not fit.
     """
     estimate = report.get("estimate") or {}
+    if vram is None:
+        return
     for name, free in (("vram", vram), ("ram", ram)):
         need = estimate.get(name)
-        if need and free is not None and need > free:
+        if need and need > free:
             raise PreflightError(
                 f"Training needs about {need / _GB:.1f} GB of {name.upper()}, {free / _GB:.1f} GB are free with "
                 "ComfyUI's models unloaded. Close other programs, or choose a smaller preset, more offload, a lower "

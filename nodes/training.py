@@ -18,7 +18,7 @@ from .jobs import Job
 from .options import TrainOptions
 from .process import Child, ChildError, end_process, still_runs
 from .runs import Run, choose_run, find_runs, key_of, publish, sha256
-from .watch import Ending, EventFeed, TrainingError, duration, earlier_events, failure, told, watch
+from .watch import Ending, EventFeed, TrainingError, duration, earlier_events, failure, last_lines, told, watch
 
 log = logging.getLogger(__name__)
 
@@ -234,9 +234,7 @@ def _verified(run: Run, config: FitConfig, ending: Ending, started: float) -> st
     else:
         problem = adapter_problem(path, config)
     if problem:
-        raise TrainingError(
-            f"The trainer says that it finished, but {problem}.\nLast lines of {run.log.name}:\n{ending.tail}"
-        )
+        raise TrainingError(f"The trainer says that it finished, but {problem}.\n{last_lines(run.log.name, ending)}")
     return digest
 
 

@@ -160,8 +160,12 @@ def failure(ending: Ending, log_name: str, checkpoint_step: int) -> str:
         lines.append(f"The checkpoint of step {checkpoint_step} is kept: queue again to go on from there.")
     if ending.garbage:
         lines.append(f"{ending.garbage} lines of its events could not be read.")
-    lines += [f"Last lines of {log_name}:", ending.tail or "(nothing was printed)"]
-    return "\n".join(lines)
+    return "\n".join([*lines, last_lines(log_name, ending)])
+
+
+def last_lines(log_name: str, ending: Ending) -> str:
+    """The end of the trainer's output, for a message."""
+    return f"Last lines of {log_name}:\n{ending.tail or '(nothing was printed)'}"
 
 
 def _reason(ending: Ending) -> str:

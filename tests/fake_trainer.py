@@ -5,6 +5,7 @@ in the JSON file that QRLORA_FAKE names: {"scenario": ..., "seconds": ..., ...}.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import resource
@@ -33,7 +34,7 @@ CHECK = {
 class Fake:
     def __init__(self, arguments):
         self.part = json.loads(Path(os.environ["QRLORA_FAKE"]).read_text(encoding="utf-8"))
-        value = dict(zip(arguments, arguments[1:]))
+        value = dict(itertools.pairwise(arguments))
         self.settings = json.loads(Path(value["--settings"]).read_text(encoding="utf-8"))
         self.run = Path(self.settings["run_dir"])
         self.output = Path(self.settings["output"])

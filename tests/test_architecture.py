@@ -35,7 +35,6 @@ HOST_FILES = {
     "folder_paths": {"folders.py"},
     "server": {"host_train.py", "routes.py"},
     "aiohttp": {"routes.py"},
-    "psutil": {"process.py", "runs.py", "host_train.py"},
 }
 
 
@@ -63,9 +62,7 @@ def test_imports(path):
             assert (level == 2 and top == "qrlora_core") or name in ("train.config", "train.events"), name
         else:
             assert top in STDLIB | ALLOWED[room] | OPTIONAL.get(room, set()), f"{path.name} imports {name}"
-            assert room != "nodes" or path.name in HOST_FILES.get(top, {path.name}), (
-                f"only {HOST_FILES[top]} may import {name}"
-            )
+            assert path.name in HOST_FILES.get(top, {path.name}), f"only {HOST_FILES[top]} may import {name}"
 
 
 @pytest.mark.parametrize("path", python_files("train"), ids=lambda path: path.name)

@@ -49,3 +49,10 @@ def run_probe(host, folder):
     done = subprocess.run(command, cwd=host, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((folder / "result.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def clip_file(tmp_path_factory):
+    from tests.host.training import write_clip_l
+
+    return write_clip_l(tmp_path_factory.mktemp("encoders") / "clip_l.safetensors")

@@ -141,19 +141,35 @@ class Server:
         with urllib.request.urlopen(self.url + path, timeout=30) as answer:
             return json.load(answer)
 
+    def post(self, path: str, values: dict):
+        """The answer to a JSON body, None when it is empty.
+
+        Raises:
+            WorkflowError: an error status, with the host's words.
+        """
+        body = json.dumps(values).encode()
+        request = urllib.request.Request(self.url + path, body, {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                text = answer.read()
+        except urllib.error.HTTPError as error:
+            raise WorkflowError(error.read().decode()) from error
+        return json.loads(text) if text.strip() else None
+
     def queue(self, workflow: dict) -> dict:
         """Run a workflow in API form; its history entry: `outputs`, `status` with the messages.
 
         Raises:
             WorkflowError: it was refused or a node failed, with the host's words.
         """
-        body = json.dumps({"prompt": workflow, "client_id": uuid.uuid4().hex}).encode()
-        request = urllib.request.Request(f"{self.url}/prompt", body, {"Content-Type": "application/json"})
-        try:
-            with urllib.request.urlopen(request, timeout=30) as answer:
-                ticket = json.load(answer)["prompt_id"]
-        except urllib.error.HTTPError as error:
-            raise WorkflowError(error.read().decode()) from error
+        return self.wait(self.submit(workflow))
+
+    def submit(self, workflow: dict, client: str = "") -> str:
+        """Queue a workflow; its prompt id."""
+        return self.post("/prompt", {"prompt": workflow, "client_id": client or uuid.uuid4().hex})["prompt_id"]
+
+    def wait(self, ticket: str) -> dict:
+        """The history entry of a prompt, once it ended."""
         until = time.monotonic() + 120
         while time.monotonic() < until and self.process.poll() is None:
             entry = self.get(f"/history/{ticket}").get(ticket)

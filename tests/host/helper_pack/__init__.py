@@ -13,10 +13,13 @@ detected = comfy.model_detection.detect_unet_config
 
 
 def detect_small(*args, **kwargs):
-    """Hosts before 0.33 do not read a FLUX's sizes from its file; they are given those of the golden one."""
+    """Hosts before 0.33 do not read a FLUX's sizes from its file; here all of them do."""
     config = detected(*args, **kwargs)
     if config is not None and "hidden_size" in config:
-        config.update(hidden_size=128, num_heads=1, context_in_dim=64, vec_in_dim=64)
+        state, prefix = args[0], args[1]
+        config.update(hidden_size=128, num_heads=1)
+        config.update(context_in_dim=state[f"{prefix}txt_in.weight"].shape[1])
+        config.update(vec_in_dim=state[f"{prefix}vector_in.in_layer.weight"].shape[1])
     return config
 
 
@@ -88,9 +91,28 @@ def run(model, tensors):
     )
 
 
+class SaveConditioning(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="QRLoRATestSaveConditioning",
+            category="QR-LoRA/test",
+            inputs=[io.Conditioning.Input("conditioning"), io.String.Input("output")],
+            outputs=[],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, conditioning, output):
+        embeds, details = conditioning[0]
+        tensors = {"embeds": embeds.contiguous(), "pooled": details["pooled_output"].contiguous()}
+        save_file(tensors, Path(folder_paths.get_output_directory()) / f"{output}.safetensors")
+        return io.NodeOutput(ui={"text": [output]})
+
+
 class TestExtension(ComfyExtension):
     async def get_node_list(self):
-        return [Conditioning, Forward]
+        return [Conditioning, Forward, SaveConditioning]
 
 
 async def comfy_entrypoint():

@@ -1,0 +1,227 @@
+"""Pictures to picture on the real server with the real trainer: encode, train, merge, apply, sample.
+
+A small FLUX, CLIP-L and FLUX's 16-channel VAE, all with random weights in their real layouts, on a CPU, in folders with
+spaces, umlauts and Chinese characters.
+"""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from tests.host import instance, training
+from tests.host.conftest import HOST
+from tests.host.instance import WorkflowError
+from tests.host.training import (
+    Client,
+    adapter_names,
+    children,
+    interrupt,
+    node,
+    runs,
+    state,
+    train_graph,
+    train_node,
+    wait_for,
+)
+
+VAE = "ae.safetensors"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory, clip_file):
+    folder = tmp_path_factory.mktemp("real")
+    vae = training.write_vae(folder / "ae.safetensors")
+    base = training.make_base(folder, clip_file, vae)
+    with instance.Server(HOST, base, owner_environment(base)) as running:
+        yield running
+        assert not children(running)
+
+
+def owner_environment(base):
+    """ComfyUI's own interpreter where it has the trainer's packages, otherwise that of the tests, as an owner would."""
+    code = "import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, ('diffusers', 'accelerate'))))"
+    if subprocess.run([instance.interpreter(HOST), "-c", code], check=False).returncode == 0:
+        return {}
+    (base / "owner.json").write_text(json.dumps({"python": sys.executable}))
+    return {"QRLORA_CONFIG": str(base / "owner.json")}
+
+
+def whole_graph(steps=6):
+    """Two Train nodes, a merge, the patched model, a sampler, pictures."""
+    graph = train_graph("M\u00fcller \u732b/content", {"sample_every": 3}, vae=VAE, steps=steps, trigger="<c>", seed=1)
+    graph["batch"] = node("ImageBatch", image1=["picture", 0], image2=["picture", 0])
+    graph["train"]["inputs"]["images"] = ["batch", 0]
+    graph["style"] = train_node(
+        "M\u00fcller \u732b/style", trigger="<s>", steps=steps, seed=1, dataset="S\u00e4tze \u56fe", images=None
+    )
+    graph |= {
+        "model": node("UNETLoader", unet_name="flux 768 \u00e9.safetensors", weight_dtype="default"),
+        "merge": node(
+            "QRLoRAMerge",
+            delta_r_style=["style", 0],
+            alpha=0.9,
+            delta_r_content=["train", 0],
+            beta=1.0,
+            on_basis_mismatch="raise",
+        ),
+        "apply": node("QRLoRAApply", model=["model", 0], delta_r=["merge", 0], strength=1.0),
+        "prompt": node("CLIPTextEncode", clip=["clip", 0], text="a <c> dog in <s> style"),
+        "empty": node("EmptySD3LatentImage", width=64, height=64, batch_size=1),
+        "sampler": node(
+            "KSampler",
+            model=["apply", 0],
+            positive=["prompt", 0],
+            negative=["prompt", 0],
+            latent_image=["empty", 0],
+            seed=1,
+            steps=2,
+            cfg=1.0,
+            sampler_name="euler",
+            scheduler="simple",
+            denoise=1.0,
+        ),
+        "decode": node("VAEDecode", samples=["sampler", 0], vae=["vae", 0]),
+        "save": node("SaveImage", images=["decode", 0], filename_prefix="out"),
+        "curve": node("SaveImage", images=["train", 1], filename_prefix="curve"),
+        "samples": node("SaveImage", images=["train", 2], filename_prefix="samples"),
+        "name": node("PreviewAny", source=["train", 3]),
+        "log": node("PreviewAny", source=["train", 4]),
+    }
+    return graph
+
+
+def test_pictures_to_picture(server):
+    """Everything in one graph, watched as a page would watch it."""
+    client = Client(server)
+    ticket = server.submit(whole_graph(), client.id)
+    finished = client.listen(240, lambda data: data["node"] == "style" and data["state"] in ("finished", "failed"))
+    assert finished and finished["state"] == "finished", finished
+    entry = server.wait(ticket)
+    client.close()
+    outputs = entry["outputs"]
+    assert len(outputs["save"]["images"]) == 1 and len(outputs["curve"]["images"]) == 1
+    assert len(outputs["samples"]["images"]) == 2  # of steps 3 and 6
+    name = "M\u00fcller \u732b/content.safetensors"
+    assert outputs["name"]["text"] == [name]
+    assert "adapter written" in outputs["log"]["text"][0]
+    assert "15 layers" in outputs["apply"]["text"][0] and "one basis" in outputs["merge"]["text"][0]
+    listed = {one.replace("\\", "/") for one in adapter_names(server)}
+    assert {name, "M\u00fcller \u732b/style.safetensors"} <= listed and not any("runs/" in one for one in listed)
+    check_messages(client, ticket)
+    check_adapter(server, name)
+
+
+def check_messages(client, ticket):
+    """At most five messages a second, all steps, in order, with the queue entry and the run; progress and previews."""
+    ours = [(when, one["data"]) for when, one in client.heard if one["type"] == "qrlora.train"]
+    mine = [data for _, data in ours if data["node"] == "train"]
+    assert all(data["prompt_id"] == ticket for _, data in ours)
+    states = [data["state"] for data in mine]
+    assert states[0] == "preparing" and states[-1] == "finished" and "running" in states
+    events = [event for data in mine for event in data["events"]]
+    assert [event["step"] for event in events if event["event"] == "step"] == [1, 2, 3, 4, 5, 6]
+    assert [event["step"] for event in events if event["event"] == "sample"] == [3, 6]
+    running = [when for when, data in ours if data["state"] == "running"]
+    assert all(later - earlier > 0.1 for earlier, later in zip(running, running[3:]))
+    progress = [one["data"] for _, one in client.heard if one["type"] == "progress" and one["data"]["node"] == "train"]
+    assert any(data["value"] == 6 and data["max"] == 6 for data in progress)
+    assert any(one["type"] == "preview" for _, one in client.heard)
+
+
+def check_adapter(server, name):
+    """Rank, trigger and prompt; trained, and not at any absolute path."""
+    path = server.base / "output" / "qrlora" / name
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    assert metadata["qrlora.trigger"] == "<c>" and metadata["qrlora.prompt"] == "a photo of a <c> dog"
+    assert metadata["qrlora.steps"] == "6" and metadata["modelspec.title"] == "content"
+    assert str(server.base) not in json.dumps(metadata)
+    down = [tensor for key, tensor in load_file(path).items() if "lora_A" in key]
+    assert len(down) == 15 and all(float(tensor.abs().max()) > 0 for tensor in down)
+
+
+def test_training_sees_what_sampling_sees(server):
+    """The cache holds the very conditioning and latents of the stock nodes."""
+    graph = train_graph("seen", vae=VAE, steps=1)
+    graph["crop"] = node(
+        "ImageScale", image=["picture", 0], upscale_method="lanczos", width=64, height=64, crop="center"
+    )
+    graph["train"]["inputs"]["images"] = ["crop", 0]
+    graph["encode"] = node("VAEEncode", pixels=["crop", 0], vae=["vae", 0])
+    graph["latent"] = node("SaveLatent", samples=["encode", 0], filename_prefix="seen")
+    graph["prompt"] = node("CLIPTextEncode", clip=["clip", 0], text="a photo of a <c> dog")
+    graph["conditioning"] = node("QRLoRATestSaveConditioning", conditioning=["prompt", 0], output="seen")
+    server.queue(graph)
+    settings = json.loads((run_of(server, "seen") / "settings.json").read_text(encoding="utf-8"))
+    cache = load_file(settings["data"])
+    latent = load_file(next(server.base.glob("output/seen*.latent")))["latent_tensor"]
+    stock = load_file(server.base / "output" / "seen.safetensors")
+    assert torch.equal(cache["latent.0"], (latent[0] - 0.1159) * 0.3611)
+    assert torch.equal(cache["text.0.embeds"], stock["embeds"][0])
+    assert torch.equal(cache["text.0.pooled"], stock["pooled"][0])
+    assert cache["text.0.embeds"].shape == (77, 768)
+
+
+def run_of(server, name):
+    return [path for path in runs(server) if path.name.startswith(f"{name}-")][-1]
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(server):
+    """Cancel in the middle, queue again: the adapter is bit-equal to one trained in one go."""
+    graph = train_graph("paused", {"stop_seconds": 60.0, "checkpoint_every": 0}, vae=VAE, steps=25, seed=3)
+    ticket = server.submit(graph)
+    wait_for(server, lambda job: any(event["event"] == "step" for event in job["events"]), 120)
+    interrupt(server)
+    with pytest.raises(WorkflowError, match="execution_interrupted"):
+        server.wait(ticket)
+    job = state(server)
+    assert job["state"] == "stopped" and not children(server)
+    stopped = next(event for event in job["events"] if event["event"] == "stopped")
+    assert 0 < stopped["step"] < 25
+    server.queue(graph)
+    started = next(event for event in state(server)["events"] if event["event"] == "started")
+    assert started["first_step"] == stopped["step"]
+    straight = train_graph("straight", {"stop_seconds": 60.0, "checkpoint_every": 0}, vae=VAE, steps=25, seed=3)
+    run_of(server, "paused").rename(server.base / "elsewhere")  # otherwise the result would be found
+    server.queue(straight)
+    (server.base / "elsewhere").rename(server.base / "output" / "qrlora" / "runs" / "paused-moved")
+    one, other = (
+        load_file(server.base / "output" / "qrlora" / f"{name}.safetensors") for name in ("paused", "straight")
+    )
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_two_processes(server):
+    """accelerate launch from the node; the launcher's processes go with it."""
+    entry = server.queue(train_graph("two processes", {"processes": 2}, vae=VAE, steps=2))
+    assert "finished: two processes.safetensors" in entry["outputs"]["train"]["text"][0]
+
+
+def test_a_model_that_is_not_flux(server):
+    target = server.base / "models" / "diffusion_models" / "no flux.safetensors"
+    target.write_bytes((server.base / "models" / "vae" / "test_vae.safetensors").read_bytes())
+    with pytest.raises(WorkflowError) as error:
+        server.queue(train_graph("no flux", model_name="no flux.safetensors"))
+    text = training.text_of(error)
+    assert "Training cannot start" in text and "choose a FLUX.1 model" in text
+
+
+def test_a_clip_of_another_width(server):
+    """The trainer's own refusal reaches the user: the golden FLUX takes texts of width 64."""
+    with pytest.raises(WorkflowError) as error:
+        server.queue(train_graph("narrow", vae=VAE, model_name="base_bfl.safetensors"))
+    assert "the texts have widths (768, 768), the model takes (64, 64)" in training.text_of(error)
+
+
+def test_a_sample_is_served_as_a_picture(server):
+    import urllib.parse
+    import urllib.request
+
+    name = urllib.parse.quote(run_of(server, "content").name)
+    with urllib.request.urlopen(f"{server.url}/qrlora/train/sample?run={name}&step=6", timeout=10) as answer:
+        assert answer.headers["Content-Type"] == "image/png" and answer.read().startswith(b"\x89PNG")

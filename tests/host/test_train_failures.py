@@ -1,0 +1,446 @@
+"""Everything that can go wrong with a trainer, on the real server: the node says what, nothing is left, work goes on.
+
+The trainer is the fake one, started as the owner's interpreter; the graph's CLIP and VAE, the queue, Cancel, the run
+folders and the published names are real.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import time
+
+import psutil
+import pytest
+
+from tests.host import training
+from tests.host.conftest import HOST
+from tests.host.instance import PACK, WorkflowError
+from tests.host.training import (
+    FakeServer,
+    adapter_names,
+    children,
+    interrupt,
+    runs,
+    state,
+    text_of,
+    train_graph,
+    train_node,
+    wait_for,
+)
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="the fake trainer uses signals and limits of POSIX")
+MERGE = json.loads((PACK / "tests" / "workflows" / "merge_api.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory, clip_file):
+    base = training.make_base(tmp_path_factory.mktemp("fake"), clip_file)
+    with FakeServer(HOST, base) as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def clean(server):
+    yield
+    running = server
+    running.play("ok")
+    assert not children(running), "a process is left"
+    left = [path for path in running.base.rglob("*") if path.name.endswith(".tmp") and path.name != "checkpoints.tmp"]
+    assert not left, "a half-written file is left"
+
+
+def usable(server):
+    """Another workflow with the same server: the golden merge."""
+    return server.queue(MERGE)["status"]["completed"]
+
+
+def running_step(job):
+    return job["state"] == "running" and any(event["event"] == "step" for event in job["events"])
+
+
+FAILURES = {
+    "crash": ["crashed after step 1", "the fake trainer broke", "checkpoint of step 1 is kept"],
+    "failed": ["the loss is NaN at step 7; lower learning_rate"],
+    "killed": ["was killed after step 1", "RAM runs out"],
+    "memory": ["Out of memory after step 1", "MemoryError"],
+    "garbage": ["reported no adapter", "events could not be read", "end of garbage"],
+    "silent": ["reported no adapter"],
+    "wrong_sum": ["says that it finished, but", "another checksum"],
+    "touched": ["older than this start"],
+    "cut": ["not a readable safetensors file"],
+    "not_finite": ["NaN or Inf"],
+    "elsewhere": ["elsewhere.safetensors", "missing"],
+    "settings_refused": ["refused its settings", "rank is 0"],
+}
+
+
+@pytest.mark.parametrize("scenario", FAILURES)
+def test_failures(server, scenario):
+    server.play(scenario)
+    with pytest.raises(WorkflowError) as error:
+        server.queue(train_graph(scenario))
+    text = text_of(error)
+    assert all(word in text for word in FAILURES[scenario]), text
+    assert "log.txt" in text and "execution_error" in text
+    job = state(server)
+    assert job["state"] == "failed" and job["text"] and job["run"].startswith(scenario)
+    assert not any(name.startswith(scenario) for name in adapter_names(server))
+    assert usable(server)
+
+
+def test_after_a_failure_the_same_inputs_work(server):
+    server.play("crash")
+    with pytest.raises(WorkflowError):
+        server.queue(train_graph("again"))
+    server.play("ok")
+    entry = server.queue(train_graph("again"))
+    assert "finished: again.safetensors" in entry["outputs"]["train"]["text"][0]
+    events = [json.loads(line) for line in (runs_of(server, "again")[0] / "events.jsonl").read_text().splitlines()]
+    assert [event["first_step"] for event in events if event["event"] == "started"] == [0, 1]
+
+
+def runs_of(server, name):
+    return [path for path in runs(server) if path.name.startswith(name)]
+
+
+def test_an_adapter_of_an_earlier_run_does_not_pass(server):
+    server.play("ok")
+    server.queue(train_graph("stale"))
+    folder = runs_of(server, "stale")[0]
+    (folder / "result.json").unlink()  # as if the earlier run had ended before it was checked
+    server.play("stale")
+    with pytest.raises(WorkflowError) as error:
+        server.queue(train_graph("stale", output_name="stale2"))
+    assert "missing" in text_of(error)
+    assert (folder / "adapter-00000030.unchecked.safetensors").is_file()
+    assert "stale2.safetensors" not in adapter_names(server)
+
+
+def test_hang(server):
+    server.play("hang")
+    began = time.monotonic()
+    with pytest.raises(WorkflowError) as error:
+        server.queue(train_graph("hang", {"silence_seconds": 5.0}))
+    assert "reported nothing for" in text_of(error) and 5 < time.monotonic() - began < 25
+    assert usable(server)
+
+
+def test_grandchildren(server):
+    server.play("family", then="crash")
+    with pytest.raises(WorkflowError):
+        server.queue(train_graph("family"))
+    marks = [p for p in psutil.process_iter(["cmdline"]) if any("qrlora-fake" in x for x in p.info["cmdline"] or [])]
+    assert not marks
+
+
+def test_problems_are_found_before_anything_starts(server):
+    problems = [{"what": "diffusers cannot be imported", "fix": "/the/python -m pip install diffusers"}]
+    server.play("ok", problems=problems)
+    with pytest.raises(WorkflowError) as error:
+        server.queue(train_graph("problems"))
+    text = text_of(error)
+    assert "diffusers cannot be imported" in text and "/the/python -m pip install diffusers" in text
+    assert "fake python" in text and "owner.json" in text
+    assert not (runs_of(server, "problems")[0] / "events.jsonl").exists()
+
+
+def test_a_broken_interpreter_is_named(server):
+    server.play("ok", check="broken")
+    with pytest.raises(WorkflowError) as error:
+        server.queue(train_graph("broken"))
+    assert "before it could check anything" in text_of(error) and "No module named 'torch'" in text_of(error)
+
+
+@pytest.mark.parametrize("phase", ["check", "encode", "start", "train", "deaf"])
+def test_cancel_at_every_phase(server, phase):
+    server.play("ok", seconds=0.2, check="slow" if phase == "check" else "", deaf=phase == "deaf")
+    graph = train_graph(f"cancel {phase}", {"stop_seconds": 2.0})
+    if phase == "encode":
+        graph["picture"]["inputs"]["image"] = "picture 2.png"
+        graph["train"]["inputs"]["resolution"] = 512  # half a second or more for the VAE
+    ticket = server.submit(graph)
+    ready = {
+        "check": lambda job: "checking" in job["text"] and children(server),
+        "encode": lambda job: "encoding" in job["text"],
+        "start": lambda job: job["state"] == "running",
+    }.get(phase, running_step)
+    wait_for(server, ready)
+    began = time.monotonic()
+    interrupt(server)
+    if phase in ("train", "deaf"):
+        wait_for(server, lambda job: job["state"] in ("stopping", "stopped"), 0.5)
+    with pytest.raises(WorkflowError, match="execution_interrupted"):
+        server.wait(ticket)
+    assert time.monotonic() - began < 12 and not children(server)
+    job = state(server)
+    assert job["state"] == "stopped" and "queue again" in job["text"]
+    assert usable(server)
+    server.play("ok")
+    entry = server.queue(graph)
+    assert "finished" in entry["outputs"]["train"]["text"][0]
+    if phase == "train":
+        first = [event["first_step"] for event in state(server)["events"] if event["event"] == "started"]
+        assert first[-1] > 0
+
+
+def test_the_stop_button(server):
+    server.play("ok", seconds=0.2)
+    graph = {**train_graph("button"), "after": node_after()}
+    ticket = server.submit(graph)
+    wait_for(server, running_step)
+    with pytest.raises(WorkflowError, match="not training"):
+        server.post("/qrlora/train/stop", {"node": "nobody"})
+    with pytest.raises(WorkflowError, match="expected"):
+        server.post("/qrlora/train/stop", {"no": "node"})
+    assert server.post("/qrlora/train/stop", {"node": "train"}) == {"stopping": "train"}
+    with pytest.raises(WorkflowError, match="execution_interrupted"):
+        server.wait(ticket)
+    assert "stopped at step" in state(server)["text"]
+    server.play("ok")
+    entry = server.queue(graph)
+    assert entry["outputs"]["after"]["text"]
+
+
+def node_after():
+    return training.node("QRLoRASaveDeltaR", delta_r=["train", 0], filename="copy", format="portable")
+
+
+def test_the_rest_of_the_queue_goes_on(server):
+    server.play("ok", seconds=0.2)
+    first = server.submit(train_graph("queue one"))
+    second = server.submit({**MERGE, "4": {**MERGE["4"], "inputs": {**MERGE["4"]["inputs"], "alpha": 0.123}}})
+    wait_for(server, running_step)
+    interrupt(server)
+    with pytest.raises(WorkflowError, match="execution_interrupted"):
+        server.wait(first)
+    assert server.wait(second)["status"]["completed"]
+
+
+def test_same_inputs_are_not_trained_twice(server):
+    server.queue(train_graph("same", seed=7))
+    starts = count_starts(server, "same")
+    graph = train_graph("same", seed=7)
+    graph["train"]["inputs"]["options"] = ["other", 0]  # another node, so that ComfyUI's own cache does not answer
+    graph["other"] = training.node("QRLoRATrainOptions", **{**training.OPTIONS, "stop_seconds": 9.0})
+    entry = server.queue(graph)
+    assert "already trained: same.safetensors" in entry["outputs"]["train"]["text"][0]
+    renamed = train_graph("renamed", seed=7)
+    entry = server.queue(renamed)
+    assert "already trained: renamed.safetensors" in entry["outputs"]["train"]["text"][0]
+    assert count_starts(server, "same") == starts == 1 and not runs_of(server, "renamed")
+    assert {"same.safetensors", "renamed.safetensors"} <= set(adapter_names(server))
+
+
+def count_starts(server, name):
+    return sum('"started"' in path.joinpath("events.jsonl").read_text() for path in runs_of(server, name))
+
+
+def test_more_steps_go_on_and_fewer_have_their_own_run(server):
+    server.play("ok", seconds=0.05)
+    ticket = server.submit(train_graph("steps", seed=8, steps=40))
+    wait_for(server, running_step)
+    interrupt(server)
+    with pytest.raises(WorkflowError):
+        server.wait(ticket)
+    server.play("ok")
+    for steps, folders in ((40, 1), (60, 1), (40, 1), (1, 2)):
+        entry = server.queue(train_graph("steps", {"stop_seconds": 1.0 + steps}, seed=8, steps=steps))
+        assert len(runs_of(server, "steps")) == folders, steps
+        assert ("already" in entry["outputs"]["train"]["text"][0]) == (steps == 40 and folders == 1 and "seen" in seen)
+        seen.add("seen")
+    assert "samples" in state(server) and not any("runs" in name for name in adapter_names(server))
+
+
+seen: set[str] = set()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 21},
+        {"rank": 8, "alpha": 4.0},
+        {"learning_rate": 2e-3},
+        {"instance_prompt": "another"},
+        {"images": ["second", 0]},
+        {"resolution": 128},
+        {"gradient_accumulation": 2},
+    ],
+)
+def test_any_other_input_is_another_run(server, change):
+    before = len(runs(server))
+    graph = {
+        **train_graph("other", **{"seed": 20, **change}),
+        "second": training.node("LoadImage", image="picture 1.png"),
+    }
+    server.queue(graph)
+    assert len(runs(server)) == before + 1
+
+
+def test_a_taken_name_gets_a_number(server):
+    folder = server.base / "output" / "qrlora"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "mine.safetensors").write_bytes(b"precious")
+    entry = server.queue(train_graph("mine", seed=30))
+    assert "mine_00002.safetensors" in entry["outputs"]["train"]["text"][0]
+    assert (folder / "mine.safetensors").read_bytes() == b"precious"
+
+
+def test_a_deleted_adapter_is_published_again(server):
+    graph = train_graph("deleted", seed=31)
+    server.queue(graph)
+    path = server.base / "output" / "qrlora" / "deleted.safetensors"
+    path.unlink()
+    entry = server.queue(graph)
+    assert path.is_file() and "already trained" in entry["outputs"]["train"]["text"][0]
+
+
+@pytest.mark.parametrize(
+    "inputs,words",
+    [
+        ({"output_name": "../x"}, "refused"),
+        ({"output_name": "runs/x"}, "run folders"),
+        ({"model_name": "../vae/test_vae.safetensors"}, "refused"),
+        ({"model_name": "absent.safetensors"}, "is not in"),
+        ({"model_name": "/etc/passwd"}, "not a safetensors file"),
+        ({"dataset": "../models", "images": None}, "refused"),
+        ({"rank": 0}, "smaller than min"),
+        ({"steps": 10**9}, "bigger than max"),
+        ({"learning_rate": float("nan")}, "learning_rate is nan"),
+        ({"resolution": 72}, "multiples of 16"),
+        ({"images": None}, "nothing to train on"),
+        ({"dataset": "S\u00e4tze \u56fe"}, "both images and a dataset"),
+        ({"instance_prompt": "  "}, "instance_prompt is empty"),
+        ({"method": "lora"}, "not in"),
+    ],
+)
+def test_wrong_inputs_are_refused(server, inputs, words):
+    before = len(runs(server))
+    with pytest.raises(WorkflowError) as error:
+        server.queue(train_graph("wrong", **inputs))
+    assert words in text_of(error), text_of(error)
+    assert len(runs(server)) == before
+
+
+def test_a_dataset_folder(server):
+    graph = train_graph("folder", dataset="S\u00e4tze \u56fe", images=None)
+    server.queue(graph)
+    assert runs_of(server, "folder")
+    broken = server.base / "input" / "broken"
+    broken.mkdir(exist_ok=True)
+    (broken / "a.png").write_bytes(b"no picture")
+    with pytest.raises(WorkflowError) as error:
+        server.queue(train_graph("folder", dataset="broken", images=None))
+    assert "a.png cannot be read as a picture" in text_of(error)
+    shutil.rmtree(broken)
+    broken.mkdir()
+    with pytest.raises(WorkflowError) as error:
+        server.queue(train_graph("folder", dataset="broken", images=None, seed=5))
+    assert "holds no pictures" in text_of(error)
+
+
+def test_several_train_nodes_run_one_after_another(server):
+    server.play("ok", seconds=0.05)
+    graph = train_graph("one", seed=40)
+    graph["train2"] = train_node("two", seed=41)
+    graph["merge"] = training.node(
+        "QRLoRAMerge",
+        delta_r_style=["train", 0],
+        alpha=1.0,
+        delta_r_content=["train2", 0],
+        beta=1.0,
+        on_basis_mismatch="stack",
+    )
+    graph["save"] = training.node("QRLoRASaveDeltaR", delta_r=["merge", 0], filename="both", format="portable")
+    ticket = server.submit(graph)
+    most = 0
+    while server.get(f"/history/{ticket}") == {}:
+        most = max(most, sum("fake_trainer.py" in " ".join(one.cmdline()) for one in alive(server)))
+        time.sleep(0.02)
+    assert server.wait(ticket)["outputs"]["save"]["text"] and most == 1
+
+
+def alive(server):
+    found = []
+    for one in children(server):
+        try:
+            one.cmdline()
+            found.append(one)
+        except psutil.Error:
+            pass
+    return found
+
+
+def test_full_disk(server, tmp_path):
+    """The run folder on a disk of 3 MB."""
+    if os.geteuid() != 0:
+        pytest.skip("only root may mount a small disk")
+    graph = train_graph("disk", seed=50)
+    server.play("crash")
+    with pytest.raises(WorkflowError):
+        server.queue(graph)
+    folder = runs_of(server, "disk")[0]
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)], capture_output=True)
+    if made.returncode:
+        pytest.skip(f"no tmpfs here: {made.stderr.decode().strip()}")
+    try:
+        server.play("full_disk")
+        with pytest.raises(WorkflowError) as error:
+            server.queue(graph)
+        assert "The disk is full" in text_of(error)
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+    assert usable(server)
+
+
+def test_two_servers_with_the_same_name_and_inputs(server, tmp_path):
+    """One trains, the other waits for it and takes its result."""
+    server.play("ok", seconds=0.15)
+    with SecondServer(server) as other:
+        graph = train_graph("shared", seed=60, steps=20)
+        tickets = [(one, one.submit(graph)) for one in (server, other)]
+        texts = [one.wait(ticket)["outputs"]["train"]["text"][0] for one, ticket in tickets]
+    assert sorted(text.split(":")[0] for text in texts) == ["already trained", "finished"]
+    assert len(runs_of(server, "shared")) == 1 and count_starts(server, "shared") == 1
+
+
+class SecondServer(FakeServer):
+    """Another ComfyUI over the same folders."""
+
+    def __init__(self, server):
+        super().__init__(HOST, server.base)
+        self.log = server.log
+        self.play("ok", seconds=0.15)
+
+
+def test_comfyui_killed(tmp_path, clip_file):
+    """The trainer ends within five seconds, and the next ComfyUI goes on."""
+    base = training.make_base(tmp_path, clip_file)
+    with FakeServer(HOST, base) as first:
+        first.play("ok", seconds=0.3)
+        first.submit(train_graph("orphan"))
+        wait_for(first, running_step)
+        trainers = children(first)
+        assert len(trainers) == 1
+        first.process.kill()
+        first.process.wait()
+    gone, left = psutil.wait_procs(trainers, timeout=5)
+    assert gone and not left
+    with FakeServer(HOST, base) as second:
+        entry = second.queue(train_graph("orphan"))
+        assert "finished" in entry["outputs"]["train"]["text"][0]
+
+
+def test_the_page_can_catch_up(server):
+    """What a reloaded page asks for, and what it may not."""
+    server.play("ok", seconds=0.1)
+    ticket = server.submit(train_graph("page", seed=70))
+    job = wait_for(server, running_step)
+    assert job["run"].startswith("page-") and job["prompt_id"] == ticket
+    assert {"node", "prompt_id", "run", "state", "text", "events", "samples"} <= job.keys()
+    server.wait(ticket)
+    job = state(server)
+    assert job["state"] == "finished" and len([e for e in job["events"] if e["event"] == "step"]) == 30
+    for query in ("run=..%2F..&step=1", "run=%2Fetc&step=1", "run=absent&step=1", f"run={job['run']}&step=x", "step=1"):
+        with pytest.raises(OSError, match="HTTP Error 40"):
+            server.get(f"/qrlora/train/sample?{query}")
