@@ -39,7 +39,12 @@ def main() -> int:
             python,
             "-m",
             "mypy",
-            *(part for name in ("qrlora_core", "train") if (ROOT / name).is_dir() for part in ("-p", name)),
+            *(
+                part
+                for name in ("qrlora_core", "qrlora_plots", "train")
+                if (ROOT / name).is_dir()
+                for part in ("-p", name)
+            ),
         ],
         [python, "-m", "pytest", *rest],
     ]

@@ -3,10 +3,14 @@
 from comfy_api.latest import ComfyExtension, io
 
 from . import folders, routes
+from .blocks import BlockScaleNode
 from .files import LoadDeltaR, LoadResidual
+from .hooks import CreateHook
 from .model import Apply, Merge
 from .options import TrainOptionsNode
 from .save import ExportLoRA, SaveDeltaR, SaveResidual
+from .similarity import Similarity
+from .sweep import ContactSheetNode, ScaleSweep
 from .train import Train
 
 NODES: list[type[io.ComfyNode]] = [
@@ -19,6 +23,11 @@ NODES: list[type[io.ComfyNode]] = [
     ExportLoRA,
     Train,
     TrainOptionsNode,
+    Similarity,
+    ScaleSweep,
+    ContactSheetNode,
+    BlockScaleNode,
+    CreateHook,
 ]
 
 

@@ -57,16 +57,12 @@ def patch_model(model: Any, recipe: MergeRecipe, strength: float, residual: Resi
             to the recipe and the model. Nothing is patched then.
     """
     full = recipe.scaled(strength)
-    names = [target for adapter in recipe.adapters for target in adapter.targets]
-    places = host.place_layers(model, names)
+    places = _places(model, recipe)
     if not full.active and residual is None:
         return model.clone(), f"strength 0: none of {len(places)} layers changed"
     restored = {} if residual is None else _match(model, recipe, places, residual)
     adapter = merged_adapter(recipe, initial_of=_initial_of(model, places), core_in_residual=residual is not None)
-    updates: dict[str, tuple[WeightSlice, Tensor, Tensor, float]] = {}
-    if full.active:
-        for name in adapter.layers:
-            updates[name] = (places[name], *_lora(adapter, name))
+    updates = _updates(adapter, places) if full.active else {}
     clone = host.patched_clone(model, updates, strength)
     for name, found in restored.items():
         left = 1.0 - _open_core(full, name)
@@ -75,6 +71,24 @@ def patch_model(model: Any, recipe: MergeRecipe, strength: float, residual: Resi
     if restored:
         host.keep_precision(clone)
     return clone, _summary(adapter, updates, strength, residual, restored)
+
+
+def low_rank_updates(model: Any, recipe: MergeRecipe) -> host.Updates:
+    """What a recipe adds to a model at strength 1, layer by layer; the basis of full-QR files comes from the model.
+
+    Raises:
+        QRLoRAError: a layer is missing or has another shape, or a tensor is not finite.
+    """
+    places = _places(model, recipe)
+    return _updates(merged_adapter(recipe, initial_of=_initial_of(model, places)), places) if recipe.active else {}
+
+
+def _places(model: Any, recipe: MergeRecipe) -> dict[str, WeightSlice]:
+    return host.place_layers(model, [target for adapter in recipe.adapters for target in adapter.targets])
+
+
+def _updates(adapter: Adapter, places: dict[str, WeightSlice]) -> host.Updates:
+    return {name: (places[name], *_lora(adapter, name)) for name in adapter.layers}
 
 
 def _lora(adapter: Adapter, name: str) -> tuple[Tensor, Tensor, float]:
@@ -86,7 +100,7 @@ def _lora(adapter: Adapter, name: str) -> tuple[Tensor, Tensor, float]:
 def _open_core(recipe: MergeRecipe, name: str) -> float:
     """How often full-QR terms without initial Q and R take the core of a layer away."""
     return sum(
-        term.strength
+        term.factor(name)
         for term in recipe.terms
         if term.adapter.method == "qr" and not term.adapter.has_initial and name in term.adapter.layers
     )

@@ -33,6 +33,7 @@ PREFIX = "diffusion_model."
 
 Item = TypeVar("Item")
 Place = tuple[str, tuple[int, int, int]] | str  # what ComfyUI takes as the key of a patch
+Updates = dict[str, tuple[WeightSlice, Tensor, Tensor, float]]  # layer name -> place, up, down, alpha
 
 
 def with_progress(items: Sequence[Item]) -> Iterator[Item]:
@@ -137,7 +138,7 @@ def own_weight(model: Any, place: WeightSlice) -> tuple[Tensor, torch.dtype | No
     return weight, value_dtype(weight) if stored is not None and stored.itemsize > 1 else stored
 
 
-def patched_clone(model: Any, updates: dict[str, tuple[WeightSlice, Tensor, Tensor, float]], strength: float) -> Any:
+def patched_clone(model: Any, updates: Updates, strength: float) -> Any:
     """A clone of `model` with one low-rank patch per layer.
 
     Args:
@@ -148,16 +149,27 @@ def patched_clone(model: Any, updates: dict[str, tuple[WeightSlice, Tensor, Tens
     Raises:
         TargetError: the host did not take every patch.
     """
-    patches = {
+    patches = low_rank_patches(updates)
+    clone = model.clone()
+    require_taken(patches, clone.add_patches(patches, strength))
+    return clone
+
+
+def low_rank_patches(updates: Updates) -> dict[Place, Any]:
+    """One low-rank patch per layer: the host adds `alpha / k * up @ down` to the rows of each."""
+    return {
         patch_key(place): LoRAAdapter(set(), (up, down, alpha, None, None, None))
         for place, up, down, alpha in updates.values()
     }
-    clone = model.clone()
-    taken = clone.add_patches(patches, strength)
-    if set(taken) != set(patches):
-        lost = [name for name, (place, *_) in updates.items() if patch_key(place) not in taken]
-        raise TargetError(f"the host took {len(taken)} of {len(patches)} patches; not {', '.join(lost[:3])}")
-    return clone
+
+
+def require_taken(patches: dict[Place, Any], taken: Iterable[Place]) -> None:
+    """Raise TargetError when the host left patches out, which it does without a word."""
+    lost = [str(key) for key in patches if key not in set(taken)]
+    if lost:
+        raise TargetError(
+            f"the host took {len(patches) - len(lost)} of {len(patches)} patches; not {', '.join(lost[:3])}"
+        )
 
 
 class RestoredWeight(WeightAdapterBase):

@@ -24,13 +24,7 @@ class Merge(io.ComfyNode):
                 sockets.strength_input("alpha", "How much style. 0.9 to 1.0 is usual; 0 switches it off."),
                 sockets.DeltaR.Input("delta_r_content", tooltip="The content adapter (or any second one)."),
                 sockets.strength_input("beta", "How much content. 0.9 to 1.0 is usual; 0 switches it off."),
-                io.Combo.Input(
-                    "on_basis_mismatch",
-                    options=["stack", "align", "raise"],
-                    default="stack",
-                    tooltip="When the two were trained on different bases. stack: exact, the ranks add up. align: "
-                    "write content on the style's basis, keeps the rank and says how much is lost. raise: stop.",
-                ),
+                sockets.mismatch_input(),
             ],
             outputs=[sockets.DeltaR.Output(display_name="delta_r", tooltip="The merge, for Apply, Save or Merge.")],
             search_aliases=["qr-lora merge", "style content merge"],

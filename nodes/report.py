@@ -1,6 +1,10 @@
 """The few lines that a node shows about what it did."""
 
-from ..qrlora_core import Adapter, MergeRecipe, MergeReport, Residual
+from collections import Counter
+from collections.abc import Sequence
+
+from ..qrlora_core import Adapter, BlockScale, MergeRecipe, MergeReport, Residual, SimilarityReport, SweepCell
+from ..qrlora_plots import ContactSheet, head_lines
 
 
 def adapter_text(adapter: Adapter) -> str:
@@ -23,7 +27,7 @@ def residual_text(residual: Residual) -> str:
 
 def merge_text(recipe: MergeRecipe, done: MergeReport) -> str:
     """The terms, and what happened where bases differ."""
-    lines = [" + ".join(f"{term.strength:g} x {term.adapter.name}" for term in recipe.terms)]
+    lines = [" + ".join(map(str, recipe.terms))]
     lines.append(f"{done.layers} layers, rank {done.rank}")
     if done.stacked:
         lines.append(f"{done.stacked} layers on different bases: stacked, exact")
@@ -33,6 +37,74 @@ def merge_text(recipe: MergeRecipe, done: MergeReport) -> str:
             f"{done.aligned} layers aligned: {100 * done.lost_total:.2g} % of the energy lost "
             f"(most at {worst}: {100 * done.lost[worst]:.2g} %)"
         )
+    if done.off:
+        lines.append(f"{done.off} layers switched off by block factors of 0")
     if not done.stacked and not done.aligned:
         lines.append("one basis: \u0394R added")
     return "\n".join(lines)
+
+
+def block_text(scale: BlockScale, recipe: MergeRecipe) -> str:
+    """What differs from 1, and how many layers have which factor, by this node alone."""
+    counts = Counter(round(scale.factor(name), 6) for name in recipe.layer_names)
+    lines = [str(scale)]
+    for factor, count in sorted(counts.items(), reverse=True):
+        lines.append(f"{count} layers " + ("off" if factor == 0 else f"x {factor:g}"))
+    return "\n".join(lines)
+
+
+def hook_text(recipe: MergeRecipe, strength: float, hooks: int) -> str:
+    """What the hook holds, and how many hooks are on the wire."""
+    if strength == 0:
+        return f"strength 0: nothing added, {hooks} hooks"
+    lines = [" + ".join(map(str, recipe.terms)), f"{len(recipe.layer_names)} layers at strength {strength:g}"]
+    return "\n".join(
+        [*lines, f"{hooks} hook{'s' if hooks != 1 else ''}; checked against the model when sampling starts"]
+    )
+
+
+def sweep_text(cells: Sequence[SweepCell]) -> str:
+    """How many pictures, and of what."""
+    alphas, betas = (dict.fromkeys(values) for values in zip(*((cell.alpha, cell.beta) for cell in cells)))
+    return "\n".join(
+        [
+            f"{len(alphas)} x {len(betas)} = {len(cells)} pictures",
+            "alpha " + ", ".join(f"{value:.10g}" for value in alphas),
+            "beta " + ", ".join(f"{value:.10g}" for value in betas),
+        ]
+    )
+
+
+def sheet_text(sheet: ContactSheet, filename: str) -> str:
+    """Grid, size and file of a contact sheet."""
+    rows, columns = (1 + max(place) for place in zip(*((cell.row, cell.column) for cell in sheet.cells)))
+    axes = f"\nrows {_axis(sheet.row_labels)}\ncolumns {_axis(sheet.column_labels)}" if sheet.row_labels else ""
+    return f"{rows} x {columns} pictures, {sheet.image.width} x {sheet.image.height} px\nsaved {filename}{axes}"
+
+
+def similarity_text(report: SimilarityReport) -> str:
+    """The comparison in a few lines, the most telling first."""
+    summary, layers = report["summary"], report["layers"]
+    lines = head_lines(report)
+    beyond = summary["update"] and summary["update"]["outside_null_band"]
+    if beyond is not None:
+        lines.append(f"{100 * beyond:.0f} % of the layers beyond chance")
+    for key, title in (("delta_r", "\u0394R"), ("q", "Q"), ("r", "R")):
+        found = summary[key]
+        span = "not defined" if found is None else f"{found['mean']:+.4f} ({found['min']:+.4f} to {found['max']:+.4f})"
+        lines.append(f"cosine of {title}: {span}")
+    signs = summary["sign_conflict"]
+    if signs is not None:
+        lines.append(f"opposite signs in \u0394R: {100 * signs['mean']:.1f} % (chance: 50 %)")
+    angle = max(entry["angles"]["max"] for entry in layers)
+    lines.append(f"largest angle between spans of Q: {angle if angle > 1e-3 else 0:.3g}\u00b0")
+    for side, missing in (("A", report["only_in_a"]), ("B", report["only_in_b"])):
+        if missing:
+            lines.append(f"{len(missing)} layers only in {side}: {', '.join(missing[:2])}")
+    return "\n".join(lines)
+
+
+def _axis(labels: Sequence[str]) -> str:
+    """ "alpha = 0.6", "alpha = 1" as alpha 0.6, 1."""
+    name = labels[0].split("=")[0].strip()
+    return f"{name} " + ", ".join(label.split("=")[-1].strip() for label in labels)

@@ -22,3 +22,14 @@ def schema(node_id: str, display_name: str, description: str, **fields: Any) -> 
 def strength_input(name: str, tooltip: str) -> Any:
     """A factor from -4 to 4 in steps of 0.01, 1 by default."""
     return io.Float.Input(name, default=1.0, min=-4.0, max=4.0, step=0.01, tooltip=tooltip)
+
+
+def mismatch_input() -> Any:
+    """What a merge does when bases differ."""
+    return io.Combo.Input(
+        "on_basis_mismatch",
+        options=["stack", "align", "raise"],
+        default="stack",
+        tooltip="When the two were trained on different bases. stack: exact, the ranks add up. align: "
+        "write content on the style's basis, keeps the rank and says how much is lost. raise: stop.",
+    )

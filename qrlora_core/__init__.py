@@ -3,33 +3,62 @@
 __version__ = "0.1.0"
 
 from .adapter import METHODS, Adapter, AdapterLayer, LayerInfo
+from .blocks import BlockRange, BlockScale, parse_ranges
 from .cache import CacheItem, EncodedPicture, EncodedText, TrainingCache, bucket_size, save_cache
-from .errors import BasisMismatchError, FileFormatError, PathError, QRLoRAError, TargetError, WeightError
+from .errors import (
+    BasisMismatchError,
+    FileFormatError,
+    PathError,
+    QRLoRAError,
+    SettingError,
+    TargetError,
+    WeightError,
+)
 from .formats import file_kind, open_adapter
 from .linalg import Basis, base_r, core_energy, decompose, residual_weight, restored_weight
-from .merge import MergeRecipe, MergeReport, Term, merge, merge_report, merged_adapter
+from .merge import MergeReport, merge, merge_report, merged_adapter
+from .recipe import MergeRecipe, Term
 from .residual import Residual, match_residual, storage_tolerance, value_dtype, write_residual
 from .save import open_basis, save_adapter, save_basis
+from .similarity import similarity_report
+from .similarity_schema import SimilarityReport
 from .storage import TensorFile, contained_path, free_name, model_fingerprint
-from .targets import LayerTarget, WeightSlice, comfy_slice, flux_targets, layer_names, match_targets
+from .sweep import MAX_COMBINATIONS, SweepCell, parse_scales, sweep
+from .targets import (
+    LayerKind,
+    LayerTarget,
+    WeightSlice,
+    comfy_slice,
+    flux_targets,
+    layer_kind,
+    layer_names,
+    match_targets,
+)
 
 __all__ = [
+    "MAX_COMBINATIONS",
     "METHODS",
     "Adapter",
     "AdapterLayer",
     "Basis",
     "BasisMismatchError",
+    "BlockRange",
+    "BlockScale",
     "CacheItem",
     "EncodedPicture",
     "EncodedText",
     "FileFormatError",
     "LayerInfo",
+    "LayerKind",
     "LayerTarget",
     "MergeRecipe",
     "MergeReport",
     "PathError",
     "QRLoRAError",
     "Residual",
+    "SettingError",
+    "SimilarityReport",
+    "SweepCell",
     "TargetError",
     "TensorFile",
     "Term",
@@ -45,6 +74,7 @@ __all__ = [
     "file_kind",
     "flux_targets",
     "free_name",
+    "layer_kind",
     "layer_names",
     "match_residual",
     "match_targets",
@@ -54,12 +84,16 @@ __all__ = [
     "model_fingerprint",
     "open_adapter",
     "open_basis",
+    "parse_ranges",
+    "parse_scales",
     "residual_weight",
     "restored_weight",
     "save_adapter",
     "save_basis",
     "save_cache",
+    "similarity_report",
     "storage_tolerance",
+    "sweep",
     "value_dtype",
     "write_residual",
 ]

@@ -23,3 +23,7 @@ class BasisMismatchError(QRLoRAError):
 
 class PathError(QRLoRAError):
     """A name leaves its folder, is not a plain file, or cannot be written."""
+
+
+class SettingError(QRLoRAError):
+    """A text or number that a person wrote cannot be used; the message shows the part at fault."""

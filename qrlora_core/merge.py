@@ -5,7 +5,7 @@ the factors are stacked (`[Q1 Q2]`, rank r1 + r2, exact) or the second update is
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from .adapter import Adapter, AdapterLayer, LayerInfo
 from .errors import BasisMismatchError, TargetError
 from .formats import few
 from .linalg import Basis, product_norm, reexpress
-from .targets import network_order
+from .recipe import MergeRecipe, Term
 
 OnMismatch = Literal["stack", "align", "raise"]
 
@@ -23,21 +23,6 @@ OnMismatch = Literal["stack", "align", "raise"]
 _SAME_BASIS = 1e-6
 
 InitialOf = Callable[[Adapter, str], Basis]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Term:
-    """One adapter in a merge.
-
-    Attributes:
-        adapter: what is added.
-        strength: its factor; the product of all alpha, beta and strengths on the way here.
-        onto: re-express this adapter's layers on the basis of that one, where they differ.
-    """
-
-    adapter: Adapter
-    strength: float
-    onto: Adapter | None = None
 
 
 class MergeReport(NamedTuple):
@@ -51,6 +36,8 @@ class MergeReport(NamedTuple):
         lost: layer -> share of the re-expressed update's energy that was lost, for the aligned layers.
         lost_total: the same over all aligned layers together.
         rank: largest rank of the result.
+        off: layers that block factors of 0 switch off in every adapter; they are in none of the counts above but
+            `layers`.
     """
 
     layers: int
@@ -60,37 +47,7 @@ class MergeReport(NamedTuple):
     lost: dict[str, float]
     lost_total: float
     rank: int
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class MergeRecipe:
-    """Adapters and strengths; nothing is computed until a layer is asked for."""
-
-    terms: tuple[Term, ...]
-
-    @classmethod
-    def of(cls, adapter: Adapter, strength: float = 1.0) -> "MergeRecipe":
-        """A recipe of one adapter."""
-        return cls((Term(adapter, strength),))
-
-    @property
-    def active(self) -> tuple[Term, ...]:
-        """The terms that change anything."""
-        return tuple(term for term in self.terms if term.strength != 0)
-
-    @property
-    def adapters(self) -> tuple[Adapter, ...]:
-        """Every adapter once, in order, whatever its strength."""
-        return tuple({id(term.adapter): term.adapter for term in self.terms}.values())
-
-    @property
-    def layer_names(self) -> tuple[str, ...]:
-        """Every layer of every adapter, in network order."""
-        return tuple(sorted({name for term in self.terms for name in term.adapter.layers}, key=network_order))
-
-    def scaled(self, strength: float) -> "MergeRecipe":
-        """The same recipe with every strength multiplied."""
-        return MergeRecipe(tuple(replace(term, strength=term.strength * strength) for term in self.terms))
+    off: int = 0
 
 
 def merge(
@@ -148,8 +105,9 @@ def merged_adapter(
     """Compute a recipe: the one adapter that is applied live, saved and exported alike.
 
     A single term of strength 1 is that adapter itself, so saving it changes nothing. Otherwise the layers are
-    float32 and have the scaling of their first term; terms of strength 0 take no part. A Q that all terms of a layer
-    share stays the memory-mapped tensor of its file.
+    float32 and have the scaling of their first term; terms whose factor in a layer is 0 take no part in it, and a
+    layer in which none takes part is left out. A Q that all terms of a layer share stays the memory-mapped tensor of
+    its file.
 
     Args:
         recipe: what to merge.
@@ -160,10 +118,12 @@ def merged_adapter(
         BasisMismatchError: a full-QR term has no initial Q and R, and neither argument says where they are.
         WeightError: a tensor holds NaN or Inf.
     """
-    terms = recipe.active or recipe.terms
+    active = recipe.active
+    terms = active or recipe.terms  # of nothing but zeros, the zeros: an adapter has layers
     open_core = [term.adapter for term in terms if term.adapter.method == "qr" and not term.adapter.has_initial]
     core_known = initial_of is not None or core_in_residual
-    as_it_is = len(terms) == 1 and terms[0].strength == 1 and terms[0].onto is None
+    only = terms[0] if len(terms) == 1 else None
+    as_it_is = only and only.onto is None and all(only.factor(name) == 1 for name in only.adapter.layers)
     if as_it_is and not (open_core and core_known):
         return terms[0].adapter
     if open_core and not core_known:
@@ -174,32 +134,32 @@ def merged_adapter(
     layers: dict[str, AdapterLayer] = {}
     infos: dict[str, LayerInfo] = {}
     for name in recipe.layer_names:
-        parts = [term for term in terms if name in term.adapter.layers]
+        parts = [term for term in terms if (term.changes(name) if active else name in term.adapter.layers)]
         if not parts:
             continue
         scaling = parts[0].adapter.layers[name].scaling
         groups: list[_Group] = []
         for term in parts:
-            factor = term.strength * (term.adapter.layers[name].scaling / scaling)
+            factor = term.factor(name) * (term.adapter.layers[name].scaling / scaling)
             for group in _contributions(term, name, initial_of, core_in_residual):
                 _add(groups, group, factor)
         layers[name] = _joined(groups)
         up, down, _ = layers[name]
         infos[name] = LayerInfo((up.shape[0], down.shape[1]), up.shape[1], scaling, down.dtype)
-    title = " + ".join(f"{term.strength:g} {term.adapter.name}" for term in terms)
+    title = " + ".join(map(str, terms))
     complete = all(layer.initial is not None for layer in layers.values())
     return Adapter(title, "delta_r", infos, layers.__getitem__, has_initial=complete)
 
 
 def merge_report(recipe: MergeRecipe) -> MergeReport:
-    """Say what happens to the bases, layer by layer. Reads every Q; the strengths do not matter."""
-    shared, stacked, rank = 0, 0, 0
+    """Say what happens to the bases, layer by layer. Reads every Q; strengths do not matter, block factors of 0 do."""
+    shared, stacked, rank, off = 0, 0, 0, 0
     lost: dict[str, float] = {}
     kept_energy = whole_energy = 0.0
     for name in recipe.layer_names:
         bases: list[Tensor] = []
         for term in recipe.terms:
-            if name not in term.adapter.layers:
+            if name not in term.adapter.layers or term.block_factor(name) == 0:
                 continue
             layer = term.adapter.layer(name)
             up = layer.up
@@ -215,11 +175,12 @@ def merge_report(recipe: MergeRecipe) -> MergeReport:
                 bases.append(layer.initial.q if layer.initial else up)
             if term.adapter.method == "qr" or not any(same_basis(known, up) for known in bases):
                 bases.append(up)
+        off += not bases
         shared += len(bases) == 1 and name not in lost
         stacked += len(bases) > 1
         rank = max(rank, sum(q.shape[1] for q in bases))
     total = 1 - kept_energy / whole_energy if whole_energy > 0 else 0.0
-    return MergeReport(len(recipe.layer_names), shared, stacked, len(lost), lost, total, rank)
+    return MergeReport(len(recipe.layer_names), shared, stacked, len(lost), lost, total, rank, off)
 
 
 def same_basis(first: Tensor, second: Tensor) -> bool:

@@ -8,6 +8,7 @@ import difflib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 from .errors import TargetError
 
@@ -72,6 +73,43 @@ class WeightSlice:
     key: str
     start: int | None
     length: int | None
+
+
+class LayerKind(NamedTuple):
+    """What a layer is in its network.
+
+    Attributes:
+        block: "double" (image and text have weights of their own) or "single" (they share them).
+        number: of the block among its kind.
+        layer: the rest of the name, such as "attn.to_q".
+        part: "attention", "feed_forward" (with `proj_out` of a single block, which closes both) or "modulation".
+        stream: "image", "text", or "both" in single blocks.
+    """
+
+    block: Literal["double", "single"]
+    number: int
+    layer: str
+    part: Literal["attention", "feed_forward", "modulation"]
+    stream: Literal["image", "text", "both"]
+
+
+def layer_kind(name: str) -> LayerKind:
+    """Block, part and stream of a layer.
+
+    Raises:
+        TargetError: no FLUX layer has that name.
+    """
+    module, position, _ = _locate(name)
+    match = _NAME.fullmatch(name)
+    assert match is not None  # _locate has refused everything else
+    if match[1]:
+        modulation = module == "modulation.lin"
+        attention = module == "linear1" and position is not None and position < 3
+        part: Literal["attention", "feed_forward", "modulation"]
+        part = "modulation" if modulation else "attention" if attention else "feed_forward"
+        return LayerKind("single", int(match[2]), match[3], part, "both")
+    part = "attention" if "attn" in module else "feed_forward" if "mlp" in module else "modulation"
+    return LayerKind("double", int(match[2]), match[3], part, "image" if module.startswith("img") else "text")
 
 
 def flux_targets(num_double: int, num_single: int, hidden_size: int, mlp_ratio: int = 4) -> tuple[LayerTarget, ...]:

@@ -18,6 +18,7 @@ ALLOWED = {
         "safetensors",
         "numpy",
         "qrlora_core",
+        "qrlora_plots",
         "diffusers",
         "accelerate",
         "tqdm",
@@ -27,11 +28,13 @@ ALLOWED = {
     },
     # numpy, PIL, psutil and aiohttp are the host's own requirements; server is the host's module of that name
     "nodes": {"torch", "comfy_api", "comfy", "folder_paths", "numpy", "PIL", "psutil", "aiohttp", "server"},
+    # imports neither core nor host, so that nodes (relatively) and trainer (absolutely) can both import it
+    "qrlora_plots": {"numpy", "PIL"},
 }
 # imported inside the functions that need them, when installed
-OPTIONAL = {"train": {"torchao", "bitsandbytes", "prodigyopt"}}
+OPTIONAL = {"train": {"torchao", "bitsandbytes", "prodigyopt"}, "qrlora_plots": {"matplotlib"}}
 HOST_FILES = {
-    "comfy": {"host.py", "host_train.py"},
+    "comfy": {"host.py", "host_train.py", "hooks.py"},
     "folder_paths": {"folders.py"},
     "server": {"host_train.py", "routes.py"},
     "aiohttp": {"routes.py"},
@@ -51,15 +54,20 @@ def imports(path):
             yield node.module or "", node.level
 
 
-@pytest.mark.parametrize("path", python_files("qrlora_core", "train", "nodes"), ids=lambda path: path.as_posix()[-40:])
+@pytest.mark.parametrize(
+    "path", python_files("qrlora_core", "qrlora_plots", "train", "nodes"), ids=lambda path: path.as_posix()[-40:]
+)
 def test_imports(path):
     room = path.relative_to(ROOT).parts[0]
     for name, level in imports(path):
         top = name.split(".")[0]
         if level == 1 or (level and room != "nodes"):
             assert level == 1, f"{path.name} reaches out of its room"
-        elif level:  # ..qrlora_core, or the two standard-library modules of the trainer
-            assert (level == 2 and top == "qrlora_core") or name in ("train.config", "train.events"), name
+        elif level:  # ..qrlora_core, ..qrlora_plots, or the two standard-library modules of the trainer
+            assert (level == 2 and top in ("qrlora_core", "qrlora_plots")) or name in (
+                "train.config",
+                "train.events",
+            ), name
         else:
             assert top in STDLIB | ALLOWED[room] | OPTIONAL.get(room, set()), f"{path.name} imports {name}"
             assert path.name in HOST_FILES.get(top, {path.name}), f"only {HOST_FILES[top]} may import {name}"
@@ -84,7 +92,11 @@ def test_the_door_imports_lazily():
     assert not names, "opening the pack must cost nothing"
 
 
-SOURCES = [*python_files("qrlora_core", "train", "nodes", "benchmarks", "tests"), ROOT / "dev.py", ROOT / "__init__.py"]
+SOURCES = [
+    *python_files("qrlora_core", "qrlora_plots", "train", "nodes", "benchmarks", "tests"),
+    ROOT / "dev.py",
+    ROOT / "__init__.py",
+]
 
 
 @pytest.mark.parametrize(

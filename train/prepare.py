@@ -102,10 +102,10 @@ def prepare(config: FitConfig, accelerator: Any, reporter: Reporter, watch: Stop
         reporter.phase("model", done, total, "loading the base model")
 
     folder = Path(config.basis_cache) if config.basis_cache else run_dir.parent / "basis"
+    # Apple's GPUs have no float64, which the decomposition needs in one place
+    device = torch.device("cpu") if accelerator.device.type == "mps" else accelerator.device
     with accelerator.local_main_process_first():  # the others find the file
-        basis_of, _ = cached_basis(
-            folder, source, targets, config.rank, config.decomposition, accelerator.device, on_basis
-        )
+        basis_of, _ = cached_basis(folder, source, targets, config.rank, config.decomposition, device, on_basis)
     model = load_transformer(
         source, config.base_storage, config.precision, accelerator.device, config.offload, on_model
     )

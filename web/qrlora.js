@@ -6,6 +6,8 @@ const COLORS = { DELTA_R: "#1FBFA8", RESIDUAL: "#B07D52" };
 const WIDGET = "qrlora_report";
 // Five lines. Fixed, so that a longer or shorter report never moves the graph; what is longer scrolls.
 const HEIGHT = 96;
+// What the canvas keeps free above and below such an element; without it a picture below would begin under the text.
+const MARGIN = 10;
 
 function paint() {
   Object.assign(app.canvas?.default_connection_color_byType ?? {}, COLORS);
@@ -39,8 +41,8 @@ function reportWidget(node) {
   const widget = node.addDOMWidget(WIDGET, WIDGET, element, {
     serialize: false,
     hideOnZoom: false,
-    getMinHeight: () => HEIGHT,
-    getMaxHeight: () => HEIGHT,
+    getMinHeight: () => HEIGHT + 2 * MARGIN,
+    getMaxHeight: () => HEIGHT + 2 * MARGIN,
   });
   widget.serialize = false;
   const [width, height] = node.computeSize();
@@ -48,10 +50,17 @@ function reportWidget(node) {
   return widget;
 }
 
+// A node that ran once for each item of a list reports as often; what is the same is shown once.
+function summary(reports) {
+  if (!Array.isArray(reports)) return String(reports);
+  const counts = new Map();
+  for (const report of reports) counts.set(report, (counts.get(report) ?? 0) + 1);
+  return [...counts].map(([report, count]) => (count > 1 ? `${count} times: ${report}` : report)).join("\n");
+}
+
 function show(node, output) {
-  const lines = output?.text;
-  if (!lines?.length) return;
-  const text = Array.isArray(lines) ? lines.join("\n") : String(lines);
+  if (!output?.text?.length) return;
+  const text = summary(output.text);
   if (node.qrloraReport) return node.qrloraReport(text); // a node with a view of its own
   reportWidget(node).element.textContent = text;
   node.setDirtyCanvas?.(true, true);

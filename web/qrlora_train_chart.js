@@ -112,7 +112,7 @@ export class Chart {
       shape(this.grid, "path", { d: `M${x} ${top + height}v4`, fill: "none" }, { stroke: RAW });
       this.#label(Math.min(x, left + width - 8), top + height + 14, count(value), "middle");
     }
-    this.#label(left - 8, top + height + 14, "step", "end");
+    this.#label(left - 14, top + height + 14, "step", "end");
     const [x, y] = [10, top + height / 2];
     this.#label(x, y, this.scale.log ? "loss (log)" : "loss", "middle").setAttribute(
       "transform",

@@ -117,6 +117,8 @@ export class Job {
     this.eta = null;
     this.seconds = null;
     this.peak = null;
+    this.rate = null; // learning rate
+    this.told = ""; // kind of the last event
     this.reason = "";
   }
 
@@ -129,6 +131,7 @@ export class Job {
     const events = Array.isArray(message.events) ? [...message.events] : [];
     if (caughtUp) events.sort((one, other) => (one.time ?? 0) - (other.time ?? 0));
     for (const event of events) this.#event(event);
+    this.told = events.at(-1)?.event ?? this.told;
     if (typeof message.state === "string") this.state = message.state;
     if (typeof message.text === "string") this.text = message.text;
     if (this.state === "preparing") [this.phase, this.reason] = [null, ""]; // those of an earlier start
@@ -172,7 +175,7 @@ export class Job {
     this.reason = "";
   }
 
-  #advance({ step, steps, loss, smoothed_loss, seconds, eta, peak_memory }) {
+  #advance({ step, steps, loss, smoothed_loss, lr, seconds, eta, peak_memory }) {
     this.curve.add(step, loss, smoothed_loss);
     if (step < this.step) return; // known already
     this.step = step;
@@ -180,6 +183,7 @@ export class Job {
     this.seconds = seconds;
     this.eta = eta;
     this.peak = peak_memory;
+    this.rate = lr;
   }
 
   #validated({ step, loss }) {

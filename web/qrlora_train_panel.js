@@ -1,5 +1,5 @@
 // What the Train node shows of its run: built once, filled by `show`. Text is only ever set as text.
-import { BLUE, Chart, count } from "./qrlora_train_chart.js";
+import { BLUE, Chart, count, number } from "./qrlora_train_chart.js";
 
 export const HEIGHT = 380;
 const TEXT = "var(--input-text, #ddd)";
@@ -274,6 +274,11 @@ function heading(state, job) {
   if (state !== "running") return STATES[state] ?? state;
   const phase = job.phase?.phase;
   return phase ? (PHASES[phase] ?? phase[0].toUpperCase() + phase.slice(1)) : job.step ? "Training" : "Starting";
+}
+
+function losses(job) {
+  const end = job.curve.last;
+  return end && `smoothed loss ${number(end.smoothed)}, learning rate ${number(job.rate)}`;
 }
 
 function hint(state, job) {

@@ -13,7 +13,8 @@ def input_specs(info: dict[str, Any]) -> dict[str, list[Any]]:
 
 def is_widget(spec: list[Any]) -> bool:
     """Whether the browser draws a widget for this input; old hosts give a combo as a bare list."""
-    return isinstance(spec[0], list) or spec[0] in WIDGETS
+    forced = len(spec) > 1 and spec[1].get("forceInput")
+    return not forced and (isinstance(spec[0], list) or spec[0] in WIDGETS)
 
 
 def editable(workflow: dict[str, Any], object_info: dict[str, Any]) -> dict[str, Any]:

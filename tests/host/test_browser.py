@@ -157,7 +157,14 @@ def test_a_run_from_start_to_end_moves_nothing(train, vue):
     send(train, "running", started(), phase("train"), *[step(one, 1 / one) for one in range(1, 101)], text="one line")
     shown = panel(train)
     assert (shown["state"], shown["step"], shown["steps"]) == ("running", "100", "1000")
-    for expected in ("Training", "step 100 / 1000", "37:30 min left", "2.50 s/step", "peak 18.0 GiB", "one line"):
+    for expected in (
+        "Training",
+        "step 100 / 1000",
+        "37:30 min left",
+        "2.50 s/step",
+        "peak 18.0 GiB",
+        "smoothed loss 0.01, learning rate 1.0e-4",
+    ):
         assert expected in shown["text"], shown["text"]
     assert points(train) == points(train, "raw") == 100
     assert train.js(f"return {PANEL}.querySelector('svg').dataset.scale") == "log", "a loss that falls by 100"

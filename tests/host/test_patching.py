@@ -8,7 +8,8 @@ import pytest
 from tests.host import instance
 from tests.host.conftest import HOST, run_probe
 
-NODES = "LoadResidual LoadDeltaR Merge Apply SaveResidual SaveDeltaR ExportLoRA Train TrainOptions"
+NODES = "LoadResidual LoadDeltaR Merge Apply SaveResidual SaveDeltaR ExportLoRA Train TrainOptions Similarity"
+NODES += " ScaleSweep ContactSheet BlockScale CreateHook"
 
 
 def older_hosts():

@@ -43,7 +43,7 @@ def check_api(graph, info):
         for key, value in node["inputs"].items():
             if isinstance(value, list):
                 made = info[graph[value[0]]["class_type"]]["output"][value[1]]
-                assert made == specs[key][0], f"{name}.{key} is {specs[key][0]}, its link {made}"
+                assert specs[key][0] in (made, "*"), f"{name}.{key} is {specs[key][0]}, its link {made}"
             else:
                 assert is_widget(specs[key]), f"{name}.{key} needs a link"
                 check_value(specs[key], value, f"{name}.{key}")
@@ -56,7 +56,7 @@ def check_editable(graph, info):
         assert link in nodes[source]["outputs"][slot]["links"], f"link {link} does not leave node {source}"
         assert nodes[target]["inputs"][place]["link"] == link, f"link {link} does not reach node {target}"
         assert info[nodes[source]["type"]]["output"][slot] == kind
-        assert input_specs(info[nodes[target]["type"]])[nodes[target]["inputs"][place]["name"]][0] == kind
+        assert input_specs(info[nodes[target]["type"]])[nodes[target]["inputs"][place]["name"]][0] in (kind, "*")
     for node in graph["nodes"]:
         if node["type"] in ("Note", "MarkdownNote"):
             continue

@@ -1,0 +1,81 @@
+"""What is to be merged, as data: adapters and their strengths. `merge.py` makes tensors of it, one layer at a time."""
+
+import math
+from dataclasses import dataclass, replace
+
+from .adapter import Adapter
+from .blocks import BlockScale
+from .targets import network_order
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Term:
+    """One adapter in a merge.
+
+    Attributes:
+        adapter: what is added.
+        strength: its factor; the product of all alpha, beta and strengths on the way here.
+        onto: re-express this adapter's layers on the basis of that one, where they differ.
+        scales: further factors, by block, part and stream; all of them multiply.
+    """
+
+    adapter: Adapter
+    strength: float
+    onto: Adapter | None = None
+    scales: tuple[BlockScale, ...] = ()
+
+    def block_factor(self, name: str) -> float:
+        """What the scales make of one layer, without the strength."""
+        return math.prod(scale.factor(name) for scale in self.scales)
+
+    def factor(self, name: str) -> float:
+        """The whole factor of one layer."""
+        return self.strength * self.block_factor(name)
+
+    def changes(self, name: str) -> bool:
+        """Whether the term adds anything to a layer."""
+        return name in self.adapter.layers and self.factor(name) != 0
+
+    def __str__(self) -> str:
+        scales = "".join(f" [{scale}]" for scale in self.scales)
+        return f"{self.strength:g} x {self.adapter.name}{scales}"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MergeRecipe:
+    """Adapters and strengths; nothing is computed until a layer is asked for."""
+
+    terms: tuple[Term, ...]
+
+    @classmethod
+    def of(cls, adapter: Adapter, strength: float = 1.0) -> "MergeRecipe":
+        """A recipe of one adapter."""
+        return cls((Term(adapter, strength),))
+
+    @property
+    def active(self) -> tuple[Term, ...]:
+        """The terms that change anything."""
+        return tuple(term for term in self.terms if any(term.changes(name) for name in term.adapter.layers))
+
+    @property
+    def adapters(self) -> tuple[Adapter, ...]:
+        """Every adapter once, in order, whatever its strength."""
+        return tuple({id(term.adapter): term.adapter for term in self.terms}.values())
+
+    @property
+    def layer_names(self) -> tuple[str, ...]:
+        """Every layer of every adapter, in network order."""
+        return tuple(sorted({name for term in self.terms for name in term.adapter.layers}, key=network_order))
+
+    def scaled(self, strength: float) -> "MergeRecipe":
+        """The same recipe with every strength multiplied."""
+        return MergeRecipe(tuple(replace(term, strength=term.strength * strength) for term in self.terms))
+
+    def block_scaled(self, scale: BlockScale) -> "MergeRecipe":
+        """The same recipe with one more factor per block, part and stream on every term.
+
+        Raises:
+            TargetError: a range of blocks matches none of the recipe's layers.
+        """
+        scale.check(self.layer_names)
+        return MergeRecipe(tuple(replace(term, scales=(*term.scales, scale)) for term in self.terms))

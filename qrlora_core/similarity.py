@@ -1,0 +1,273 @@
+"""How alike two adapters are, layer by layer: cosines, spans, sizes, and what chance alone would give.
+
+Layers are read, compared and let go one at a time, and the (out, in) update of a layer is never formed: for updates
+`U D` of rank r everything follows from r x r matrices, `<U1 D1, U2 D2> = sum((U1^T U2) * (D1 D2^T))`.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .adapter import Adapter, AdapterLayer
+from .errors import TargetError
+from .formats import few
+from .merge import same_basis
+from .similarity_schema import (
+    QUANTITIES,
+    SCHEMA,
+    VERSION,
+    AdapterEntry,
+    LayerEntry,
+    Norms,
+    Quantities,
+    SimilarityReport,
+    statistics,
+)
+from .targets import layer_kind
+
+Progress = Callable[[Sequence[str]], Iterable[str]]
+
+# Half the width of the interval that holds 95 % of a normal distribution, in standard deviations
+_BAND = 1.959964
+# Directions of a Q that are weaker than this, relative to the strongest, are rounding (float32 files: 1e-14)
+_SPAN_ENERGY = 1e-10
+
+
+def similarity_report(a: Adapter, b: Adapter, progress: Progress | None = None) -> SimilarityReport:
+    """Compare two adapters in all layers that both have.
+
+    Args:
+        a, b: what to compare; of a merge, `merged_adapter(recipe)`.
+        progress: wraps the list of layer names that is gone through, as `tqdm` does; it may stop the work by raising.
+
+    Returns:
+        Plain dictionaries, lists, strings and numbers, ready for `json.dump`: see `SimilarityReport`.
+
+    Raises:
+        TargetError: no layer is in both, or one has different shapes in them.
+        WeightError: a tensor holds NaN or Inf.
+    """
+    common = [name for name in a.layers if name in b.layers]
+    if not common:
+        raise TargetError(f"{a.name} and {b.name} have no layer in common: {few(a.layers)}; {few(b.layers)}")
+    for name in common:
+        if a.layers[name].shape != b.layers[name].shape:
+            shapes = f"{a.layers[name].shape} in {a.name}, {b.layers[name].shape} in {b.name}"
+            raise TargetError(f"the adapters were made for different models: {name} has shape {shapes}")
+    layers: list[LayerEntry] = []
+    inner = 0.0
+    for name in common if progress is None else progress(common):
+        entry, product = _compare(name, a, b)
+        layers.append(entry)
+        inner += product
+    size_a, size_b = (_total([entry["norms"][key] for entry in layers]) for key in ("update_a", "update_b"))
+    return {
+        "schema": SCHEMA,
+        "version": VERSION,
+        "a": _adapter_entry(a),
+        "b": _adapter_entry(b),
+        "same_basis": all(entry["same_basis"] for entry in layers),
+        "only_in_a": [name for name in a.layers if name not in b.layers],
+        "only_in_b": [name for name in b.layers if name not in a.layers],
+        "total": {
+            "cosine_update": _clamped(inner / (size_a * size_b)) if size_a and size_b else None,
+            "update_norm_a": size_a,
+            "update_norm_b": size_b,
+            "energy_ratio": _squared_ratio(size_b, size_a),
+        },
+        "summary": {key: statistics(layers, key) for key in QUANTITIES},
+        "layers": layers,
+    }
+
+
+class _Update(NamedTuple):
+    """`scaling * up @ down`, float64."""
+
+    up: Tensor
+    down: Tensor
+    scaling: float
+
+
+class _Parts(NamedTuple):
+    """What one side of a layer is made of, float64; None for what its file does not tell."""
+
+    q: Tensor
+    r: Tensor | None
+    delta_r: Tensor | None
+    update: _Update | None
+
+
+def _both(layer_a: AdapterLayer, layer_b: AdapterLayer, a: Adapter, b: Adapter, name: str) -> tuple[_Parts, _Parts]:
+    """The two sides of a layer. Tensors that are equal bit by bit are one tensor in both, which saves most of the work
+    for adapters of one base."""
+    one = _parts(a, layer_a, a.layers[name].scaling)
+    q = one.q if _equal(layer_a.up, layer_b.up) else None
+    r = one.r if layer_a.initial and layer_b.initial and _equal(layer_a.initial.r, layer_b.initial.r) else None
+    return one, _parts(b, layer_b, b.layers[name].scaling, q, r)
+
+
+def _parts(
+    adapter: Adapter, layer: AdapterLayer, scaling: float, q: Tensor | None = None, r: Tensor | None = None
+) -> _Parts:
+    up = layer.up.double() if q is None else q
+    down = layer.down.double()
+    if adapter.method != "qr":
+        known = layer.initial.r.double() if layer.initial and r is None else r
+        return _Parts(up, known, down, _Update(up, down, scaling))
+    if layer.initial is None:
+        return _Parts(up, down, None, None)
+    stacked = torch.cat([up, layer.initial.q.double()], dim=1), torch.cat([down, -layer.initial.r.double()])
+    return _Parts(up, down, None, _Update(*stacked, scaling))
+
+
+def _compare(name: str, a: Adapter, b: Adapter) -> tuple[LayerEntry, float]:
+    """One layer, and the inner product of its two updates."""
+    info, kind = a.layers[name], layer_kind(name)
+    layer_a, layer_b = a.layer(name), b.layer(name)
+    one, two = _both(layer_a, layer_b, a, b, name)
+    same = one.q is two.q or same_basis(layer_a.up, layer_b.up)
+    cosine: Quantities = {"delta_r": None, "q": None, "r": None, "update": None}
+    band: Quantities = {"delta_r": None, "q": None, "r": None, "update": None}
+    cosine["delta_r"], band["delta_r"] = _cosine(one.delta_r, two.delta_r)
+    cosine["q"], band["q"] = _cosine(one.q, two.q)
+    cosine["r"], band["r"] = _cosine(one.r, two.r)
+    gram_a = one.q.mT @ one.q
+    gram_b, cross = (gram_a, gram_a) if two.q is one.q else (two.q.mT @ two.q, one.q.mT @ two.q)
+    inner, norm_a, norm_b = 0.0, _product_norm(one, gram_a), _product_norm(two, gram_b)
+    if one.update and two.update:
+        shared = one.update.up is one.q and two.update.up is two.q
+        inner, deviation = _inner(one.update, two.update, cross if shared else one.update.up.mT @ two.update.up)
+        size = (norm_a or 0.0) * (norm_b or 0.0)
+        if size > 0:
+            cosine["update"], band["update"] = _clamped(inner / size), _BAND * deviation
+    angles, overlap = ([0.0], 1.0) if two.q is one.q else _spans(gram_a, gram_b, cross)
+    norms: Norms = {
+        "delta_r_a": _norm(one.delta_r),
+        "delta_r_b": _norm(two.delta_r),
+        "r_a": _norm(one.r),
+        "r_b": _norm(two.r),
+        "update_a": norm_a,
+        "update_b": norm_b,
+    }
+    entry: LayerEntry = {
+        "name": name,
+        "block": kind.block,
+        "number": kind.number,
+        "layer": kind.layer,
+        "part": kind.part,
+        "stream": kind.stream,
+        "shape": list(info.shape),
+        "rank_a": info.rank,
+        "rank_b": b.layers[name].rank,
+        "same_basis": same,
+        "cosine": cosine,
+        "null_band": band,
+        "angles": {
+            "min": math.degrees(angles[0]),
+            "mean": math.degrees(sum(angles) / len(angles)),
+            "max": math.degrees(angles[-1]),
+        },
+        "span_overlap": overlap,
+        "norms": norms,
+        "energy_ratio": _squared_ratio(norm_b, norm_a),
+        "sign_conflict": _sign_conflict(one.delta_r, two.delta_r) if same else None,
+    }
+    return entry, inner
+
+
+def _cosine(one: Tensor | None, two: Tensor | None) -> tuple[float | None, float | None]:
+    """Cosine of two flattened matrices, and the band that 95 % of random matrices with as many entries stay in."""
+    if one is None or two is None or one.shape != two.shape:
+        return None, None
+    size = float(one.norm() * two.norm())
+    if size == 0:
+        return None, None
+    if one is two:
+        return 1.0, _BAND / math.sqrt(int(torch.count_nonzero(one)))
+    # A triangular dR and every R have a corner of zeros, which chance cannot fill
+    entries = min(int(torch.count_nonzero(one)), int(torch.count_nonzero(two)))
+    return _clamped(float(torch.dot(one.flatten(), two.flatten())) / size), _BAND / math.sqrt(entries)
+
+
+def _inner(one: _Update, two: _Update, cross: Tensor) -> tuple[float, float]:
+    """Inner product of two updates, and the standard deviation of their cosine if both dR were random.
+
+    For independent entries of D1, D2 the product has the variance ||U1^T U2||^2 * in and the sizes are ||Ui||^2 * in:
+    1 / sqrt(rank * in) on one basis, 1 / sqrt(out * in) on two random ones. `cross` is U1^T U2.
+    """
+    product = float((cross * (one.down @ two.down.mT)).sum())
+    spread = float(cross.norm() / (one.up.norm() * two.up.norm()))
+    return one.scaling * two.scaling * product, spread / math.sqrt(one.down.shape[1])
+
+
+def _spans(gram_a: Tensor, gram_b: Tensor, cross: Tensor) -> tuple[list[float], float]:
+    """Principal angles between two column spans, ascending, in radians, and the mean of their squared cosines.
+
+    Bjoerck & Golub 1973, from `Qa^T Qa`, `Qb^T Qb` and `Qa^T Qb`. The columns are made orthonormal by their own Gram
+    matrix, because files in bf16 and stacked merges hold a Q that is not.
+    """
+    cosines = torch.linalg.svdvals(_whitening(gram_a).mT @ cross @ _whitening(gram_b)).clamp(0, 1)
+    # acos cannot tell angles below 1e-8 from 0, which is far below what a file stores
+    return torch.acos(cosines).tolist(), float(cosines.square().mean())
+
+
+def _whitening(gram: Tensor) -> Tensor:
+    """`T` such that `q @ T` has orthonormal columns that span what q spans: (rank, rank) or narrower."""
+    values, vectors = torch.linalg.eigh(gram)
+    kept = values > _SPAN_ENERGY * values[-1]
+    whitening: Tensor = vectors[:, kept] / values[kept].sqrt()
+    return whitening
+
+
+def _sign_conflict(one: Tensor | None, two: Tensor | None) -> float | None:
+    """Share of the entries that are zero in neither and have opposite signs; random matrices: 0.5."""
+    if one is None or two is None or one.shape != two.shape:
+        return None
+    signs = torch.sign(one) * torch.sign(two)
+    both = int(torch.count_nonzero(signs))
+    return int((signs < 0).sum()) / both if both else None
+
+
+def _norm(tensor: Tensor | None) -> float | None:
+    return None if tensor is None else float(tensor.norm())
+
+
+def _product_norm(parts: _Parts, gram_q: Tensor) -> float | None:
+    if parts.update is None:
+        return None
+    up, down, scaling = parts.update
+    gram = gram_q if up is parts.q else up.mT @ up
+    return abs(scaling) * float((gram * (down @ down.mT)).sum().clamp_min(0).sqrt())
+
+
+def _equal(one: Tensor, two: Tensor) -> bool:
+    return one.dtype == two.dtype and torch.equal(one, two)
+
+
+def _total(norms: Sequence[float | None]) -> float | None:
+    """Norm of all layers together."""
+    known = [norm for norm in norms if norm is not None]
+    return math.sqrt(sum(norm**2 for norm in known)) if len(known) == len(norms) else None
+
+
+def _clamped(cosine: float) -> float:
+    """Rounding can carry a cosine past 1."""
+    return max(-1.0, min(1.0, cosine))
+
+
+def _squared_ratio(value: float | None, by: float | None) -> float | None:
+    return (value / by) ** 2 if value is not None and by else None
+
+
+def _adapter_entry(adapter: Adapter) -> AdapterEntry:
+    return {
+        "name": adapter.name,
+        "method": adapter.method,
+        "rank": adapter.rank,
+        "alpha": adapter.alpha,
+        "layers": len(adapter.layers),
+        "basis_fingerprint": adapter.basis_fingerprint,
+    }

@@ -1,0 +1,104 @@
+"""Grids of alpha and beta: a few numbers written by a person, and one merge for every pair of them."""
+
+from decimal import Decimal, InvalidOperation
+from typing import NamedTuple
+
+from .blocks import LIMIT
+from .errors import SettingError
+from .merge import OnMismatch, merge
+from .recipe import MergeRecipe
+
+MAX_COMBINATIONS = 100
+
+
+class SweepCell(NamedTuple):
+    """One pair of a grid: its factors, its label ("alpha=0.6, beta=1") and the merge."""
+
+    alpha: float
+    beta: float
+    label: str
+    recipe: MergeRecipe
+
+
+def parse_scales(text: str, what: str) -> tuple[float, ...]:
+    """Read "0.6, 0.8, 1.0", or "0:1:0.25" for first, last and step, or both together. What occurs twice counts once.
+
+    Args:
+        text: numbers from -4 to 4, separated by commas, semicolons or lines.
+        what: how to call the text in messages.
+
+    Raises:
+        SettingError: nothing is there, a part cannot be read, or it gives too many numbers; the message shows it.
+    """
+    values: list[Decimal] = []
+    for part in (part.strip() for part in text.replace(";", ",").replace("\n", ",").split(",")):
+        if part:
+            values += _expanded(part, what)
+        if len(values) > MAX_COMBINATIONS:
+            raise SettingError(f"{what}: {part!r} gives more than {MAX_COMBINATIONS} numbers; take a larger step")
+    if not values:
+        raise SettingError(f"{what} is empty; write numbers as in '0.6, 0.8, 1.0' or first:last:step as in '0:1:0.25'")
+    return tuple(float(value) for value in dict.fromkeys(values))
+
+
+def sweep(
+    style: MergeRecipe,
+    alphas: str,
+    content: MergeRecipe,
+    betas: str,
+    on_basis_mismatch: OnMismatch = "stack",
+) -> tuple[SweepCell, ...]:
+    """Every pair of an alpha and a beta, all betas of the first alpha first.
+
+    Args:
+        style, content: what to merge.
+        alphas, betas: see `parse_scales`.
+        on_basis_mismatch: see `merge`.
+
+    Raises:
+        SettingError: a list cannot be read, or there are more than MAX_COMBINATIONS pairs.
+        BasisMismatchError, TargetError: see `merge`.
+    """
+    rows, columns = parse_scales(alphas, "alphas"), parse_scales(betas, "betas")
+    if len(rows) * len(columns) > MAX_COMBINATIONS:
+        raise SettingError(
+            f"{len(rows)} alphas x {len(columns)} betas are {len(rows) * len(columns)} pictures, more than "
+            f"{MAX_COMBINATIONS}; make the lists shorter, or run them in parts"
+        )
+    return tuple(
+        SweepCell(alpha, beta, cell_label(alpha, beta), merge(style, alpha, content, beta, on_basis_mismatch))
+        for alpha in rows
+        for beta in columns
+    )
+
+
+def cell_label(alpha: float, beta: float) -> str:
+    """The label of one picture, which a contact sheet reads its axes from."""
+    return f"alpha={alpha:.10g}, beta={beta:.10g}"
+
+
+def _expanded(part: str, what: str) -> list[Decimal]:
+    """One number, or all of a range. Decimals, so that 0:1:0.1 has 0.3 in it and ends at 1."""
+    numbers = [_decimal(piece, part, what) for piece in part.split(":")]
+    if len(numbers) == 1:
+        return numbers
+    if len(numbers) != 3:
+        raise SettingError(f"{what}: {part!r} is not a range; write first:last:step, as in '0:1:0.25'")
+    first, last, step = numbers
+    if step == 0 or (last - first) * step < 0:
+        raise SettingError(f"{what}: in {part!r} the step {step} does not lead from {first} to {last}")
+    count = int((last - first) / step) + 1
+    if count > MAX_COMBINATIONS:
+        raise SettingError(f"{what}: {part!r} gives {count} numbers, more than {MAX_COMBINATIONS}; take a larger step")
+    return [first + index * step for index in range(count)]
+
+
+def _decimal(piece: str, part: str, what: str) -> Decimal:
+    shown = f"{piece.strip()!r}" + ("" if piece.strip() == part else f" in {part!r}")
+    try:
+        value = Decimal(piece.strip())
+    except InvalidOperation:
+        raise SettingError(f"{what}: {shown} is not a number") from None
+    if not value.is_finite() or abs(value) > Decimal(LIMIT):
+        raise SettingError(f"{what}: {shown} is out of range; use {-LIMIT:g} to {LIMIT:g}")
+    return value

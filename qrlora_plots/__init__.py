@@ -1,0 +1,24 @@
+"""Pictures of what the core measures, for the nodes and the shell alike: numpy and PIL, with matplotlib where it is.
+
+Nothing here imports the core, so that both may import this room: what is drawn is the plain JSON of a report.
+"""
+
+from .arrays import array_of, images_of
+from .sheet import Cell, ContactSheet, contact_sheet, label_axes
+from .similarity import PlotsUnavailableError, head_lines, similarity_figure, similarity_image, similarity_png
+from .text import text_card
+
+__all__ = [
+    "Cell",
+    "ContactSheet",
+    "PlotsUnavailableError",
+    "array_of",
+    "contact_sheet",
+    "head_lines",
+    "images_of",
+    "label_axes",
+    "similarity_figure",
+    "similarity_image",
+    "similarity_png",
+    "text_card",
+]
