@@ -191,14 +191,20 @@ export class Panel {
     put(this.memory, job?.peak > 0 ? `peak ${(job.peak / 1024 ** 3).toFixed(1)} GiB` : "");
     this.chart.draw(job);
     this.#pictures(job);
-    const text = this.refused || (state === "finished" && this.lines) || job?.text || job?.reason || (job ? "" : IDLE);
-    put(this.message, text);
+    put(this.message, this.refused || this.#message(state, job));
     this.message.style.height = state === "failed" ? "6.75em" : "2.7em"; // an error is read, not watched
     this.button.disabled = !(shown === "running" || shown === "preparing");
     this.button.style.opacity = this.button.disabled ? "0.45" : "1";
     this.button.style.cursor = this.button.disabled ? "default" : "pointer";
     put(this.button, shown === "stopping" ? "Stopping" : "Stop");
     put(this.hint, hint(shown, job));
+  }
+
+  #message(state, job) {
+    if (state === "finished" && this.lines) return this.lines;
+    // Of a step the server's line says what stands above already.
+    if (state === "running" && job.told === "step" && job.curve.last) return losses(job);
+    return job ? job.text || job.reason : IDLE;
   }
 
   #progress(state, job) {
@@ -277,8 +283,7 @@ function heading(state, job) {
 }
 
 function losses(job) {
-  const end = job.curve.last;
-  return end && `smoothed loss ${number(end.smoothed)}, learning rate ${number(job.rate)}`;
+  return `smoothed loss ${number(job.curve.last.smoothed)}, learning rate ${number(job.rate)}`;
 }
 
 function hint(state, job) {

@@ -53,9 +53,9 @@ class Page:
     def __init__(self, server: Server, driver: webdriver.Chrome) -> None:
         self.server, self.driver = server, driver
 
-    def open(self) -> "Page":
+    def open(self, address: str = "") -> "Page":
         """Load the page anew, as a reload does, and wait for the graph."""
-        self.driver.get(self.server.url)
+        self.driver.get(self.server.url + address)
         with suppress(NoAlertPresentException):
             self.driver.switch_to.alert.accept()  # "leave the page?"
         self.wait("return !!window.app?.graph && !!window.app.canvas && !!window.app.extensionManager", 120)
