@@ -169,7 +169,7 @@ def test_cancel_at_every_phase(server, phase):
     began = time.monotonic()
     interrupt(server)
     if phase in ("train", "deaf"):
-        wait_for(server, lambda job: job["state"] in ("stopping", "stopped"), 0.5)
+        wait_for(server, lambda job: job["state"] in ("stopping", "stopped"), 2.0)  # 0.2 s, and a busy machine
     with pytest.raises(WorkflowError, match="execution_interrupted"):
         server.wait(ticket)
     assert time.monotonic() - began < 12 and not children(server)
