@@ -249,7 +249,7 @@ function thumbnail(address, step) {
       borderRadius: "4px",
       overflow: "hidden",
     },
-    { href: address, target: "_blank", rel: "noopener", title: `Sample at step ${step}: open in full size` },
+    { href: address, target: "_blank", rel: "noopener", title: `Sample at step ${step}: open in a new tab` },
   );
   const image = make(
     link,
