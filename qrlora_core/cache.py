@@ -14,6 +14,7 @@ The header's `qrlora.cache` is JSON: `{"version": 1, "items": [{"name", "text", 
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from .linalg import require_finite
 from .storage import TensorFile, TensorSpec, write_tensors
 
 CACHE_VERSION = 1
+MAX_REPEATS = 10_000
 _STORED = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -47,6 +49,13 @@ class CacheItem:
     caption: str = ""
     repeats: int = 1
     is_class: bool = False
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for what a damaged or foreign header may hold."""
+        words = isinstance(self.name, str) and isinstance(self.caption, str) and isinstance(self.is_class, bool)
+        numbers = all(isinstance(n, int) and not isinstance(n, bool) for n in (self.text, self.repeats))
+        if not words or not numbers or self.text < 0 or not 1 <= self.repeats <= MAX_REPEATS:
+            raise ValueError(f"an item is {self.name!r}, text {self.text!r}, repeats {self.repeats!r}")
 
 
 class EncodedText(NamedTuple):
@@ -77,14 +86,16 @@ def bucket_size(width: int, height: int, resolution: int, step: int = 64, keep_a
     aspect = width / height
     best = (side, side)
     best_error = abs(_log_ratio(1.0, aspect))
-    for columns in range(1, 4 * side // step + 1):
-        wide = columns * step
-        for tall in {max(step, int(area / wide) // step * step), max(step, -(-int(area / wide) // step) * step)}:
-            if wide * tall > area * 1.02 or tall > 4 * side:
+    for one in range(step, 4 * side + 1, step):
+        fitting = int(area / one)
+        for other in {max(step, fitting // step * step), max(step, -(-fitting // step) * step)}:
+            if one * other > area * 1.02 or other > 4 * side:
                 continue
-            error = abs(_log_ratio(wide / tall, aspect))
-            if error < best_error - 1e-9 or (error < best_error + 1e-9 and wide * tall > best[0] * best[1]):
-                best, best_error = (wide, tall), error
+            for wide, tall in ((one, other), (other, one)):  # both ways, so that a turned picture gets the turned size
+                error = abs(_log_ratio(wide / tall, aspect))
+                nearer, equal = error < best_error - 1e-9, error < best_error + 1e-9
+                if nearer or (equal and wide * tall > best[0] * best[1]):
+                    best, best_error = (wide, tall), error
     return best
 
 
@@ -125,20 +136,25 @@ def save_cache(
         tensors[f"text.{index}.embeds"], tensors[f"text.{index}.pooled"] = text
     for key, tensor in tensors.items():
         require_finite(tensor, key)
+        if key.startswith("mask.") and not 0 <= float(tensor.min()) <= float(tensor.max()) <= 1:
+            raise FileFormatError(f"{key} holds numbers outside of 0 to 1")
     table = {"version": CACHE_VERSION, "items": [asdict(item) for item in items], "empty_text": empty_text}
     header = {"qrlora.format": "training_cache", "qrlora.cache": json.dumps(table), **(metadata or {})}
     specs = {
         key: TensorSpec(tensor.dtype if tensor.dtype in _STORED else torch.float32, tuple(tensor.shape))
         for key, tensor in tensors.items()
     }
-    return write_tensors(
-        path,
-        specs,
-        tensors.items(),
-        header,
-        overwrite=overwrite,
-        check=lambda temporary: TrainingCache(temporary).close(),
-    )
+
+    def check(temporary: Path) -> None:
+        problem = ""
+        try:
+            TrainingCache(temporary).close()
+        except FileFormatError as error:
+            problem = str(error).replace(temporary.name, Path(path).name)
+        if problem:  # outside of `except`: a traceback would keep the map open, and Windows could not delete the file
+            raise FileFormatError(problem)
+
+    return write_tensors(path, specs, tensors.items(), header, overwrite=overwrite, check=check)
 
 
 class TrainingCache:
@@ -165,6 +181,8 @@ class TrainingCache:
                 raise ValueError(f"version {table['version']}")
             self.items = tuple(CacheItem(**item) for item in table["items"])
             self.empty_text: int | None = table["empty_text"]
+            if self.empty_text is not None and type(self.empty_text) is not int:
+                raise ValueError(f"empty_text {self.empty_text!r}")
         except (KeyError, TypeError, ValueError) as error:
             raise FileFormatError(
                 f"{file.path.name} is not a training cache of version {CACHE_VERSION} ({error}); write one with "
@@ -215,18 +233,22 @@ class TrainingCache:
         specs, name = self._open().specs, self.path.name
         for index, item in enumerate(self.items):
             latent = specs.get(f"latent.{index}")
-            if latent is None or len(latent.shape) != 3 or latent.shape[1] % 2 or latent.shape[2] % 2:
+            if latent is None or len(latent.shape) != 3 or any(side % 2 for side in latent.shape[1:]):
                 found = latent.shape if latent else "none"
                 raise FileFormatError(f"{name}: latent {index} of {item.name} is {found}, expected 3-D, even sides")
+            if 0 in latent.shape:
+                raise FileFormatError(f"{name}: latent {index} of {item.name} is {latent.shape}: empty")
             for key, shape in ((f"latent.{index}.flip", latent.shape), (f"mask.{index}", latent.shape[1:])):
                 if key in specs and specs[key].shape != shape:
                     raise FileFormatError(f"{name}: {key} is {specs[key].shape}, expected {shape}")
-            if not 0 <= item.text < self.text_count or item.repeats < 1:
-                raise FileFormatError(f"{name}: item {item.name} names text {item.text}, repeats {item.repeats}")
+            if item.text >= self.text_count:
+                raise FileFormatError(f"{name}: item {item.name} names text {item.text} of {self.text_count}")
         for index in range(self.text_count):
             embeds, pooled = specs.get(f"text.{index}.embeds"), specs.get(f"text.{index}.pooled")
             if embeds is None or pooled is None or len(embeds.shape) != 2 or len(pooled.shape) != 1:
                 raise FileFormatError(f"{name}: text {index} is incomplete")
+            if 0 in embeds.shape or 0 in pooled.shape:
+                raise FileFormatError(f"{name}: text {index} is empty")
         if self.empty_text is not None and not 0 <= self.empty_text < self.text_count:
             raise FileFormatError(f"{name}: the empty caption is text {self.empty_text} of {self.text_count}")
         if not any(not item.is_class for item in self.items):
@@ -234,4 +256,4 @@ class TrainingCache:
 
 
 def _log_ratio(first: float, second: float) -> float:
-    return float(torch.log(torch.tensor(first / second, dtype=torch.float64)))
+    return math.log(first / second)

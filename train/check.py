@@ -1,6 +1,7 @@
 """Can this machine train? Answers in seconds, before anything is loaded, each problem with its fix."""
 
 import importlib.metadata
+import json
 import platform
 import shutil
 import sys
@@ -10,8 +11,18 @@ from typing import Any
 
 from .config import FitConfig, as_table
 
-REQUIRED = {"torch": "2.4", "safetensors": "0.4.2", "numpy": "1.25", "diffusers": "0.35", "accelerate": "1.0"}
-OPTIONAL = ("transformers", "bitsandbytes", "torchao", "prodigyopt", "xformers", "psutil")
+REQUIRED = {
+    "torch": "2.4",
+    "safetensors": "0.4.2",
+    "numpy": "1.25",
+    "diffusers": "0.35",
+    "accelerate": "1.0",
+    "transformers": "4.43",  # diffusers' FLUX pipeline, whose helpers `fit` uses, cannot be imported without
+    "psutil": "5.9",
+    "tqdm": "4.60",
+    "pillow": "10.0",
+}
+OPTIONAL = ("bitsandbytes", "torchao", "prodigyopt", "xformers", "matplotlib")
 _NEEDED_BY = {"adamw8bit": "bitsandbytes", "nf4": "bitsandbytes", "int8": "torchao", "prodigy": "prodigyopt"}
 
 
@@ -44,9 +55,11 @@ def check(config: FitConfig, data: bool = True) -> dict[str, Any]:
     if not problems:
         try:
             from .inspect import look_at_device, look_at_files
-        except ImportError as error:
+        except (ImportError, RuntimeError, OSError, AttributeError) as error:
+            # what is installed and does not load: another version of Python, a DLL that is missing, mixed versions
+            broken = (getattr(error, "name", None) or "diffusers").split(".")[0]
             problems.append(
-                {"what": f"a package is broken: {error}", "fix": _pip("--force-reinstall diffusers accelerate")}
+                {"what": f"a package is broken: {error}", "fix": _pip(f"--force-reinstall --no-deps {broken}")}
             )
             return found
         look_at_device(config, found, problems)
@@ -73,14 +86,14 @@ def readable(found: Mapping[str, Any]) -> str:
 
 
 def dry_run(config: FitConfig) -> str:
-    """Resolved settings, memory estimate and layers, for `fit --dry-run`.
+    """Resolved settings (as a TOML file takes them), memory estimate and layers, for `fit --dry-run`.
 
     Raises:
         QRLoRAError: the model or the data cannot be read.
     """
     from .inspect import planned
 
-    settings = "\n".join(f"{key} = {value!r}" for key, value in as_table(config).items())
+    settings = "\n".join(f"{key} = {json.dumps(value)}" for key, value in as_table(config).items())
     return f"{settings}\n\n{planned(config)}"
 
 

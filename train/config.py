@@ -9,6 +9,7 @@ import difflib
 import importlib
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
@@ -27,6 +28,9 @@ LossWeighting = Literal["none", "sigma_sqrt", "cosmap"]
 Precision = Literal["bf16", "fp16", "fp32"]
 Storage = Literal["bf16", "fp16", "fp32", "fp8", "int8", "nf4"]
 Resume = Literal["auto", "never", "require"]
+
+
+_RULES = re.compile(r"(\d+(\.\d+)?:\d+,)+\d+(\.\d+)?")
 
 
 class ConfigError(ValueError):
@@ -80,7 +84,7 @@ class FitConfig:
     method: Method = _setting(
         "delta_r_triangular", "delta_r, delta_r_triangular (upper trapezoidal like R), or qr (Q and R)"
     )
-    rank: int = _setting(64, "columns of Q", low=1, high=3072)
+    rank: int = _setting(64, "columns of Q: how much the adapter can hold, and how large it is", low=1, high=3072)
     alpha: float = _setting(64.0, "scaling is alpha / rank", low=1e-3, high=1e5)
     targets: tuple[str, ...] = _setting((), "layers by name or dotted suffix (default: the published ones)")
     init: Literal["zero", "random"] = _setting("zero", "what \u0394R starts as")
@@ -98,20 +102,22 @@ class FitConfig:
     scheduler_power: float = _setting(1.0, "power of the polynomial schedule", low=0.0, high=10.0)
     scheduler_rules: str = _setting("", 'rules of piecewise_constant, such as "1:100,0.1:500,0.01"')
     optimizer: Optimizer = _setting("adamw", "adamw, adamw8bit (needs bitsandbytes), prodigy (needs prodigyopt)")
-    beta1: float = _setting(0.9, "AdamW and Prodigy", low=0.0, high=0.9999)
-    beta2: float = _setting(0.999, "AdamW and Prodigy", low=0.0, high=0.99999)
-    epsilon: float = _setting(1e-8, "AdamW and Prodigy", low=1e-16, high=1.0)
+    beta1: float = _setting(0.9, "decay of the mean gradient, AdamW and Prodigy", low=0.0, high=0.9999)
+    beta2: float = _setting(0.999, "decay of the mean square, AdamW and Prodigy", low=0.0, high=0.99999)
+    epsilon: float = _setting(1e-8, "smallest divisor, AdamW and Prodigy", low=1e-16, high=1.0)
     weight_decay: float = _setting(1e-4, "decoupled weight decay", low=0.0, high=1.0)
     max_grad_norm: float = _setting(1.0, "gradient clipping, 0 for none", low=0.0, high=1e6)
     seed: int = _setting(0, "order of the data, noise, timesteps, dropout, random start", low=0, high=2**63 - 1)
 
     # loss
     timestep_sampling: TimestepSampling = _setting("uniform", "how sigma is drawn before the shift")
-    logit_mean: float = _setting(0.0, "of logit_normal", low=-10.0, high=10.0)
-    logit_std: float = _setting(1.0, "of logit_normal", low=1e-3, high=10.0)
-    mode_scale: float = _setting(1.29, "of mode", low=-1.0, high=1.75)
+    logit_mean: float = _setting(
+        0.0, "mean of timestep_sampling logit_normal, 0: as much noise as picture", low=-10.0, high=10.0
+    )
+    logit_std: float = _setting(1.0, "spread of timestep_sampling logit_normal", low=1e-3, high=10.0)
+    mode_scale: float = _setting(1.29, "strength of timestep_sampling mode", low=-1.0, high=1.75)
     shift: Shift = _setting("none", "none (published), constant, or resolution: FLUX's own, by number of tokens")
-    shift_value: float = _setting(3.0, "of a constant shift", low=0.01, high=100.0)
+    shift_value: float = _setting(3.0, "factor of a constant shift; above 1 there is more noise", low=0.01, high=100.0)
     guidance: float = _setting(1.0, "distilled guidance value during training", low=0.0, high=100.0)
     loss_weighting: LossWeighting = _setting("none", "weight of the loss over sigma")
     caption_dropout: float = _setting(0.0, "share of pictures trained with an empty caption", low=0.0, high=1.0)
@@ -160,8 +166,13 @@ class FitConfig:
             raise ConfigError(
                 f"prodigy finds its own step: learning_rate is a factor near 1, not {self.learning_rate:g}"
             )
-        if self.scheduler == "piecewise_constant" and not self.scheduler_rules:
-            raise ConfigError("scheduler piecewise_constant needs scheduler_rules")
+        if self.scheduler == "piecewise_constant" and not _RULES.fullmatch(self.scheduler_rules):
+            raise ConfigError(
+                f"scheduler_rules is {self.scheduler_rules!r}: piecewise_constant needs factor:step pairs and a last "
+                'factor, such as "1:100,0.1:500,0.01"'
+            )
+        if self.method == "qr" and self.init == "random":
+            raise ConfigError("init random is about \u0394R; method qr has none and starts from Q and R")
         if self.offload and self.base_storage in ("int8", "nf4"):
             raise ConfigError("offload works with base_storage bf16, fp16, fp32 and fp8")
 
@@ -216,6 +227,8 @@ class EncodeConfig:
             raise ConfigError("class_pictures and class_prompt go together")
         if self.resolution % 16 or self.bucket_step % 16:
             raise ConfigError("resolution and bucket_step are multiples of 16 (8 by the VAE, 2 by the patches)")
+        if self.bucket_step > self.resolution:
+            raise ConfigError(f"bucket_step {self.bucket_step} is larger than resolution {self.resolution}")
 
 
 Config = TypeVar("Config", FitConfig, EncodeConfig)
@@ -229,7 +242,7 @@ def load_settings(path: Path) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # Windows' editor writes a byte order mark
         if path.suffix.lower() == ".json":
             values = json.loads(text)
         elif path.suffix.lower() == ".toml":
@@ -240,8 +253,11 @@ def load_settings(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path.name} cannot be read: {error.strerror or error}") from error
     except ConfigError:
         raise
-    except ValueError as error:
-        raise ConfigError(f"{path.name} is not valid: {error}") from error
+    except (ValueError, RecursionError) as error:
+        # Windows paths are the commonest mistake: TOML and JSON take a backslash for the start of an escape
+        hint = "; write backslashes double, or the text in single quotes" if "\\" in str(error) else ""
+        hint = hint or ("; write backslashes double" if "escape" in str(error).lower() else "")
+        raise ConfigError(f"{path.name} is not valid: {error}{hint}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path.name} holds {type(values).__name__}, expected a table of settings")
     return values
@@ -295,11 +311,13 @@ def _check(config: FitConfig | EncodeConfig) -> None:
         wanted: Any = tuple if get_origin(one.type) is tuple else one.type
         if not isinstance(value, wanted) or (wanted is not bool and isinstance(value, bool)):
             raise ConfigError(f"{one.name} is {value!r}, expected {wanted.__name__}")
+        if isinstance(value, str) and ("\0" in value or (one.default is MISSING and not value)):
+            raise ConfigError(f"{one.name} is {value!r}, expected a path")
         if isinstance(value, tuple) and not all(isinstance(item, str) and item for item in value):
             raise ConfigError(f"{one.name} is {value!r}, expected a list of names")
         if isinstance(value, int | float) and not isinstance(value, bool):
             low, high = one.metadata["low"], one.metadata["high"]
-            if not math.isfinite(value) or not low <= value <= high:
+            if not low <= value <= high:  # NaN is in no range
                 raise ConfigError(f"{one.name} is {value!r}, expected {low:g} to {high:g}")
 
 
@@ -308,7 +326,9 @@ def _converted(one: "Field[Any]", value: Any) -> Any:
     if get_origin(one.type) is tuple and isinstance(value, Sequence) and not isinstance(value, str):
         return tuple(value)
     if one.type is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        with suppress(OverflowError):  # the range check says what is wrong with a number of 400 digits
+            return float(value)
+        return math.inf
     return value
 
 

@@ -66,7 +66,7 @@ def estimate_memory(
     offloaded = int(blocks * config.offload)
     # weights that are cast for use are kept as cast until the backward pass has used them
     casts = config.base_storage != config.precision and config.base_storage not in ("int8", "nf4")
-    live = inside // max(1, sum(source.blocks)) if config.gradient_checkpointing else inside
+    live = _largest_block(source) if config.gradient_checkpointing else inside
     columns = sum(t.shape[0] if config.method != "qr" else t.shape[0] + t.shape[1] for t in targets)
     trained = config.rank * sum(t.shape[1] if config.method != "qr" else sum(t.shape) for t in targets)
     return MemoryEstimate(
@@ -123,14 +123,24 @@ def gigabytes(size: float) -> str:
 
 _ADVICE = (
     "In this order: close other programs that use the device; gradient_checkpointing true; base_storage fp8, then "
-    "nf4; optimizer adamw8bit; offload 0.5 or more; batch_size 1; a lower resolution or rank. memory_check false tries "
-    "anyway"
+    "nf4; optimizer adamw8bit; offload 0.5 or more (not with int8 or nf4); batch_size 1; a lower resolution or rank. "
+    "memory_check false tries anyway"
 )
 
 
 def out_of_memory(config: FitConfig) -> TrainError:
     """What to say when memory ran out although the estimate had fitted."""
     return TrainError("memory", f"memory ran out at rank {config.rank}, batch_size {config.batch_size}. {_ADVICE}")
+
+
+def _largest_block(source: BaseModel) -> int:
+    """Numbers in the largest block."""
+    sizes: dict[str, int] = {}
+    for name, spec in source.specs.items():
+        if "transformer_blocks." in name:
+            block = ".".join(name.split(".")[:2])
+            sizes[block] = sizes.get(block, 0) + math.prod(spec.shape)
+    return max(sizes.values())
 
 
 def _activations(config: FitConfig, source: BaseModel, shape: tuple[int, ...]) -> int:

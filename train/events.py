@@ -5,8 +5,10 @@ Standard library only, so that a host can read the lines without torch. A line i
 fields they do not know, so that fields can be added.
 """
 
+import errno
 import json
 import math
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,7 +22,9 @@ Kind = Literal["started", "phase", "step", "validation", "sample", "saved", "fin
 KINDS: tuple[str, ...] = get_args(Kind)
 
 _NUMBER = (int, float)
-# kind -> field -> accepted types. Every field listed here is required; `None` stands for "not known".
+# A reader that is gone: closed pipes, and what Windows calls them. A full disk is none of these.
+_CLOSED = (errno.EPIPE, errno.EINVAL, errno.ESHUTDOWN, errno.ECONNRESET)
+# kind -> field -> accepted types. Every field listed here is required.
 FIELDS: Mapping[str, Mapping[str, tuple[type, ...]]] = MappingProxyType(
     {
         # everything is loaded, the steps begin. first_step: steps already done by the run that is resumed
@@ -52,6 +56,7 @@ FIELDS: Mapping[str, Mapping[str, tuple[type, ...]]] = MappingProxyType(
         "failed": {"reason": (str,), "message": (str,)},
     }
 )
+_CUT = "#cut"  # ends a line that a killed writer left half done; no JSON ends so
 REASONS = ("settings", "data", "model", "memory", "disk", "loss", "resume", "library", "internal")
 
 
@@ -85,9 +90,12 @@ class TrainEvent:
                 raise EventError(f"{self.kind}.{name} is {value!r}, expected {' or '.join(t.__name__ for t in types)}")
 
     def line(self) -> str:
-        """The event as one line of ASCII JSON, without the line break. NaN and infinite numbers become null."""
+        """The event as one line of ASCII JSON, without the line break. NaN and infinite numbers become null.
+
+        `parse` reads null as NaN where a number belongs, so that a reader can go on calculating.
+        """
         fields = {"v": VERSION, "event": self.kind, "time": round(self.time, 3), **self.data}
-        return json.dumps({key: _finite(value) for key, value in fields.items()}, separators=(",", ":"))
+        return json.dumps(_finite(fields), separators=(",", ":"))
 
 
 def parse(line: str) -> TrainEvent:
@@ -102,7 +110,12 @@ def parse(line: str) -> TrainEvent:
         raise EventError(f"not JSON: {line[:80]!r}") from error
     if not isinstance(raw, dict) or raw.get("v") != VERSION:
         raise EventError(f"not an event of version {VERSION}: {line[:80]!r}")
-    data = {key: value for key, value in raw.items() if key not in ("v", "event", "time")}
+    numbers = {name for name, types in FIELDS.get(str(raw.get("event")), {}).items() if types == _NUMBER}
+    data = {
+        key: math.nan if value is None and key in numbers else value
+        for key, value in raw.items()
+        if key not in ("v", "event", "time")
+    }
     when = raw.get("time")
     if not isinstance(when, _NUMBER) or isinstance(when, bool):
         raise EventError(f"an event without a time: {line[:80]!r}")
@@ -110,15 +123,17 @@ def parse(line: str) -> TrainEvent:
 
 
 def read_events(path: Path) -> list[TrainEvent]:
-    """All whole events of a file; a last line that is still being written is left out.
+    """All whole events of a file.
+
+    A last line that is still being written is left out, and so is one that a killed writer left half done.
 
     Raises:
-        EventError: a line before the last one is not an event.
+        EventError: a whole line is not an event.
         OSError: the file cannot be read.
     """
     text = Path(path).read_text(encoding="utf-8")
     whole = text[: text.rfind("\n") + 1]
-    return [parse(line) for line in whole.splitlines() if line.strip()]
+    return [parse(line) for line in whole.split("\n") if line.strip() and not line.endswith(_CUT)]
 
 
 class EventWriter:
@@ -140,12 +155,13 @@ class EventWriter:
         if not where:
             return cls(None)
         if where == "-":
-            import sys
-
             return cls(sys.stdout)
         path = Path(where)
         path.parent.mkdir(parents=True, exist_ok=True)
-        return cls(path.open("a", encoding="utf-8", newline="\n"))
+        stream = path.open("a", encoding="utf-8", newline="\n")
+        if _ends_in_a_line(path):
+            stream.write(f"{_CUT}\n")
+        return cls(stream)
 
     def emit(self, kind: Kind, **data: Any) -> TrainEvent:
         """Write one event and return it.
@@ -158,10 +174,34 @@ class EventWriter:
             try:
                 self._stream.write(event.line() + "\n")
                 self._stream.flush()
-            except (BrokenPipeError, ValueError):  # ValueError: closed on our side
+            except ValueError:  # closed on our side
+                self._stream = None
+            except OSError as error:
+                if error.errno not in _CLOSED:
+                    raise
                 self._stream = None
         return event
 
+    def close(self) -> None:
+        """Let go of a file; standard output stays open."""
+        if self._stream is not None and self._stream is not sys.stdout:
+            self._stream.close()
+        self._stream = None
+
+
+def _ends_in_a_line(path: Path) -> bool:
+    """Whether a writer before us was killed in the middle of a line."""
+    with path.open("rb") as file:
+        if not file.seek(0, 2):
+            return False
+        file.seek(-1, 2)
+        return file.read() != b"\n"
+
 
 def _finite(value: Any) -> Any:
+    """JSON knows no NaN: null, at any depth."""
+    if isinstance(value, Mapping):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,5 +1,7 @@
 """What a failure is called: a reason for a host to act on, and a message that says what to do."""
 
+from pathlib import Path
+
 import torch
 
 from qrlora_core import FileFormatError, PathError, QRLoRAError, TargetError, WeightError
@@ -27,6 +29,8 @@ def explained(error: Exception, config: FitConfig | None) -> tuple[str, str, boo
             f"the disk is full ({error}). Free some room; the newest checkpoint is kept, resume from it",
             True,
         )
+    if isinstance(error, OSError) and error.filename is not None:
+        return "disk", f"{Path(str(error.filename)).name} cannot be read or written: {error.strerror or error}", True
     if isinstance(error, ImportError):
         return "library", f"a package cannot be imported: {error}", True
     return "internal", f"{type(error).__name__}: {error}", False

@@ -74,7 +74,8 @@ def planned(config: FitConfig) -> str:
     targets = source.targets(config.targets)
     cache = TrainingCache(Path(config.data))
     sampler = Sampler(cache, config)
-    estimate = estimate_memory(config, source, targets, sampler.shapes)
+    shapes = sampler.shapes + Sampler(cache, config, is_class=True).shapes
+    estimate = estimate_memory(config, source, targets, shapes)
     count = sum(config.rank * (t.shape[1] if config.method != "qr" else sum(t.shape)) for t in targets)
     pictures = sum(not item.is_class for item in cache.items)
     lines = [

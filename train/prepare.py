@@ -73,7 +73,7 @@ def prepare(config: FitConfig, accelerator: Any, reporter: Reporter, watch: Stop
     run_dir, main = Path(config.run_dir), accelerator.is_main_process
     reporter.phase("load", text="reading the base model's header and the data")
     source, cache = BaseModel(Path(config.model)), _cache(Path(config.data))
-    sampler = Sampler(cache, config)
+    sampler, class_sampler = Sampler(cache, config), Sampler(cache, config, is_class=True)
     _check_data(sampler, source, cache)
     targets = source.targets(config.targets)
     identity = {
@@ -87,7 +87,8 @@ def prepare(config: FitConfig, accelerator: Any, reporter: Reporter, watch: Stop
     _require_own_output(output, run_id)
     checkpoint = _resumed(config, identity)
     if config.memory_check:
-        require_memory(estimate_memory(config, source, targets, sampler.shapes), accelerator.device)
+        shapes = sampler.shapes + class_sampler.shapes
+        require_memory(estimate_memory(config, source, targets, shapes), accelerator.device)
     if main:
         run_dir.mkdir(parents=True, exist_ok=True)
         remove_leftovers(run_dir)
@@ -135,7 +136,7 @@ def prepare(config: FitConfig, accelerator: Any, reporter: Reporter, watch: Stop
         accelerator=accelerator,
         source=source,
         sampler=sampler,
-        class_sampler=Sampler(cache, config, is_class=True),
+        class_sampler=class_sampler,
         model=model,
         layers=layers,
         parameters=parameters,

@@ -1,5 +1,6 @@
 """The base model's weights under diffusers' names, from a ComfyUI single file or a diffusers folder, read when used."""
 
+import functools
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -8,35 +9,25 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qrlora_core import FileFormatError, LayerTarget, TensorFile, layer_names, match_targets, model_fingerprint
+from qrlora_core import FileFormatError, LayerTarget, TensorFile, match_targets, model_fingerprint
 from qrlora_core.storage import TensorSpec
 from qrlora_core.targets import DOUBLE_TARGETS, SINGLE_TARGETS, network_order
 
 from .errors import TrainError
+from .layout import diffusers_name
 
 _PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "model.", "transformer.")
-_PLAIN = {
-    "img_in": "x_embedder",
-    "txt_in": "context_embedder",
-    "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
-    "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
-    "vector_in.in_layer": "time_text_embed.text_embedder.linear_1",
-    "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
-    "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
-    "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
-    "final_layer.linear": "proj_out",
-    "final_layer.adaLN_modulation.1": "norm_out.linear",
-}
-_NORMS = {
-    "img_attn.norm.query_norm": "attn.norm_q",
-    "img_attn.norm.key_norm": "attn.norm_k",
-    "txt_attn.norm.query_norm": "attn.norm_added_q",
-    "txt_attn.norm.key_norm": "attn.norm_added_k",
-    "norm.query_norm": "attn.norm_q",
-    "norm.key_norm": "attn.norm_k",
-}
-_BLOCKS = {"double_blocks": "transformer_blocks", "single_blocks": "single_transformer_blocks"}
 _SCALES = (".scale_weight", ".weight_scale")  # what ComfyUI's scaled fp8 files call a weight's factor
+# keys that tell a model of another family which is often taken for FLUX.1
+_OTHERS = {
+    "double_stream_modulation_img.lin.weight": "FLUX.2",
+    "double_stream_modulation_img.linear.weight": "FLUX.2",
+    "distilled_guidance_layer.in_proj.weight": "Chroma",
+    "input_blocks.0.0.weight": "a Stable Diffusion 1, 2 or XL model",
+    "joint_blocks.0.x_block.attn.qkv.weight": "Stable Diffusion 3",
+    "lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight": "a LoRA",
+    "transformer.transformer_blocks.0.attn.to_q.lora_A.weight": "a LoRA or an adapter",
+}
 
 
 class Part(NamedTuple):
@@ -69,13 +60,24 @@ class BaseModel:
             self._files = [TensorFile(file, skip_other=True) for file in files]
         except FileFormatError as error:
             raise TrainError("model", str(error)) from error
-        keys = {key: index for index, file in enumerate(self._files) for key in file.specs}
+        _require_all_files(self.path)
+        keys: dict[str, int] = {}
+        for index, file in enumerate(self._files):
+            twice = next((key for key in file.specs if key in keys), None)
+            if twice is not None:
+                names = f"{files[keys[twice]].name} and {files[index].name}"
+                raise TrainError(
+                    "model",
+                    f"{names} in {self.path.name} both hold {twice}: they are two models. Name one file, or leave one "
+                    "model in the folder",
+                )
+            keys |= dict.fromkeys(file.specs, index)
         spec_of = {key: self._files[index].specs[key] for key, index in keys.items()}
         self._parts = _parts(spec_of, keys, self.path.name)
         self.specs = {name: TensorSpec(spec_of[part.key].dtype, part.shape) for name, part in self._parts.items()}
-        self.config = _config(self.specs, self.path)
+        self.config = _config(self.specs, self.path, _other(keys))
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
         """Sixteen hex digits of the weights, see `qrlora_core.model_fingerprint`."""
         return model_fingerprint(self.path)
@@ -93,9 +95,7 @@ class BaseModel:
             tensor = tensor.narrow(0, part.start, part.shape[0])
         if part.swap:  # ComfyUI has shift before scale, diffusers scale before shift
             tensor = torch.cat(tensor.chunk(2)[::-1])
-        if part.scale:
-            tensor = tensor.float() * self._scale(part)
-        return tensor
+        return tensor.float() * self._scale(part) if part.scale else tensor
 
     def targets(self, wanted: Iterable[str] = ()) -> tuple[LayerTarget, ...]:
         """The layers to adapt: `wanted` names or dotted suffixes, by default the published ones.
@@ -112,75 +112,68 @@ class BaseModel:
         return self.tensor(f"{layer}.weight")
 
     def _scale(self, part: Part) -> Tensor:
-        for file in self._files:
-            if part.scale in file.specs:
-                return file.tensor(part.scale).float()
-        raise TrainError("model", f"{self.path.name}: {part.scale} has vanished")
-
-
-def diffusers_name(key: str, rows: int) -> list[tuple[str, int, int]]:
-    """What diffusers calls a tensor of ComfyUI's layout: (name, first row, rows) for each part of it.
-
-    Args:
-        key: without a prefix, such as `double_blocks.0.img_attn.qkv.bias`.
-        rows: length of its first dimension.
-
-    Returns:
-        Nothing for a key that is no parameter of FLUX.1.
-    """
-    module, _, kind = key.rpartition(".")
-    if module in _PLAIN and kind in ("weight", "bias"):
-        return [(f"{_PLAIN[module]}.{kind}", 0, rows)]
-    block, _, rest = module.partition(".")
-    number, _, suffix = rest.partition(".")
-    if kind == "scale" and suffix in _NORMS and block in _BLOCKS:
-        return [(f"{_BLOCKS[block]}.{number}.{_NORMS[suffix]}.weight", 0, rows)]
-    names = layer_names(f"{module}.weight") if kind in ("weight", "bias") else ()
-    if not names:
-        return []
-    # q, k, v are a third of a double block's rows, and a seventh of a single block's (its MLP has the other four)
-    share = {1: rows, 3: rows // 3, 4: rows // 7}[len(names)]
-    sizes = [share] * (len(names) - 1)
-    sizes.append(rows - sum(sizes))
-    return [(f"{name}.{kind}", sum(sizes[:index]), sizes[index]) for index, name in enumerate(names)]
+        """A weight's factor: one number, or one for each of its rows, as a column."""
+        file = next(file for file in self._files if part.scale in file.specs)
+        scale = file.tensor(part.scale).float()
+        if scale.numel() == 1:
+            return scale.reshape(())
+        rows = self._files[part.file].specs[part.key].shape[0]
+        if scale.numel() != rows:
+            raise TrainError(
+                "model",
+                f"{self.path.name}: {part.scale} has {scale.numel()} numbers for {rows} rows; this packing cannot be "
+                "read. Use the bf16 or plain fp8 file of this model",
+            )
+        return scale.reshape(-1, 1).narrow(0, part.start, part.shape[0])
 
 
 def _parts(specs: Mapping[str, TensorSpec], files: Mapping[str, int], title: str) -> dict[str, Part]:
     """Diffusers' name -> Part, whichever of the two layouts a file has."""
     for prefix in _PREFIXES:
-        if f"{prefix}transformer_blocks.0.attn.to_q.weight" in specs:
-            return {
-                key.removeprefix(prefix): Part(files[key], key, spec.shape)
-                for key, spec in specs.items()
-                if key.startswith(prefix)
-            }
-        if f"{prefix}double_blocks.0.img_attn.qkv.weight" in specs:
-            found: dict[str, Part] = {}
-            for key, spec in specs.items():
-                if not key.startswith(prefix) or not spec.shape:
-                    continue
-                plain = key.removeprefix(prefix)
+        own = {key.removeprefix(prefix): key for key in specs if key.startswith(prefix)}
+        native = "transformer_blocks.0.attn.to_q.weight" in own
+        if not native and "double_blocks.0.img_attn.qkv.weight" not in own:
+            continue
+        found: dict[str, Part] = {}
+        for plain, key in own.items():
+            shape = specs[key].shape
+            if not shape or plain.endswith(_SCALES):
+                continue
+            scale = ""
+            if plain.endswith(".weight"):
                 scale = next((s for s in (key.removesuffix(".weight") + end for end in _SCALES) if s in specs), "")
-                for name, start, rows in diffusers_name(plain, spec.shape[0]):
-                    swap = name.startswith("norm_out.")
-                    used = scale if plain.endswith(".weight") else ""
-                    found[name] = Part(files[key], key, (rows, *spec.shape[1:]), start, swap, used)
-            return found
-    first = ", ".join(list(specs)[:3]) or "nothing"
+            for name, start, rows in [(plain, 0, shape[0])] if native else diffusers_name(plain, shape[0]):
+                swap = not native and name.startswith("norm_out.")
+                found[name] = Part(files[key], key, (rows, *shape[1:]), start, swap, scale)
+        return found
+    first = ", ".join(list(specs)[:3]) or "nothing that is stored as plain floating point"
     raise TrainError(
         "model",
-        f"{title} is not a FLUX.1 transformer: it begins with {first}. Expected a ComfyUI file with "
+        f"{title} is not a FLUX.1 transformer{_other(specs)}: it begins with {first}. Expected a ComfyUI file with "
         "double_blocks.0.img_attn.qkv.weight (a GGUF, NF4 or other packed file cannot be trained on; use fp8 or bf16), "
         "or a diffusers folder with transformer_blocks",
     )
 
 
-def _config(specs: Mapping[str, TensorSpec], path: Path) -> dict[str, Any]:
+def _other(keys: Iterable[str]) -> str:
+    """` but FLUX.2`, when the keys are known to be those of another family."""
+    known = set(keys)
+    for mark, family in _OTHERS.items():
+        if any(f"{prefix}{mark}" in known for prefix in _PREFIXES):
+            return f" but {family}"
+    return ""
+
+
+def _config(specs: Mapping[str, TensorSpec], path: Path, other: str = "") -> dict[str, Any]:
     """FluxTransformer2DModel's arguments read off the shapes; a folder's config.json has its say."""
 
     def shape(name: str) -> tuple[int, ...]:
         if name not in specs:
-            raise TrainError("model", f"{path.name} is not a FLUX.1 transformer: it has no {name}")
+            raise TrainError(
+                "model",
+                f"{path.name} is not a FLUX.1 transformer{other}: it has no {name}. Use FLUX.1-dev, -schnell or a "
+                "fine-tune of them",
+            )
         return specs[name].shape
 
     hidden, channels = shape("x_embedder.weight")
@@ -206,7 +199,7 @@ def _config(specs: Mapping[str, TensorSpec], path: Path) -> dict[str, Any]:
         )
     own = path / "config.json"
     if path.is_dir() and own.is_file():
-        stated = json.loads(own.read_text(encoding="utf-8"))
+        stated = _json(own)
         if stated.get("_class_name", "FluxTransformer2DModel") != "FluxTransformer2DModel":
             raise TrainError("model", f"{path.name} holds a {stated['_class_name']}, expected FluxTransformer2DModel")
         config["axes_dims_rope"] = stated.get("axes_dims_rope", config["axes_dims_rope"])
@@ -219,20 +212,59 @@ def _located(path: Path) -> Path:
     """The file, or the folder that holds the transformer's own files."""
     if path.is_file():
         if path.suffix.lower() not in (".safetensors", ".sft"):
-            raise TrainError("model", f"{path.name}: only safetensors files can be trained on, not {path.suffix}")
+            raise TrainError(
+                "model",
+                f"{path.name}: only safetensors files can be trained on, not {path.suffix or 'a file without ending'}. "
+                "Use the bf16 or fp8 safetensors file of this model, or its diffusers folder",
+            )
         return path
     for folder in (path / "transformer", path):
         if folder.is_dir() and any(folder.glob("*.safetensors")):
             return folder
     found = "holds no safetensors file" if path.is_dir() else "does not exist"
-    raise TrainError("model", f"the base model {path.name!r} {found}; nothing is downloaded, so put it there first")
+    raise TrainError("model", f"the base model {str(path)!r} {found}; nothing is downloaded, so put it there first")
+
+
+def _require_all_files(folder: Path) -> None:
+    """A folder's index names files that must all be there; a download that broke off leaves some out."""
+    for index in folder.glob("*.safetensors.index.json") if folder.is_dir() else ():
+        listed = _json(index).get("weight_map")
+        names = set(listed.values()) if isinstance(listed, dict) else set()
+        missing = sorted(str(name) for name in names if not (folder / str(name)).is_file())
+        if missing:
+            raise TrainError(
+                "model", f"{folder.name} lacks {missing[0]}, which {index.name} names: the download is not complete"
+            )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise TrainError("model", f"{path.name} of the base model cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise TrainError("model", f"{path.name} of the base model is no table")
+    return value
 
 
 def _count(specs: Mapping[str, TensorSpec], blocks: str) -> int:
-    numbers = {int(name.split(".")[1]) for name in specs if name.startswith(f"{blocks}.")}
-    if numbers != set(range(len(numbers))):
-        raise TrainError("model", f"{blocks} are numbered {sorted(numbers)}: some are missing")
-    return len(numbers)
+    """Number of blocks, once it is sure that none is missing and that each has all of its tensors."""
+    held: dict[int, set[str]] = {}
+    for name in specs:
+        kind, _, rest = name.partition(".")
+        number, _, suffix = rest.partition(".")
+        if kind == blocks and number.isdecimal():
+            held.setdefault(int(number), set()).add(suffix)
+    if set(held) != set(range(len(held))):
+        raise TrainError("model", f"{blocks} are numbered {sorted(held)}: some are missing")
+    whole = set().union(*held.values())
+    for block, suffixes in held.items():
+        if suffixes != whole:
+            lacking = f"{blocks}.{block}.{min(whole - suffixes)}"
+            raise TrainError(
+                "model", f"{lacking} is missing, or packed in a way that cannot be read (NF4, NVFP4); use fp8 or bf16"
+            )
+    return len(held)
 
 
 def _is_layer(name: str) -> bool:

@@ -13,25 +13,31 @@ from tqdm import tqdm
 from qrlora_core import (
     Adapter,
     Basis,
+    BasisMismatchError,
     LayerTarget,
     MergeRecipe,
     PathError,
     base_r,
+    decompose,
     merge,
     merge_report,
     merged_adapter,
     open_adapter,
     residual_weight,
     save_adapter,
+    storage_tolerance,
     write_residual,
 )
-from qrlora_core.linalg import decompose
+from qrlora_core.linalg import orthonormality_error
 
 from .basis import cached_basis
 from .errors import TrainError
 from .source import BaseModel
 
 log = logging.getLogger(__name__)
+
+# Rounding to bf16 moves a Q by less than this; the Q of a stacked merge is further away
+_ORTHONORMAL = 0.01
 
 
 def basis(args: argparse.Namespace) -> None:
@@ -53,21 +59,23 @@ def basis(args: argparse.Namespace) -> None:
 
 def residual(args: argparse.Namespace) -> None:
     """Stream `W_res = W - scaling * Q R` of every layer into a file."""
+    _require_free(args.output)
     source, device = BaseModel(args.model), chosen_device(args.device)
     adapter = open_adapter(args.adapter) if args.adapter else None
     targets = source.targets(args.targets) if adapter is None else adapter.targets
-    _require_free(args.output)
-    _require_layers(source, targets)
+    require_layers(source, targets)
 
     def residual_of(name: str) -> Tensor:
         weight = source.weight(name).to(device).float()
         if adapter is None:
             return residual_weight(weight, decompose(weight, args.rank, method=args.decomposition), 1.0).cpu()
-        q = adapter.layer(name).up.to(device)
-        return residual_weight(weight, Basis(q, base_r(weight, q)), adapter.layers[name].scaling).cpu()
+        basis = _own_basis(adapter, name, weight, source)
+        return residual_weight(weight, basis, adapter.layers[name].scaling).cpu()
 
     metadata = {"qrlora.format": "residual", "qrlora.base_fingerprint": source.fingerprint}
     metadata["qrlora.rank"] = str(adapter.rank if adapter else args.rank)
+    if adapter is not None and adapter.basis_fingerprint:
+        metadata["qrlora.basis_fingerprint"] = adapter.basis_fingerprint
     with tqdm(total=len(targets), desc="writing") as bar:
         path = write_residual(
             args.output, targets, _counted(residual_of, bar), dtype=getattr(torch, args.dtype), metadata=metadata
@@ -77,6 +85,7 @@ def residual(args: argparse.Namespace) -> None:
 
 def merge_files(args: argparse.Namespace) -> None:
     """`alpha * style + beta * content` as one file."""
+    _require_free(args.output)
     style, content = (MergeRecipe.of(open_adapter(path)) for path in (args.style, args.content))
     recipe = merge(style, args.alpha, content, args.beta, args.on_basis_mismatch)
     done = merge_report(recipe)
@@ -84,12 +93,13 @@ def merge_files(args: argparse.Namespace) -> None:
         "%d layers: %d on one basis, %d stacked, %d aligned (%.2g %% lost), rank %d",
         done.layers, done.shared, done.stacked, done.aligned, 100 * done.lost_total, done.rank,
     )  # fmt: skip
-    _write(merged_adapter(recipe), args)
+    _write(recipe, args)
 
 
 def export(args: argparse.Namespace) -> None:
     """An adapter in the other format, or scaled; the portable format is a standard LoRA."""
-    _write(merged_adapter(MergeRecipe.of(open_adapter(args.adapter), args.strength)), args)
+    _require_free(args.output)
+    _write(MergeRecipe.of(open_adapter(args.adapter), args.strength), args)
 
 
 def chosen_device(name: str) -> torch.device:
@@ -107,31 +117,85 @@ def chosen_device(name: str) -> torch.device:
         raise TrainError("settings", f"device {name!r} cannot be used: {error}") from error
 
 
-def _write(adapter: Adapter, args: argparse.Namespace) -> None:
-    source = BaseModel(args.model) if args.model is not None else None
-    if source is not None:
-        _require_layers(source, adapter.targets)
+def initial_basis_of(source: BaseModel, device: torch.device) -> Callable[[Adapter, str], Basis]:
+    """The initial Q and R of a full-QR adapter that holds only the trained ones: those of the base model's weight."""
 
-    def base(name: str) -> Tensor:
-        assert source is not None
-        return base_r(source.weight(name), adapter.layer(name).up)
+    def initial(adapter: Adapter, name: str) -> Basis:
+        found = decompose(source.weight(name).to(device).float(), adapter.layers[name].rank, method="exact")
+        return Basis(found.q.cpu(), found.r.cpu())
 
-    save_adapter(adapter, args.output, format=args.format, base_r=base if source is not None else None)
-    log.info("%s adapter of %d layers, rank %d: %s", args.format, len(adapter.layers), adapter.rank, args.output)
+    return initial
 
 
-def _require_free(path: Path) -> None:
-    if path.exists():
-        raise PathError(f"{path.name} exists already; choose another name")
+def require_layers(source: BaseModel, targets: Iterable[LayerTarget]) -> None:
+    """Whether the base model has these layers in these shapes.
 
-
-def _require_layers(source: BaseModel, targets: Iterable[LayerTarget]) -> None:
-    """Whether the base model has these layers in these shapes."""
+    Raises:
+        TrainError: reason "model".
+    """
     for target in targets:
         spec = source.specs.get(f"{target.name}.weight")
         if spec is None or spec.shape != target.shape:
             found = spec.shape if spec else "not there"
             raise TrainError("model", f"{target.name} is {found} in {source.path.name}, the adapter has {target.shape}")
+
+
+def _write(recipe: MergeRecipe, args: argparse.Namespace) -> None:
+    source = BaseModel(args.model) if args.model is not None else None
+    open_core = [one for one in recipe.adapters if one.method == "qr" and not one.has_initial]
+    # the published format keeps a lone full-QR adapter as it is; everything else needs to know what it changes
+    alone = len(recipe.terms) == 1 and recipe.terms[0].strength == 1 and args.format == "published"
+    if open_core and not alone and source is None:
+        raise TrainError(
+            "settings",
+            f"{open_core[0].name} holds only the trained Q' and R'. What they change is known together with the base "
+            "model that it was trained on: name that with --model",
+        )
+    if source is not None:
+        for one in recipe.adapters:
+            require_layers(source, one.targets)
+    decomposed = source is not None and not alone
+    initial = initial_basis_of(source, chosen_device("auto")) if source is not None and decomposed else None
+    adapter = merged_adapter(recipe, initial_of=initial)
+
+    def base(name: str) -> Tensor:
+        assert source is not None
+        return _own_basis(adapter, name, source.weight(name).float(), source).r
+
+    save_adapter(adapter, args.output, format=args.format, base_r=base if source is not None else None)
+    log.info("%s adapter of %d layers, rank %d: %s", args.format, len(adapter.layers), adapter.rank, args.output)
+
+
+def _own_basis(adapter: Adapter, name: str, weight: Tensor, source: BaseModel) -> Basis:
+    """Q and R of an adapter's layer, on the weight's device, once it is sure that they are this weight's.
+
+    Raises:
+        BasisMismatchError: a Q that is not orthonormal, or an R of another base model.
+    """
+    layer = adapter.layer(name)
+    trained = adapter.method == "qr" and layer.initial is None
+    q = (layer.initial.q if layer.initial else layer.up).to(weight.device).float()
+    projected = base_r(weight, q)
+    if layer.initial is not None:
+        held = layer.initial.r.to(weight.device).float()
+        error = float((held - projected).norm() / projected.norm().clamp_min(1e-30))
+        stored = storage_tolerance(source.specs[f"{name}.weight"].dtype, adapter.layers[name].dtype)
+        if error <= stored + 0.02:
+            return Basis(q, held)
+        raise BasisMismatchError(
+            f"{adapter.name} was made for another base model: at {name} its R differs from Q^T W by {100 * error:.2g} %"
+        )
+    if trained or orthonormality_error(q) > _ORTHONORMAL:
+        why = "a full-QR file holds the trained Q" if trained else "its Q is not orthonormal, as in a stacked merge"
+        raise BasisMismatchError(
+            f"{adapter.name} does not tell the basis of {name} ({why}): use the adapter that it was made from"
+        )
+    return Basis(q, projected)
+
+
+def _require_free(path: Path) -> None:
+    if path.exists():
+        raise PathError(f"{path.name} exists already; choose another name")
 
 
 def _advance(bar: Any, done: int) -> None:

@@ -27,10 +27,12 @@ class StopWatch:
 
     Attributes:
         stop_file: its appearance is a request.
+        orphaned: whoever started this process is gone.
     """
 
     def __init__(self, stop_file: Path | None = None) -> None:
         self.stop_file = stop_file
+        self.orphaned = False
         self._asked = threading.Event()
 
     @property
@@ -83,6 +85,7 @@ class StopWatch:
             with suppress(OSError):
                 while os.read(0, 1):
                     pass
+            self.orphaned = True
             self.ask()
             threading.Event().wait(ORPHAN_SECONDS)
             os._exit(ORPHAN_EXIT)

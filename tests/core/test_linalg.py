@@ -38,7 +38,9 @@ def test_exact_core_is_that_of_the_full_svd(shape):
     u, s, vh = torch.linalg.svd(weight.double(), full_matrices=False)
     best = u[:, :8] @ s[:8].diag() @ vh[:8]
     q, r = core.decompose(weight, 8)
-    assert (q.double() @ r.double() - best).norm() <= 1e-5 * best.norm()
+    # float32 turns singular vectors by about eps * s[0] / gap, and processors differ in how they round
+    bound = 1e-6 + 4 * torch.finfo(torch.float32).eps * s[0] / (s[7] - s[8])
+    assert (q.double() @ r.double() - best).norm() <= bound * best.norm() < 1e-3 * best.norm()
 
 
 @pytest.mark.parametrize("shape", [(400, 400), (1000, 400), (400, 1000)])

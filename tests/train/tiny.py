@@ -1,0 +1,98 @@
+"""A whole FLUX pipeline folder of a few units with random weights, and pictures: nothing is downloaded."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from PIL import Image
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
+
+from qrlora_core.storage import TensorSpec, header_bytes
+from tests.flux import golden_flux
+
+WIDTH = 64  # of the golden transformer's text and pooled inputs
+TOKENS = 24
+
+
+def save_pipeline(folder: Path) -> Path:
+    """Write the folder: the golden transformer in fp32, and a VAE, CLIP and T5 that fit it."""
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(4, 4, 8, 8),
+        layers_per_block=1,
+        norm_num_groups=2,
+        latent_channels=16,
+        scaling_factor=0.3611,
+        shift_factor=0.1159,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+    letters = [chr(code) for code in range(33, 127)]
+    ends = [f"{letter}</w>" for letter in letters]
+    words = [*letters, *ends, "<|startoftext|>", "<|endoftext|>"]
+    clip_tokenizer = CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=77)
+    clip = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(words),
+            hidden_size=WIDTH,
+            intermediate_size=WIDTH,
+            projection_dim=WIDTH,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            bos_token_id=words.index("<|startoftext|>"),
+            eos_token_id=words.index("<|endoftext|>"),
+            pad_token_id=words.index("<|endoftext|>"),
+        )
+    )
+    pieces = [
+        ("<pad>", 0.0),
+        ("</s>", 0.0),
+        ("<unk>", -20.0),
+        ("\u2581", -2.0),
+        *((letter, -3.0) for letter in letters),
+    ]
+    t5_tokenizer = T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=512)
+    t5 = T5EncoderModel(T5Config(vocab_size=len(pieces), d_model=WIDTH, d_kv=16, d_ff=32, num_layers=1, num_heads=2))
+    pipeline = FluxPipeline(
+        FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae,
+        clip.eval(),
+        clip_tokenizer,
+        t5.eval(),
+        t5_tokenizer,
+        golden_flux(),
+    )
+    pipeline.save_pretrained(folder)
+    assert json.loads((folder / "model_index.json").read_text())["_class_name"] == "FluxPipeline"
+    return folder
+
+
+def picture(path: Path, width: int = 96, height: int = 64, mode: str = "RGB", seed: int = 0, **options) -> Path:
+    """A picture of smooth random colours; `RGBA` has an opaque left half and a transparent right one."""
+    draws = np.random.default_rng(seed)
+    small = Image.fromarray(draws.integers(0, 255, (4, 4, 3), dtype=np.uint8))
+    image = small.resize((width, height), Image.Resampling.BICUBIC)
+    if mode == "RGBA":
+        alpha = Image.new("L", (width, height), 0)
+        alpha.paste(255, (0, 0, width // 2, height))
+        image.putalpha(alpha)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.convert(mode).save(path, **options)
+    return path
+
+
+def sparse_flux(path: Path, double: int = 19, single: int = 38, dtype: torch.dtype = torch.bfloat16) -> Path:
+    """FLUX.1's real shapes in diffusers' names: a header, and a hole where the data would be."""
+    with init_empty_weights():
+        model = FluxTransformer2DModel(num_layers=double, num_single_layers=single, guidance_embeds=True)
+    specs = {name: TensorSpec(dtype, tuple(value.shape)) for name, value in model.state_dict().items()}
+    with path.open("wb") as file:
+        header = header_bytes(specs, {})
+        file.write(header)
+        file.truncate(len(header) + sum(spec.nbytes for spec in specs.values()))
+    return path

@@ -1,0 +1,167 @@
+"""The flags of every subcommand; those of settings are made from the settings' own help texts."""
+
+import argparse
+import math
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any, get_origin
+
+from .config import EncodeConfig, FitConfig, choices
+
+_MISMATCH = (
+    "when the two were trained on different bases: stack is exact and adds the ranks; align keeps the style's basis "
+    "and rank, and says what is lost; raise refuses"
+)
+_ABOUT = """\
+Train and handle QR-LoRA adapters of FLUX.1. Nothing is ever downloaded.
+
+A first run, with the base model as a ComfyUI file (flux1-dev.safetensors) and as diffusers' folder (FLUX.1-dev):
+
+  python -m train check --model flux1-dev.safetensors
+  python -m train encode --pipeline FLUX.1-dev --pictures dog.jpg \\
+      --instance-prompt "a photo of a <c> dog" --output dog.cache.safetensors
+  python -m train fit --model flux1-dev.safetensors --data dog.cache.safetensors --run-dir runs/dog
+
+The adapter is then runs/dog/adapter.safetensors; put it into ComfyUI/models/qrlora. The same `fit` command again goes
+on where a run was interrupted. `python -m train COMMAND --help` explains every setting of a command.
+
+Exit codes: 0 done, 1 failed (the last line says why), 2 wrong settings, 3 stopped on request."""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m train",
+        description=_ABOUT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
+    one = _command(commands, "encode", "pictures and captions -> training cache")
+    _add_settings(one, EncodeConfig)
+    one = _command(commands, "fit", "training cache and base model -> adapter; goes on where the run folder ends")
+    _add_settings(one, FitConfig)
+    _add_channel(one)
+    one.add_argument("--dry-run", action="store_true", help="print settings, memory estimate and layers, then end")
+    one = _command(commands, "check", "can this machine train? versions, device, memory, model; in seconds")
+    _add_settings(one, FitConfig)
+    one.add_argument("--no-data", action="store_true", help="the training cache does not exist yet")
+    one.add_argument("--json", action="store_true", help="one JSON object instead of lines")
+    _add_tools(commands)
+    return parser
+
+
+def _add_tools(commands: Any) -> None:
+    """Subcommands that do not train."""
+    one = _command(commands, "basis", "decompose a base model and keep Q and R")
+    _add_model(one)
+    one.add_argument("--output", type=Path, required=True, help="folder for the basis file, as basis_cache of fit")
+    one = _command(commands, "residual", "base model -> residual file of 10-21 GB")
+    _add_model(one)
+    one.add_argument("--adapter", type=Path, help="use this adapter's own Q and R instead of decomposing")
+    one.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the file")
+    one.add_argument("--output", type=Path, required=True, help="the file to write; must not exist")
+    one = _command(commands, "merge", "alpha * style + beta * content -> one adapter")
+    one.add_argument("--style", type=Path, required=True, help="adapter file")
+    one.add_argument("--alpha", type=_finite, default=1.0, help="how much style")
+    one.add_argument("--content", type=Path, required=True, help="adapter file")
+    one.add_argument("--beta", type=_finite, default=1.0, help="how much content")
+    one.add_argument("--on-basis-mismatch", choices=("stack", "align", "raise"), default="stack", help=_MISMATCH)
+    _add_adapter_output(one)
+    one = _command(commands, "export", "adapter -> the other format, or a standard LoRA")
+    one.add_argument("--adapter", type=Path, required=True, help="adapter file")
+    one.add_argument("--strength", type=_finite, default=1.0, help="a factor for all of it")
+    _add_adapter_output(one)
+    one = _command(commands, "similarity", "how alike two adapters are -> JSON and picture")
+    one.add_argument("first", type=Path, help="adapter file")
+    one.add_argument("second", type=Path, help="adapter file")
+    one.add_argument("--output", type=Path, required=True, help="a .json file; a .png of the same name goes beside it")
+    one.add_argument("--fixed-scale", action="store_true", help="cosines from -1 to 1, so that pictures compare")
+    one = _command(commands, "sample", "pictures over lists of alpha and beta, with contact sheets")
+    one.add_argument("--pipeline", type=Path, required=True, help="local diffusers FLUX folder")
+    one.add_argument("--style", type=Path, help="adapter file")
+    one.add_argument("--content", type=Path, help="adapter file")
+    one.add_argument("--alphas", type=_finite, nargs="+", default=[1.0], help="strengths of the style")
+    one.add_argument("--betas", type=_finite, nargs="+", default=[1.0], help="strengths of the content")
+    one.add_argument("--prompts", nargs="+", required=True, help="one or more prompts")
+    one.add_argument("--seeds", type=int, nargs="+", default=[0], help="one or more seeds")
+    one.add_argument("--steps", type=_positive, default=28, help="sampling steps")
+    one.add_argument("--guidance", type=_finite, default=3.5, help="distilled guidance")
+    one.add_argument("--width", type=_positive, default=1024, help="of the pictures")
+    one.add_argument("--height", type=_positive, default=1024, help="of the pictures")
+    one.add_argument("--precision", choices=("bf16", "fp16", "fp32"), default="bf16", help="of the pipeline")
+    one.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    one.add_argument("--offload", action="store_true", help="keep in RAM what is not in use: less GPU memory, slower")
+    one.add_argument("--output", type=Path, required=True, help="folder for the pictures")
+
+
+def _command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
+    one: argparse.ArgumentParser = commands.add_parser(
+        name, help=text, description=text, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    return one
+
+
+def _add_settings(parser: argparse.ArgumentParser, kind: Any) -> None:
+    """`--settings`, and one flag per setting. A flag that is not given is None, so that a file's value stays."""
+    parser.add_argument("--settings", type=Path, help="a .toml or .json file with settings; flags win over it")
+    for one in fields(kind):
+        flag, text = f"--{one.name.replace('_', '-')}", one.metadata["help"]
+        if one.default is not MISSING and one.default != "" and one.default != ():
+            text += f" (default: {one.default})"
+        text = text.replace("%", "%%")
+        options: dict[str, Any] = {"dest": one.name, "default": None, "help": text}
+        allowed = choices(one)
+        if one.type is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
+        elif one.name == "resume":  # alone it means what it says: there has to be something to go on from
+            parser.add_argument(flag, choices=allowed, nargs="?", const="require", **options)
+        elif allowed is not None:
+            parser.add_argument(flag, choices=allowed, **options)
+        elif get_origin(one.type) is tuple:
+            parser.add_argument(flag, nargs="+", metavar="NAME", **options)
+        else:
+            parser.add_argument(
+                flag, type=one.type, metavar=str(getattr(one.type, "__name__", one.type)).upper(), **options
+            )
+
+
+def _add_channel(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--events", default="", help="append events as JSON lines to this file; - is standard output")
+    parser.add_argument("--stop-file", type=Path, help="when this file appears: save a checkpoint and end")
+    parser.add_argument(
+        "--lifeline", action="store_true", help="end when standard input ends: whoever started this is gone"
+    )
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", type=Path, required=True, help="ComfyUI single file or diffusers folder")
+    parser.add_argument("--rank", type=_positive, default=64, help="columns of Q (default: 64)")
+    parser.add_argument("--targets", nargs="+", default=[], help="layers by name or dotted suffix (default: published)")
+    parser.add_argument("--decomposition", choices=("fast", "exact"), default="exact", help="how Q is found")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+
+
+def _add_adapter_output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--format", choices=("portable", "published"), default="portable", help="portable is a LoRA too"
+    )
+    parser.add_argument(
+        "--model",
+        type=Path,
+        help="base model, for 'published' where the adapter does not hold base R, and for full-QR files",
+    )
+    parser.add_argument("--output", type=Path, required=True, help="the file to write; must not exist")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+    return value
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return value
