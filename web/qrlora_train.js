@@ -10,7 +10,8 @@ const MARGIN = 8; // around the panel, in the classic renderer
 const KEPT_JOBS = 64;
 
 const jobs = new Map(); // node id as the server names it ("5", or "1:5" in a subgraph) -> Job, newest last
-let early = null; // messages that came while the state was being asked for
+let early = []; // messages that came before the state was known
+let asking = false;
 let drawing = 0;
 
 // The node of this id in the graph that is open. The server's id is the way through the subgraphs.
@@ -78,8 +79,9 @@ async function identify(job, prompt) {
 }
 
 async function catchUp() {
-  if (early) return;
-  early = [];
+  if (asking) return;
+  asking = true;
+  early ??= [];
   try {
     const answer = await api.fetchApi("/qrlora/train/state");
     if (answer.ok) for (const state of (await answer.json()).jobs ?? []) take(state, true);
@@ -88,6 +90,7 @@ async function catchUp() {
   }
   const waiting = early;
   early = null;
+  asking = false;
   for (const message of waiting) take(message);
   draw();
 }
@@ -160,14 +163,16 @@ function draw() {
   });
 }
 
+// At once: the host drops messages that nobody listens to, and a run may be going on while the page loads.
+api.addEventListener("qrlora.train", ({ detail }) => {
+  if (early) return early.push(detail);
+  take(detail);
+  draw();
+});
+
 app.registerExtension({
   name: "QR-LoRA.Train",
   setup() {
-    api.addEventListener("qrlora.train", ({ detail }) => {
-      if (early) return early.push(detail);
-      take(detail);
-      draw();
-    });
     api.addEventListener("reconnected", catchUp);
     return catchUp();
   },

@@ -108,7 +108,7 @@ def test_queue_watch_reload_stop_resume(server, page, vue):
 
     set_steps(page, page.js(f"return {BUSY}.dataset.run"), stopped + 8, 8)
     queue(page)
-    page.wait(f"return {PANELS}.every((one) => one.dataset.state === 'finished')", 300)
+    page.wait(f"return {PANELS}.every((one) => one.dataset.state === 'finished')", 420)
     steps = page.js(f"return {PANELS}.map((one) => [one.dataset.step, one.dataset.steps].map(Number))")
     assert sorted(steps) == [[8, 8], [stopped + 8] * 2]
     events = [event for job in server.get("/qrlora/train/state")["jobs"] for event in job["events"]]
