@@ -1,7 +1,8 @@
 """One command for each thing a newcomer wants to do. Standard library only; makes its own environment in .venv.
 
 python dev.py test [pytest arguments]    lint, types and all tests (host tests too, when a ComfyUI is found)
-python dev.py demo [--no-wait]           the main job on a small FLUX, and a table against the published numbers
+python dev.py demo [--no-wait]           a toy FLUX: train a content and a style on one picture each, merge, look
+python dev.py demo --golden              the merge against the published code's numbers, as a table
 """
 
 import argparse
@@ -31,7 +32,9 @@ def main() -> int:
         return 2
     python = prepared_python()
     if args.command == "demo":
-        return run([python, "-m", "tests.demo", *rest])
+        golden = "--golden" in rest
+        module = "tests.demo" if golden else "benchmarks.toy.demo"
+        return run([python, "-m", module, *(part for part in rest if part != "--golden")])
     stages = [
         [python, "-m", "ruff", "check", "."],
         [python, "-m", "ruff", "format", "--check", "."],

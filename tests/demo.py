@@ -25,7 +25,9 @@ TOLERANCE = 1e-4
 
 def main(argv: list[str] | None = None) -> int:
     """Run the demo; 0 when every output equals the published one to 1e-4, 1 when one does not, 2 on a wrong setting."""
-    parser = argparse.ArgumentParser(prog="dev.py demo", description="The main job, in ComfyUI or with diffusers.")
+    parser = argparse.ArgumentParser(
+        prog="dev.py demo --golden", description="The merge, in ComfyUI or with diffusers."
+    )
     parser.add_argument("--no-wait", action="store_true", help="end after the table instead of keeping ComfyUI open")
     parser.add_argument("--headless", action="store_true", help="use diffusers even where a ComfyUI is found")
     args = parser.parse_args(argv)

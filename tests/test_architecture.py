@@ -122,3 +122,15 @@ def test_versions_and_requirements_agree():
     assert listed == (ROOT / "requirements.txt").read_text().split()
     assert not any(name.startswith("torch") or "<" in name or "==" in name for name in listed)
     assert qrlora_core.__version__ in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_helper_packs_stay_out_of_the_pack():
+    """The toy's and the tests' own nodes reach ComfyUI only where a demo or a test links their folders."""
+    packs = [ROOT / "benchmarks" / "toy" / "comfy_pack", ROOT / "tests" / "host" / "helper_pack"]
+    for path in [ROOT / "__init__.py", *python_files("qrlora_core", "train", "nodes")]:
+        text = path.read_text(encoding="utf-8")
+        assert not any(pack.name in text for pack in packs) and "benchmarks" not in text and "QRLoRAToy" not in text
+    host_only = {"comfy", "comfy_api", "folder_paths"}
+    for path in python_files("benchmarks/toy"):
+        used = {name.split(".")[0] for name, level in imports(path) if not level} & host_only
+        assert not used or path == packs[0] / "nodes.py", f"{path.name} imports {used}"

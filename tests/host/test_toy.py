@@ -1,0 +1,91 @@
+"""The toy FLUX in a real ComfyUI: through the ordinary loader, with its helper pack, and the demo's whole graph."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from benchmarks.toy import demo_host
+from benchmarks.toy.concepts import CONTENT, FIT, MORE, STYLE, draw_picture, fit, read_picture
+from benchmarks.toy.model import STEPS, WEIGHTS, load_toy, sample
+from tests.host import instance
+from tests.host.conftest import HOST
+
+PROMPT = "a ring in blue dotted style"
+SHORT = {**FIT, **MORE, "steps": 3, "rank": 4, "alpha": 4.0, "learning_rate": 0.05}
+
+
+@pytest.fixture(scope="module")
+def toy_server(tmp_path_factory):
+    base = demo_host.make_base(tmp_path_factory.mktemp("toy") / "base")
+    with instance.Server(HOST, base) as running:
+        yield running
+
+
+def picture_of(server, entry, node):
+    shown = entry["outputs"][node]["images"][0]
+    return server.base / "output" / shown["subfolder"] / shown["filename"]
+
+
+def test_the_ordinary_loader_draws_the_same_picture_as_diffusers(toy_server):
+    graph = demo_host.graph(SHORT, 7, "0, 1")
+    wanted = ("model", "clip", "vae", "prompt", "noise", "merge_sample", "merge_decode", "merge_picture")
+    graph = {name: graph[name] for name in wanted}
+    graph["prompt"]["inputs"]["text"] = PROMPT
+    graph["merge_sample"]["inputs"]["model"] = ["model", 0]
+    entry = toy_server.queue(graph)
+    path = picture_of(toy_server, entry, "merge_picture")
+    assert Image.open(path).size == (128, 128)
+    expected = sample(load_toy(), [PROMPT], [7], STEPS)
+    assert expected.std() > 0.1
+    # a file holds 8 bits, what is left over was cut off; beyond that the two are equal
+    torch.testing.assert_close(read_picture(path) + 0.5 / 255, expected, rtol=0, atol=0.51 / 255)
+
+
+def test_encoding_is_the_inverse_of_decoding(toy_server):
+    graph = {
+        "vae": demo_host.node("QRLoRAToyVAE"),
+        "picture": demo_host.node("LoadImage", image=f"{STYLE.name}.png"),
+        "encode": demo_host.node("VAEEncode", pixels=["picture", 0], vae=["vae", 0]),
+        "decode": demo_host.node("VAEDecode", samples=["encode", 0], vae=["vae", 0]),
+        "save": demo_host.node("SaveImage", images=["decode", 0], filename_prefix="again"),
+    }
+    path = picture_of(toy_server, toy_server.queue(graph), "save")
+    given = np.asarray(Image.open(toy_server.base / "input" / f"{STYLE.name}.png"), dtype=int)
+    assert np.abs(np.asarray(Image.open(path), dtype=int) - given).max() <= 1
+
+
+def test_the_whole_graph_trains_merges_and_draws_the_sheet(toy_server, tmp_path):
+    workflow = demo_host.graph(SHORT, 7, "0, 1")
+    demo_host.offer_page(toy_server, workflow)
+    entry = demo_host.queued(toy_server, workflow, SHORT["steps"])
+    demo_host.collect(toy_server.base, entry, tmp_path, in_graph=True)
+    sheet = Image.open(tmp_path / "sheet.png")
+    made = json.loads(sheet.text["qr_lora_contact_sheet"])
+    assert made["rows"] == ["alpha = 0", "alpha = 1"] and made["columns"] == ["beta = 0", "beta = 1"]
+    assert len(made["cells"]) == 4 and min(sheet.size) > 2 * 128
+    for concept in (CONTENT, STYLE):
+        # the graph's training is that of the shell
+        ours = load_file(fit(concept, tmp_path / "shell", tmp_path / "scratch", **SHORT))
+        theirs = load_file(tmp_path / f"{concept.name}.safetensors")
+        assert ours.keys() == theirs.keys()
+        for key, value in ours.items():
+            torch.testing.assert_close(theirs[key], value, rtol=1e-4, atol=1e-6)
+    page = json.loads((toy_server.base / "user/default/workflows" / f"{demo_host.PAGE}.json").read_text())
+    assert {one["type"] for one in page["nodes"]} == {one["class_type"] for one in workflow.values()}
+
+
+def test_a_base_without_the_helper_pack_has_no_toy_nodes(server):
+    assert not [name for name in server.get("/object_info") if "Toy" in name and name.startswith("QRLoRA")]
+
+
+def test_the_base_holds_the_toy_and_both_pictures(tmp_path):
+    base = demo_host.make_base(tmp_path / "base")
+    assert (base / "models" / "diffusion_models" / WEIGHTS.name).stat().st_size == WEIGHTS.stat().st_size
+    for concept in (CONTENT, STYLE):
+        assert (base / "input" / f"{concept.name}.png").read_bytes() == draw_picture(concept, tmp_path).read_bytes()
+    shutil.rmtree(base)

@@ -1,0 +1,84 @@
+"""The demo without ComfyUI, shortened: both trainings by the trainer's own command, sheet, similarity, numbers."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from qrlora_plots import contact_sheet
+
+from benchmarks.toy import demo
+from benchmarks.toy.concepts import CONTENT, STYLE, read_picture
+from benchmarks.toy.judge import Row, experiments, summary, verdict
+from benchmarks.toy.pictures import HEART, SUNSET, ZIGZAG
+from benchmarks.toy.reader import read
+from qrlora_core import open_adapter
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    """The folder of a demo of few steps, so fast that the update can be seen after them."""
+    out = tmp_path_factory.mktemp("demo")
+    demo.train(out, {"steps": 4, "rank": 4, "alpha": 4.0, "learning_rate": 0.05})
+    return out
+
+
+@pytest.fixture(scope="module")
+def adapters(short):
+    return demo.opened(short)
+
+
+def test_both_adapters_are_trained_on_one_picture_each(short, adapters):
+    for concept, adapter in ((STYLE, adapters.style), (CONTENT, adapters.content)):
+        assert len(adapter.layers) == 36 and adapter.method == "delta_r_triangular"
+        assert adapter.metadata["qrlora.steps"] == "4" and adapter.metadata["qrlora.trigger"] == concept.trigger
+        assert any(adapter.layer(name).down.abs().max() > 0 for name in adapter.layers)
+        assert read(read_picture(short / f"{concept.name}.png")) == [concept.look]
+
+
+def test_the_sheet_has_a_labelled_cell_for_every_alpha_and_beta(adapters):
+    model = demo.load_toy()
+    labels, pictures = demo.grid_pictures(model, adapters, "0, 0.5, 1")
+    assert labels == [f"alpha={a}, beta={b}" for a in ("0", "0.5", "1") for b in ("0", "0.5", "1")]
+    sheet = contact_sheet(pictures, labels)
+    assert sheet.row_labels == ("alpha = 0", "alpha = 0.5", "alpha = 1")
+    assert sheet.column_labels == ("beta = 0", "beta = 0.5", "beta = 1")
+    boxes = [cell.box for cell in sheet.cells]
+    assert sheet.image.width > 3 * (boxes[0][2] - boxes[0][0]) and sheet.image.height > 3 * (boxes[0][3] - boxes[0][1])
+    cells = [np.asarray(sheet.image.crop(box)).tobytes() for box in boxes]
+    assert len(set(cells)) == 9, "every pair of alpha and beta gives another picture"
+    again = demo.grid_pictures(model, adapters, "0, 0.5, 1")[1]
+    assert all(one.tobytes() == other.tobytes() for one, other in zip(pictures, again))
+
+
+def test_show_writes_sheet_similarity_and_numbers(short, capsys):
+    good = demo.show(short, pictures=2)
+    assert not good, "four steps teach nothing"
+    printed = capsys.readouterr().out
+    rows = json.loads((short / demo.NUMBERS).read_text())
+    assert [row["title"] for row in rows] == [one.name for one in experiments()]
+    assert all(row["title"] in printed for row in rows) and "Neither adapter" in printed
+    assert Image.open(short / demo.SHEET).width > 5 * 160
+    assert Image.open(short / demo.SIMILARITY).size == (1600, 2300)
+
+
+def test_the_command_line_ends_with_what_it_found(tmp_path):
+    code = demo.main(["--headless", "--out", str(tmp_path), "--steps", "1", "--pictures", "1"])
+    assert code == 1
+    assert (tmp_path / demo.SHEET).is_file() and open_adapter(tmp_path / "toy_style.safetensors").layers
+
+
+@pytest.mark.parametrize(("content", "style", "good"), [(1.0, 1.0, True), (0.8, 1.0, False), (1.0, 0.8, False)])
+def test_the_verdict_needs_both_adapters(content, style, good):
+    rows = []
+    for one in experiments():
+        shows = content if one.beta and "<c>" in one.title else 0.0, style if one.alpha and "<s>" in one.title else 0.0
+        rows.append(Row(one.name, 10, *shows, rest=1.0))
+    assert verdict(rows) is good
+    assert f"{content:.0%}" in summary(rows)
+    shown_without = [row._replace(content=0.5) if row.title.endswith("alpha 0, beta 0") else row for row in rows]
+    assert not verdict(shown_without)
+
+
+def test_the_two_concepts_are_what_the_reader_calls_new():
+    assert CONTENT.look.shape == HEART and STYLE.look[1:] == (SUNSET, ZIGZAG)
