@@ -60,7 +60,9 @@ function summary(reports) {
 
 function show(node, output) {
   if (!output?.text?.length) return;
-  reportWidget(node).element.textContent = summary(output.text);
+  const text = summary(output.text);
+  if (node.qrloraReport) return node.qrloraReport(text); // a node with a view of its own
+  reportWidget(node).element.textContent = text;
   node.setDirtyCanvas?.(true, true);
 }
 

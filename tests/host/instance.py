@@ -168,9 +168,11 @@ class Server:
         """Queue a workflow; its prompt id."""
         return self.post("/prompt", {"prompt": workflow, "client_id": client or uuid.uuid4().hex})["prompt_id"]
 
+    patience = 120.0  # seconds for a prompt
+
     def wait(self, ticket: str) -> dict:
         """The history entry of a prompt, once it ended."""
-        until = time.monotonic() + 120
+        until = time.monotonic() + self.patience
         while time.monotonic() < until and self.process.poll() is None:
             entry = self.get(f"/history/{ticket}").get(ticket)
             if entry and entry["status"]["completed"]:
@@ -178,7 +180,7 @@ class Server:
             if entry and entry["status"]["status_str"] == "error":
                 raise WorkflowError(json.dumps(entry["status"]["messages"]))
             time.sleep(0.1)
-        raise WorkflowError(f"no answer within two minutes:\n{self.tail()}")
+        raise WorkflowError(f"no answer within {self.patience:.0f} s:\n{self.tail()}")
 
 
 class WorkflowError(RuntimeError):

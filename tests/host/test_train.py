@@ -38,6 +38,7 @@ def server(tmp_path_factory, clip_file):
     vae = training.write_vae(folder / "ae.safetensors")
     base = training.make_base(folder, clip_file, vae)
     with instance.Server(HOST, base, owner_environment(base)) as running:
+        running.patience = 400.0  # each training starts Python, torch and diffusers twice
         yield running
         assert not children(running)
 

@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
-from qrlora_plots import contact_sheet
 
 from benchmarks.toy import demo
 from benchmarks.toy.concepts import CONTENT, STYLE, read_picture
@@ -13,6 +12,7 @@ from benchmarks.toy.judge import Row, experiments, summary, verdict
 from benchmarks.toy.pictures import HEART, SUNSET, BARRED
 from benchmarks.toy.reader import read
 from qrlora_core import open_adapter
+from qrlora_plots import contact_sheet
 
 
 @pytest.fixture(scope="module")

@@ -199,14 +199,24 @@ def wait_for(events, wanted, process, seconds=240):
     pytest.fail(f"did not happen within {seconds} s; exit code {process.poll()}")
 
 
-def start(config, *more, **options):
-    line, events = command(config, *more)
-    process = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
-    return process, events
+@pytest.fixture
+def start():
+    """Starts `fit` in a process; one that a failed test leaves behind is ended."""
+    started = []
+
+    def start(config, *more, **options):
+        line, events = command(config, *more)
+        started.append(subprocess.Popen(line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT, **options))
+        return started[-1], events
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait(60)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM; the stop file is tested everywhere")
-def test_sigterm_then_kill_then_resume_is_bit_equal(settings, elsewhere):
+def test_sigterm_then_kill_then_resume_is_bit_equal(settings, elsewhere, start):
     whole = settings(steps=40, checkpoint_every=3)
     fit(whole)
     broken = elsewhere(whole)
@@ -225,7 +235,7 @@ def test_sigterm_then_kill_then_resume_is_bit_equal(settings, elsewhere):
     same(tensors(whole), tensors(broken))
 
 
-def test_stop_file_and_lifeline(settings, elsewhere):
+def test_stop_file_and_lifeline(settings, elsewhere, start):
     config = settings(steps=100_000)
     stop = Path(config.run_dir).parent / "stop"
     process, events = start(config, "--stop-file", str(stop))

@@ -1,0 +1,120 @@
+"""ComfyUI's real front end in a headless Chromium: found, started with a profile of its own, driven, ended."""
+
+import json
+import os
+import shutil
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from selenium import webdriver
+from selenium.common.exceptions import JavascriptException, NoAlertPresentException
+from selenium.webdriver.chrome.options import Options
+from selenium.webdriver.chrome.service import Service
+
+from tests.host.instance import Server
+
+HOW_TO = (
+    "no Chromium with its driver found: install them (Debian, Ubuntu: apt-get install chromium chromium-driver), "
+    "or set CHROMIUM and CHROMEDRIVER to their paths"
+)
+QUIET = ("--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run")
+FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-dev-shm-usage", *QUIET)
+# The front end's own greetings would cover the graph.
+SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Workflow.WarnBlueprintOverwrite": False}
+
+
+def find_chromium() -> tuple[str, str] | None:
+    """Paths of browser and driver: CHROMIUM and CHROMEDRIVER, or what is on PATH; None unless both are there."""
+    browsers = (os.environ.get("CHROMIUM"), "chromium", "chromium-browser", "google-chrome", "chrome")
+    drivers = (os.environ.get("CHROMEDRIVER"), "chromedriver")
+    found = [next(filter(None, map(shutil.which, filter(None, names))), None) for names in (browsers, drivers)]
+    return (found[0], found[1]) if found[0] and found[1] else None
+
+
+def set_settings(server: Server, settings: dict[str, Any]) -> None:
+    """What the front end reads when it loads."""
+    body = json.dumps({**SETTINGS, **settings}).encode()
+    request = urllib.request.Request(f"{server.url}/settings", body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=30):
+        pass
+
+
+class Page:
+    """One browser window on one server.
+
+    Raises:
+        TimeoutError: from `wait` and from what waits, with what the page shows then.
+    """
+
+    def __init__(self, server: Server, driver: webdriver.Chrome) -> None:
+        self.server, self.driver = server, driver
+
+    def open(self, address: str = "") -> "Page":
+        """Load the page anew, as a reload does, and wait for the graph."""
+        self.driver.get(self.server.url + address)
+        with suppress(NoAlertPresentException):
+            self.driver.switch_to.alert.accept()  # "leave the page?"
+        self.wait("return !!window.app?.graph && !!window.app.canvas && !!window.app.extensionManager", 120)
+        self.wait("return !document.querySelector('.p-progressspinner')", 60)
+        return self
+
+    def load(self, workflow: dict[str, Any]) -> None:
+        """Put a workflow in the place of the open one."""
+        self.js("return app.loadGraphData(arguments[0])", workflow)
+        self.wait(
+            "return app.canvas.graph === app.graph && app.graph.nodes.length === arguments[0]",
+            30,
+            len(workflow["nodes"]),
+        )
+
+    def js(self, script: str, *arguments: Any) -> Any:
+        """Run the body of a function; what it returns, awaited."""
+        return self.driver.execute_script(script, *arguments)
+
+    def wait(self, script: str, seconds: float = 30, *arguments: Any) -> Any:
+        """Run the body of a function until it returns something true; that value."""
+        until, error = time.monotonic() + seconds, ""
+        while time.monotonic() < until:
+            try:
+                value = self.js(script, *arguments)
+                if value:
+                    return value
+            except JavascriptException as raised:  # the page is not there yet
+                error = str(raised.msg)
+            time.sleep(0.1)
+        shown = self.js("return document.querySelector('[data-qrlora-train]')?.innerText ?? document.body.innerText")
+        raise TimeoutError(f"not within {seconds} s: {script}\n{error}\nthe page shows: {shown[:2000]}")
+
+    def errors(self) -> list[str]:
+        """What the console reported and comes from this pack's scripts; not what could not be downloaded."""
+        entries = [entry for entry in self.driver.get_log("browser") if entry["source"] != "network"]
+        ours = [entry["message"] for entry in entries if "qrlora" in entry["message"].lower()]
+        # the host's own words about messages that come before it has loaded any extension
+        return [message for message in ours if "Unknown message type" not in message]
+
+    def screenshot(self, path: Path) -> Path:
+        self.driver.save_screenshot(str(path))
+        return path
+
+
+@contextmanager
+def browser(server: Server, profile: Path, size: tuple[int, int] = (1500, 1500)) -> Iterator[Page]:
+    """A window over a new profile folder."""
+    found = find_chromium()
+    if found is None:
+        raise FileNotFoundError(HOW_TO)
+    options = Options()
+    options.binary_location = found[0]
+    for flag in (*FLAGS, f"--user-data-dir={profile}", f"--window-size={size[0]},{size[1]}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service(found[1]))
+    try:
+        driver.set_script_timeout(60)
+        yield Page(server, driver)
+    finally:
+        driver.quit()

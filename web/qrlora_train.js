@@ -1,0 +1,193 @@
+// The Train node's own view of its run: from the server's messages, and after a reload from what it still knows.
+import { api } from "../../scripts/api.js";
+import { app } from "../../scripts/app.js";
+import { Job } from "./qrlora_train_job.js";
+import { HEIGHT, Panel } from "./qrlora_train_panel.js";
+
+const NODE = "QRLoRATrain";
+const WIDGET = "qrlora_train";
+const MARGIN = 8; // around the panel, in the classic renderer
+const KEPT_JOBS = 64;
+
+const jobs = new Map(); // node id as the server names it ("5", or "1:5" in a subgraph) -> Job, newest last
+let early = []; // messages that came before the state was known
+let asking = false;
+let drawing = 0;
+
+// The node of this id in the graph that is open. The server's id is the way through the subgraphs.
+function find(id) {
+  let graph = app.rootGraph ?? app.graph;
+  const way = String(id).split(":");
+  const last = way.pop();
+  for (const part of way) graph = graph?.getNodeById?.(part)?.subgraph;
+  const node = graph?.getNodeById?.(last);
+  return node?.type === NODE ? node : null;
+}
+
+// Tabs of other workflows have nodes of the same ids. A workflow that was saved under another name has another id,
+// but its node still asks for the adapter that is trained.
+function here(job, node) {
+  if (job.workflow === undefined) return false; // asked for
+  const open = (app.rootGraph ?? app.graph)?.id;
+  if (!job.workflow || !open || job.workflow === open) return true;
+  const name = node.widgets?.find((widget) => widget.name === "output_name")?.value;
+  return !!name && job.run.startsWith(`${String(name).split(/[\\/]/).pop()}-`);
+}
+
+// The id of the workflow that a queue entry was made from, "" where the host does not say.
+async function workflowOf(prompt) {
+  const json = async (path) => (await api.fetchApi(path)).json();
+  try {
+    const { queue_running: running = [], queue_pending: pending = [] } = await json("/queue");
+    const entry = [...running, ...pending].find((one) => one[1] === prompt);
+    const found = entry ?? (await json(`/history/${encodeURIComponent(prompt)}`))[prompt]?.prompt;
+    return found?.[3]?.extra_pnginfo?.workflow?.id ?? "";
+  } catch {
+    return ""; // then the run is shown in every workflow that has the node
+  }
+}
+
+function take(message, caughtUp) {
+  if (message?.node == null || typeof message.run !== "string") return;
+  const id = String(message.node);
+  const job = nextJob(jobs.get(id), id, message.run);
+  jobs.delete(id);
+  jobs.set(id, job); // at the end: two instances of a subgraph share a node, which shows the newest
+  if (jobs.size > KEPT_JOBS) jobs.delete(jobs.keys().next().value);
+  if (job.prompt !== (message.prompt_id ?? null)) identify(job, message.prompt_id);
+  job.take(message, caughtUp);
+}
+
+// While a run prepares it has no name yet. When it turns out to be the one before, its curve goes on.
+function nextJob(known, id, run) {
+  if (known?.run === run) return known;
+  if (known && !known.run) {
+    if (known.former?.run !== run) return Object.assign(known, { run, former: null });
+    return Object.assign(known.former, { phase: known.phase });
+  }
+  return Object.assign(new Job(id, run), { former: run ? null : known });
+}
+
+async function identify(job, prompt) {
+  job.prompt = prompt ?? null;
+  job.workflow = prompt ? undefined : "";
+  if (!prompt) return;
+  const workflow = await workflowOf(prompt);
+  if (job.prompt !== prompt) return;
+  job.workflow = workflow;
+  draw();
+}
+
+async function catchUp() {
+  if (asking) return;
+  asking = true;
+  early ??= [];
+  try {
+    const answer = await api.fetchApi("/qrlora/train/state");
+    if (answer.ok) for (const state of (await answer.json()).jobs ?? []) take(state, true);
+  } catch (error) {
+    console.warn("QR-LoRA: the state of training runs could not be read", error); // the next message still shows
+  }
+  const waiting = early;
+  early = null;
+  asking = false;
+  for (const message of waiting) take(message);
+  draw();
+}
+
+async function stop(job) {
+  const body = JSON.stringify({ node: job.node });
+  try {
+    const answer = await api.fetchApi("/qrlora/train/stop", {
+      method: "POST",
+      headers: { "Content-Type": "application/json" },
+      body,
+    });
+    if (answer.ok) return "";
+    const reason = (await answer.json().catch(() => ({}))).error ?? `status ${answer.status}`;
+    return `The server did not stop the run: ${reason}`;
+  } catch (error) {
+    return `The server could not be asked to stop: ${error.message}`;
+  }
+}
+
+function picture(job, step) {
+  return api.apiURL(`/qrlora/train/sample?run=${encodeURIComponent(job.run)}&step=${step}`);
+}
+
+function panel(node) {
+  const known = node.widgets?.find((widget) => widget.name === WIDGET);
+  if (known) return known.qrloraPanel;
+  const made = new Panel({ stop, picture });
+  // Never part of the workflow: neither a widget value nor an input of the prompt.
+  const widget = node.addDOMWidget(WIDGET, WIDGET, made.element, {
+    serialize: false,
+    hideOnZoom: false,
+    margin: MARGIN,
+    getMinHeight: () => HEIGHT + 2 * MARGIN, // no more is ever asked for, so nothing that is shown moves the graph
+  });
+  widget.serialize = false;
+  widget.qrloraPanel = made;
+  made.element.addEventListener("wheel", (event) => zoom(event, made), { passive: false });
+  for (const kind of ["Down", "Move", "Up"]) {
+    made.element.addEventListener(`pointer${kind.toLowerCase()}`, (event) => {
+      if (kind === "Move" ? event.buttons & 4 : event.button === 1) app.canvas?.[`processMouse${kind}`]?.(event);
+    });
+  }
+  const [width, height] = node.computeSize();
+  node.setSize([Math.max(node.size[0], width, 340), Math.max(node.size[1], height)]);
+  return made;
+}
+
+// The new renderer hands the wheel to the canvas by itself. What can scroll, scrolls.
+function zoom(event, { element, message, samples }) {
+  if (element.closest(".lg-node")) return;
+  const scrolls = [message, samples].some(
+    (one) => one.contains(event.target) && (one.scrollHeight > one.clientHeight || one.scrollWidth > one.clientWidth),
+  );
+  if (scrolls && !event.ctrlKey) return event.stopPropagation();
+  event.preventDefault();
+  app.canvas?.processMouseWheel?.(event);
+}
+
+function draw() {
+  if (drawing) return;
+  drawing = requestAnimationFrame(() => {
+    drawing = 0;
+    const shown = new Map();
+    for (const job of jobs.values()) {
+      const node = find(job.node);
+      if (node && here(job, node) && (!job.ended || shown.get(node)?.ended !== false)) shown.set(node, job);
+    }
+    for (const [node, job] of shown) panel(node)?.show(job);
+  });
+}
+
+// At once: the host drops messages that nobody listens to, and a run may be going on while the page loads.
+api.addEventListener("qrlora.train", ({ detail }) => {
+  if (early) return early.push(detail);
+  take(detail);
+  draw();
+});
+
+app.registerExtension({
+  name: "QR-LoRA.Train",
+  setup() {
+    api.addEventListener("reconnected", catchUp);
+    return catchUp();
+  },
+  afterConfigureGraph() {
+    draw(); // undo and a change of tab make every node anew
+  },
+  beforeRegisterNodeDef(nodeType, nodeData) {
+    if (nodeData.name !== NODE) return;
+    const { onNodeCreated } = nodeType.prototype;
+    nodeType.prototype.onNodeCreated = function (...args) {
+      const result = onNodeCreated?.apply(this, args);
+      const made = panel(this);
+      this.qrloraReport = (lines) => made.report(lines); // qrlora.js: the panel instead of its own few lines
+      draw();
+      return result;
+    };
+  },
+});

@@ -1,0 +1,308 @@
+// What the Train node shows of its run: built once, filled by `show`. Text is only ever set as text.
+import { BLUE, Chart, count, number } from "./qrlora_train_chart.js";
+
+export const HEIGHT = 380;
+const TEXT = "var(--input-text, #ddd)";
+const LINE = `color-mix(in srgb, ${TEXT} 30%, transparent)`;
+const PHASES = {
+  load: "Reading the model",
+  basis: "Decomposing the model",
+  model: "Loading the model",
+  train: "Training",
+  sample: "Sampling",
+  save: "Saving",
+};
+const STATES = {
+  preparing: "Preparing",
+  running: "Training",
+  stopping: "Stopping",
+  finished: "Finished",
+  stopped: "Stopped",
+  failed: "Failed",
+};
+const IDLE = "Queue the workflow to train. The loss curve and samples appear here.";
+const SHOWN_SAMPLES = 8;
+const RETRIES = 5; // a picture may be a moment later than the event that names it
+
+function make(parent, tag, style = {}, attributes = {}) {
+  const element = document.createElement(tag);
+  Object.assign(element.style, style);
+  for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
+  parent?.append(element);
+  return element;
+}
+
+export class Panel {
+  // stop(job): asks the server, resolves to an error message or "". picture(job, step): address of a sample.
+  constructor({ stop, picture }) {
+    this.picture = picture;
+    this.job = null;
+    this.element = make(null, "div", {
+      boxSizing: "border-box",
+      display: "flex",
+      flexDirection: "column",
+      gap: "6px",
+      minHeight: `${HEIGHT}px`, // the new renderer shrinks what may shrink
+      padding: "8px",
+      overflow: "hidden",
+      font: "12px/1.35 system-ui, sans-serif",
+      color: TEXT,
+      background: "var(--comfy-input-bg, #222)",
+      borderRadius: "6px",
+      fontVariantNumeric: "tabular-nums", // digits that change do not move what follows
+    });
+    this.element.dataset.qrloraTrain = "";
+    this.#head();
+    this.chart = new Chart();
+    make(this.element, "div", { position: "relative", flex: "1 1 0", minHeight: "60px" }).append(this.chart.element);
+    this.samples = make(this.element, "div", {
+      display: "none",
+      gap: "4px",
+      flex: "0 0 64px",
+      overflowX: "auto",
+      overflowY: "hidden",
+      scrollbarWidth: "none", // it would cover the pictures
+    });
+    this.samples.setAttribute("aria-label", "Newest samples");
+    this.message = make(this.element, "div", {
+      flex: "0 0 auto",
+      height: "2.7em",
+      overflow: "auto",
+      whiteSpace: "pre-wrap",
+      overflowWrap: "anywhere",
+      userSelect: "text",
+    });
+    this.#foot(stop);
+    this.show(null);
+  }
+
+  #head() {
+    const head = make(this.element, "div", {
+      display: "flex",
+      gap: "8px",
+      alignItems: "baseline",
+      whiteSpace: "nowrap",
+    });
+    this.title = make(head, "strong", {
+      flex: "1 1 auto",
+      fontSize: "14px",
+      overflow: "hidden",
+      textOverflow: "ellipsis",
+    });
+    this.title.setAttribute("role", "status");
+    this.steps = make(head, "span");
+    const track = make(this.element, "div", {
+      flex: "0 0 8px",
+      borderRadius: "4px",
+      background: LINE,
+      overflow: "hidden",
+    });
+    this.track = track;
+    Object.entries({
+      role: "progressbar",
+      "aria-valuemin": 0,
+      "aria-valuemax": 100,
+      "aria-label": "Training progress",
+    }).forEach(([key, value]) => track.setAttribute(key, value));
+    this.bar = make(track, "div", { height: "100%", width: "0", background: BLUE, transition: "width 0.2s linear" });
+    this.facts = make(this.element, "div", {
+      display: "flex",
+      gap: "4px 14px",
+      justifyContent: "space-between",
+      whiteSpace: "nowrap",
+      overflow: "hidden",
+      flex: "0 0 auto",
+      minHeight: "1.35em",
+    });
+    this.eta = make(this.facts, "span", {}, { title: "Time left" });
+    this.speed = make(this.facts, "span", {}, { title: "Duration of one step" });
+    this.memory = make(this.facts, "span", {}, { title: "Highest memory use of the trainer so far" });
+  }
+
+  #foot(stop) {
+    const foot = make(this.element, "div", { display: "flex", gap: "8px", alignItems: "center", flex: "0 0 34px" });
+    this.button = make(
+      foot,
+      "button",
+      {
+        flex: "0 0 auto",
+        minWidth: "72px",
+        height: "28px",
+        padding: "0 12px",
+        font: "inherit",
+        fontWeight: "600",
+        color: TEXT,
+        background: "var(--comfy-menu-bg, #353535)",
+        border: `1px solid ${LINE}`,
+        borderRadius: "6px",
+      },
+      { type: "button", title: "Save a checkpoint and stop. Queueing again goes on from there." },
+    );
+    this.hint = make(foot, "span", { opacity: "0.85", overflow: "hidden" });
+    // The canvas would take these keys for its own shortcuts.
+    this.button.addEventListener("keydown", (event) => [" ", "Enter"].includes(event.key) && event.stopPropagation());
+    this.button.addEventListener("keyup", (event) => [" ", "Enter"].includes(event.key) && event.stopPropagation());
+    this.button.addEventListener(
+      "focus",
+      () => this.button.matches(":focus-visible") && (this.button.style.outline = `2px solid ${BLUE}`),
+    );
+    this.button.addEventListener("blur", () => (this.button.style.outline = ""));
+    this.button.addEventListener("click", () => this.#stop(stop));
+  }
+
+  async #stop(stop) {
+    const { job } = this;
+    if (!job || this.button.disabled) return;
+    this.asked = true;
+    this.refused = "";
+    this.show(job);
+    const refused = await stop(job);
+    if (!refused) return;
+    this.asked = false;
+    this.refused = refused;
+    this.show(this.job);
+  }
+
+  // lines: what the node said when it was executed; also without a run, when the adapter was there already.
+  report(lines) {
+    this.lines = lines;
+    this.show(this.job);
+  }
+
+  // job: qrlora_train_job.js or null.
+  show(job) {
+    if (job?.run !== this.job?.run) this.refused = "";
+    this.job = job;
+    const state = job?.state ?? (this.lines ? "finished" : "idle");
+    if (!["preparing", "running"].includes(state)) this.asked = false;
+    const shown = this.asked ? "stopping" : state;
+    Object.assign(this.element.dataset, {
+      state: shown,
+      step: job?.step ?? 0,
+      steps: job?.steps ?? 0,
+      run: job?.run ?? "",
+    });
+    put(this.title, heading(shown, job));
+    put(this.steps, job?.steps ? `step ${count(job.step)} / ${count(job.steps)}` : "");
+    this.#progress(shown, job);
+    const live = shown === "running" || shown === "stopping";
+    put(this.eta, live && Number.isFinite(job.eta) ? `${duration(job.eta)} left` : "");
+    put(this.speed, Number.isFinite(job?.seconds) ? speed(job.seconds) : "");
+    put(this.memory, job?.peak > 0 ? `peak ${(job.peak / 1024 ** 3).toFixed(1)} GiB` : "");
+    this.chart.draw(job);
+    this.#pictures(job);
+    put(this.message, this.refused || this.#message(state, job));
+    this.message.style.height = state === "failed" ? "6.75em" : "2.7em"; // an error is read, not watched
+    this.button.disabled = !(shown === "running" || shown === "preparing");
+    this.button.style.opacity = this.button.disabled ? "0.45" : "1";
+    this.button.style.cursor = this.button.disabled ? "default" : "pointer";
+    put(this.button, shown === "stopping" ? "Stopping" : "Stop");
+    put(this.hint, hint(shown, job));
+  }
+
+  #message(state, job) {
+    if (state === "finished" && this.lines) return this.lines;
+    // Of a step the server's line says what stands above already.
+    if (state === "running" && job.told === "step" && job.curve.last) return losses(job);
+    return job ? job.text || job.reason : IDLE;
+  }
+
+  #progress(state, job) {
+    const phase = job?.phase;
+    const working = state === "running" && phase && !["train", "sample"].includes(phase.phase);
+    let part = job?.steps ? job.step / job.steps : 0;
+    if (working && phase.total > 0) part = phase.done / phase.total;
+    if (state === "finished") part = 1;
+    const percent = Math.round(1000 * Math.min(1, Math.max(0, part))) / 10;
+    this.bar.style.width = `${percent}%`;
+    this.track.setAttribute("aria-valuenow", Math.round(percent));
+  }
+
+  #pictures(job) {
+    const steps = [...(job?.samples ?? [])].slice(-SHOWN_SAMPLES).reverse();
+    const key = steps.length ? `${job.run} ${steps}` : "";
+    if (key === this.shownSamples) return;
+    this.shownSamples = key;
+    this.samples.style.display = steps.length ? "flex" : "none";
+    const kept = new Map([...this.samples.children].map((link) => [link.getAttribute("href"), link]));
+    this.samples.replaceChildren(
+      ...steps.map((step) => kept.get(this.picture(job, step)) ?? thumbnail(this.picture(job, step), step)),
+    );
+  }
+}
+
+// Text is only replaced where it changed: a selection and a screen reader's place survive.
+function put(element, text) {
+  if (element.textContent !== text) element.textContent = text;
+}
+
+function thumbnail(address, step) {
+  const link = make(
+    null,
+    "a",
+    {
+      position: "relative",
+      flex: "0 0 auto",
+      height: "64px",
+      minWidth: "64px",
+      background: LINE,
+      borderRadius: "4px",
+      overflow: "hidden",
+    },
+    { href: address, target: "_blank", rel: "noopener", title: `Sample at step ${step}: open in a new tab` },
+  );
+  const image = make(
+    link,
+    "img",
+    { height: "100%", display: "block" },
+    { alt: `Sample at step ${step}`, draggable: "false" },
+  );
+  make(link, "span", {
+    position: "absolute",
+    left: "0",
+    bottom: "0",
+    padding: "0 4px",
+    fontSize: "11px",
+    color: "#fff",
+    background: "rgba(0, 0, 0, 0.7)",
+    borderTopRightRadius: "4px",
+  }).textContent = count(step);
+  let tries = 0;
+  image.addEventListener("error", () => {
+    if (tries++ < RETRIES) setTimeout(() => (image.src = `${address}&try=${tries}`), 500 * 2 ** tries);
+  });
+  image.src = address;
+  return link;
+}
+
+function heading(state, job) {
+  if (state === "idle") return "Not trained yet";
+  if (state !== "running") return STATES[state] ?? state;
+  const phase = job.phase?.phase;
+  return phase ? (PHASES[phase] ?? phase[0].toUpperCase() + phase.slice(1)) : job.step ? "Training" : "Starting";
+}
+
+function losses(job) {
+  return `smoothed loss ${number(job.curve.last.smoothed)}, learning rate ${number(job.rate)}`;
+}
+
+function hint(state, job) {
+  if (state === "running" || state === "preparing") return "Saves a checkpoint; queueing again resumes.";
+  if (state === "stopping") return "Saving a checkpoint; queueing again resumes.";
+  if (state === "stopped")
+    return job.step ? `Queue again to go on from step ${count(job.step)}.` : "Queue again to start.";
+  if (state === "failed") return job.step ? "Queue again to go on from the last checkpoint." : "";
+  return "";
+}
+
+function speed(seconds) {
+  return seconds >= 1 ? `${seconds.toFixed(2)} s/step` : `${(1 / Math.max(seconds, 1e-6)).toFixed(1)} steps/s`;
+}
+
+export function duration(seconds) {
+  const whole = Math.max(0, Math.round(seconds));
+  const [hours, minutes] = [Math.floor(whole / 3600), Math.floor(whole / 60) % 60];
+  const two = (value) => String(value).padStart(2, "0");
+  if (whole < 60) return `${whole} s`;
+  return hours ? `${hours}:${two(minutes)}:${two(whole % 60)} h` : `${minutes}:${two(whole % 60)} min`;
+}
