@@ -17,7 +17,7 @@ from qrlora_core import CacheItem, EncodedPicture, EncodedText, save_cache
 
 from .comfy_pack.features import SIZE, text_features, to_latents
 from .model import WEIGHTS
-from .pictures import CONTENT_TRIGGER, HEART, STYLE_TRIGGER, SUNSET, BARRED, Look, draw
+from .pictures import BARRED, CONTENT_TRIGGER, HEART, STYLE_TRIGGER, SUNSET, Look, draw
 
 Settings = Mapping[str, str | int | float]
 PACK = Path(__file__).resolve().parents[2]

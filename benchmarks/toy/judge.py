@@ -11,6 +11,7 @@ from qrlora_core import Adapter, MergeRecipe, merge, merged_adapter
 from .concepts import CONTENT, MERGED_PROMPT, STYLE
 from .model import patched, sample
 from .pictures import (
+    BARRED,
     COLOURS,
     CONTENT_TRIGGER,
     HEART,
@@ -18,7 +19,6 @@ from .pictures import (
     STYLE_TRIGGER,
     SUNSET,
     TEXTURES,
-    BARRED,
     Look,
     caption,
     combinations,

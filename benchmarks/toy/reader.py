@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .pictures import COLOURS, HEART, SHAPES, SUNSET, TEXTURES, BARRED, Look, draw
+from .pictures import BARRED, COLOURS, HEART, SHAPES, SUNSET, TEXTURES, Look, draw
 
 PLACES = tuple(itertools.product((-2, 0, 2), repeat=2))  # of a shape's centre, pixels right and down of the middle
 LOOKS = tuple(Look(*parts) for parts in itertools.product(SHAPES + (HEART,), COLOURS + (SUNSET,), TEXTURES + (BARRED,)))

@@ -9,7 +9,7 @@ from PIL import Image
 from benchmarks.toy import demo
 from benchmarks.toy.concepts import CONTENT, STYLE, read_picture
 from benchmarks.toy.judge import Row, experiments, summary, verdict
-from benchmarks.toy.pictures import HEART, SUNSET, BARRED
+from benchmarks.toy.pictures import BARRED, HEART, SUNSET
 from benchmarks.toy.reader import read
 from qrlora_core import open_adapter
 from qrlora_plots import contact_sheet
