@@ -15,7 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from tests.host import instance
-from tests.host.graph import editable
+from tests.host.graph import editable, input_specs, is_widget
 from tests.host.instance import Server, WorkflowError
 
 from .comfy_pack.features import SIZE
@@ -188,6 +188,7 @@ def queued(server: Server, workflow: Graph, steps: int, timeout: float = 1800) -
     Raises:
         WorkflowError: it was refused, a node failed, or it took longer than `timeout` seconds.
     """
+    workflow = with_defaults(workflow, server.get("/object_info"))
     body = json.dumps({"prompt": workflow, "client_id": "demo"}).encode()
     request = urllib.request.Request(f"{server.url}/prompt", body, {"Content-Type": "application/json"})
     try:
@@ -212,6 +213,17 @@ def queued(server: Server, workflow: Graph, steps: int, timeout: float = 1800) -
         for bar in bars.values():
             bar.close()
     raise WorkflowError(f"no answer within {timeout:g} s:\n{server.tail()}")
+
+
+def with_defaults(workflow: Graph, object_info: dict[str, Any]) -> Graph:
+    """The workflow with every widget that it does not mention at its default, as the browser would send it."""
+    result: Graph = {}
+    for name, one in workflow.items():
+        specs = input_specs(object_info[one["class_type"]])
+        widgets = {key: spec[1] for key, spec in specs.items() if is_widget(spec) and len(spec) > 1}
+        defaults = {key: options["default"] for key, options in widgets.items() if "default" in options}
+        result[name] = {**one, "inputs": {**defaults, **one["inputs"]}}
+    return result
 
 
 def show_progress(jobs: list[dict[str, Any]], steps: int, bars: dict[str, Any]) -> None:
