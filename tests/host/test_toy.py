@@ -74,7 +74,7 @@ def test_the_whole_graph_trains_merges_and_draws_the_sheet(toy_server, tmp_path)
         theirs = load_file(tmp_path / f"{concept.name}.safetensors")
         assert ours.keys() == theirs.keys()
         for key, value in ours.items():
-            torch.testing.assert_close(theirs[key], value, rtol=1e-3, atol=2e-4)  # another torch; steps are 0.05
+            torch.testing.assert_close(theirs[key], value, rtol=0, atol=5e-3)  # another torch; steps are 0.05
     page = json.loads((toy_server.base / "user/default/workflows" / f"{demo_host.PAGE}.json").read_text())
     assert {one["type"] for one in page["nodes"]} == {one["class_type"] for one in workflow.values()}
 
