@@ -53,7 +53,10 @@ def own_weight(name: str, adapter: Adapter) -> Tensor:
 
 
 def to_diffusers(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """ComfyUI's single-file layout as diffusers' FluxTransformer2DModel names it."""
+    """ComfyUI's single-file layout as diffusers' FluxTransformer2DModel names it.
+
+    Written apart from the trainer's own table on purpose: tests compare the two.
+    """
     result: dict[str, Tensor] = {}
     for key, tensor in state.items():
         module, kind = key.rsplit(".", 1)
