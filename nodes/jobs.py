@@ -33,6 +33,7 @@ class Job:
         self._stop = threading.Event()
         self._lock = threading.Lock()
         self._steps: dict[int, dict[str, Any]] = {}
+        self._stride = 1
         self._last: dict[str, dict[str, Any]] = {}
         self._samples: list[int] = []
 
@@ -54,7 +55,7 @@ class Job:
         with self._lock:
             for one in raw:
                 if one["event"] == "step":
-                    self._steps[one["step"]] = one
+                    self._add_step(one)
                 else:
                     if one["event"] == "started":  # what came after the checkpoint is done again
                         self._steps = {step: e for step, e in self._steps.items() if step <= one["first_step"]}
@@ -63,8 +64,18 @@ class Job:
                         self._samples.append(one["step"])
         return raw
 
+    def _add_step(self, one: dict[str, Any]) -> None:
+        """Keep every `stride`-th step and the newest, so that a training of a million steps does not fill the RAM."""
+        newest = max(self._steps, default=1)
+        if (newest - 1) % self._stride:
+            del self._steps[newest]
+        self._steps[one["step"]] = one
+        if len(self._steps) > 2 * _KEPT_STEPS:
+            self._stride *= 2
+            self._steps = {step: e for step, e in self._steps.items() if (step - 1) % self._stride == 0 or e is one}
+
     def steps(self) -> list[dict[str, Any]]:
-        """All step events in order; of a step that was done twice the later one."""
+        """Step events in order, thinned evenly when there are many; of a step that was done twice the later one."""
         with self._lock:
             return [self._steps[step] for step in sorted(self._steps)]
 

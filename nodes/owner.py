@@ -63,9 +63,13 @@ def owner() -> Owner:
 
 
 def environment() -> dict[str, str]:
-    """The trainer's environment: ours, with the pack on its path and no way to download anything."""
+    """The trainer's environment: ours, with the pack on its path and no way to download anything.
+
+    On a CPU that ComfyUI uses as well, threads of OpenMP that wait busily for one another slow both down.
+    """
     paths = [str(PACK), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {
+        "OMP_WAIT_POLICY": "passive",
         **os.environ,
         "PYTHONPATH": os.pathsep.join(paths),
         "PYTHONUNBUFFERED": "1",

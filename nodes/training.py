@@ -316,6 +316,9 @@ def finished_text(result: Result, job: Job) -> str:
     steps = job.steps()
     if not result.trained:
         return f"already trained: {result.path.name}"
-    seconds = sum(one["seconds"] for one in steps)
-    loss = f", loss {steps[-1]['smoothed_loss']:.4f}" if steps else ""
-    return f"finished: {result.path.name}, {len(steps)} steps in {duration(seconds)}{loss}"
+    if not steps:
+        return f"finished: {result.path.name}"
+    last = steps[-1]
+    seconds = last["step"] * sum(one["seconds"] for one in steps) / len(steps)  # of many steps a part is kept
+    loss = last["smoothed_loss"]
+    return f"finished: {result.path.name}, {last['step']} steps in {duration(seconds)}, loss {loss:.4f}"

@@ -188,7 +188,7 @@ export class Panel {
     const live = shown === "running" || shown === "stopping";
     put(this.eta, live && Number.isFinite(job.eta) ? `${duration(job.eta)} left` : "");
     put(this.speed, Number.isFinite(job?.seconds) ? speed(job.seconds) : "");
-    put(this.memory, job?.peak > 0 ? `peak ${(job.peak / 1024 ** 3).toFixed(1)} GiB` : "");
+    put(this.memory, job?.peak > 0 ? `peak ${(job.peak / 1e9).toFixed(1)} GB` : "");
     this.chart.draw(job);
     this.#pictures(job);
     put(this.message, this.refused || this.#message(state, job));

@@ -162,7 +162,7 @@ def test_a_run_from_start_to_end_moves_nothing(train, vue):
         "step 100 / 1000",
         "37:30 min left",
         "2.50 s/step",
-        "peak 18.0 GiB",
+        "peak 19.3 GB",
         "smoothed loss 0.01, learning rate 1.0e-4",
     ):
         assert expected in shown["text"], shown["text"]

@@ -1,5 +1,6 @@
 """Run folders, their lock, published names, and the owner's file."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -183,6 +184,17 @@ def test_a_page_gets_all_of_a_long_run_thinned():
     steps = [one["step"] for one in summary["events"]]
     assert len(steps) <= 2000 and steps[0] == 1 and steps[-1] == 5000 and steps == sorted(steps)
     assert sent[0][0] == "qrlora.train" and len(sent[0][1]["events"]) == 5000
+
+
+def test_what_is_kept_of_a_long_run_stays_small_even_and_up_to_date():
+    job = jobs.Job("1", None, lambda *_: None)
+    for first in range(1, 50_001, 100):
+        job.remember(step(number) for number in range(first, first + 100))
+        kept = [one["step"] for one in job.steps()]
+        assert len(kept) <= 4000 and kept[0] == 1 and kept[-1] == first + 99
+        assert len({after - before for before, after in itertools.pairwise(kept[:-1])}) == 1
+    job.remember([step(0, first=30_000)])
+    assert 29_900 < job.steps()[-1]["step"] <= 30_000
 
 
 def test_steps_after_the_checkpoint_are_done_again():
