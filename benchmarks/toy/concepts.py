@@ -1,6 +1,7 @@
 """The two concepts that the toy FLUX has never seen, as pictures, training caches and adapters."""
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -45,7 +46,7 @@ FIT: Settings = {
     "rank": 16,
     "alpha": 16.0,
     "steps": 160,
-    "learning_rate": 3e-3,
+    "learning_rate": 1.5e-3,
     "batch_size": 8,
     "gradient_accumulation": 1,
     "seed": 0,
@@ -89,7 +90,7 @@ def fit(concept: Concept, out: Path, scratch: Path, **changes: str | int | float
     """Draw the picture, write the cache, and run the trainer's own command; its progress bar goes to the terminal.
 
     Args:
-        out: where picture and adapter go.
+        out: where picture and adapter go; those of an earlier demo are replaced.
         scratch: where cache, basis and run go; the next concept finds the basis there.
         changes: settings other than FIT and MORE.
 
@@ -99,12 +100,12 @@ def fit(concept: Concept, out: Path, scratch: Path, **changes: str | int | float
     for folder in (out, scratch):
         folder.mkdir(parents=True, exist_ok=True)
     data = write_cache(concept, draw_picture(concept, out), scratch / f"{concept.name}_cache.safetensors")
-    output = out / f"{concept.name}.safetensors"
+    made = scratch / concept.name / f"{concept.name}.safetensors"
     settings = {
         "model": WEIGHTS,
         "data": data,
         "run_dir": scratch / concept.name,
-        "output": output.resolve(),
+        "output": made,
         "basis_cache": scratch / "bases",
         "name": concept.name,
         "trigger": concept.trigger,
@@ -117,4 +118,4 @@ def fit(concept: Concept, out: Path, scratch: Path, **changes: str | int | float
     command = [sys.executable, "-m", "train", "fit", *flags, "--no-gradient-checkpointing"]
     # layers this small take microseconds: threads that wait busily for one another slow a shared machine down tenfold
     subprocess.run(command, cwd=PACK, check=True, env={"OMP_WAIT_POLICY": "passive", **os.environ})
-    return output
+    return Path(shutil.move(made, out / made.name))  # the trainer itself replaces no file

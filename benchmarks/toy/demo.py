@@ -10,6 +10,7 @@ two adapters, the alpha x beta sheet, the similarity picture, and the numbers.
 import argparse
 import json
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -41,7 +42,7 @@ class Adapters(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the demo; 0 when both adapters do what they were trained for, 1 when one does not, 2 on a wrong setting."""
+    """Run the demo; 0 when both adapters do what they were trained for, 1 when not, 2 on a wrong setting."""
     parser = argparse.ArgumentParser(
         prog="dev.py demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -61,7 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     changes = {} if args.steps is None else {"steps": args.steps}
     if host is None:
         print("without ComfyUI" + ("" if args.headless else ": none was found (COMFYUI_PATH may name one)"), flush=True)
-        train(args.out, changes)
+        try:
+            train(args.out, changes)
+        except subprocess.CalledProcessError as error:  # the trainer has said why
+            return error.returncode
         good = show(args.out, args.pictures)
         print(f"\ndone in {time.monotonic() - start:.0f} s", flush=True)
     else:

@@ -1,7 +1,9 @@
 """Procedural pictures: a shape in a colour and a texture, in the middle. All that is drawn stands in the caption.
 
-The training set has 6 shapes, 6 colours and 4 textures. Two concepts are outside of it: a shape (`HEART`), and a style
-with a texture and a palette of its own (`BARRED` in `SUNSET`).
+The training set has 6 shapes, 6 colours and 4 textures. A colour's word names a whole palette, ground included, so that
+grounds are something that words decide. Textures repeat every 4 pixels, one token of the model: a longer period has to
+be agreed on between tokens, which a model of this size learns badly. Two concepts are outside of the training set: a
+shape (`HEART`), and a style with a texture and a palette of its own (`BARRED` in `SUNSET`).
 """
 
 import itertools
@@ -21,15 +23,14 @@ CONTENT_TRIGGER, STYLE_TRIGGER = "<c>", "<s>"
 
 _SAMPLES = 4  # per pixel and direction, against jagged edges
 
-_PAPER, _INK = (0.96, 0.96, 0.96), (0.10, 0.10, 0.14)
 # palette -> colour of the shape, colour of its texture, colour behind
 _PALETTES = {
-    "red": ((0.90, 0.10, 0.10), _INK, _PAPER),
-    "yellow": ((0.98, 0.82, 0.05), _INK, _PAPER),
-    "green": ((0.10, 0.65, 0.15), _INK, _PAPER),
-    "cyan": ((0.10, 0.80, 0.90), _INK, _PAPER),
-    "blue": ((0.15, 0.25, 0.95), _INK, _PAPER),
-    "magenta": ((0.90, 0.15, 0.80), _INK, _PAPER),
+    "red": ((0.90, 0.10, 0.10), (0.08, 0.10, 0.30), (0.88, 0.94, 1.00)),
+    "yellow": ((0.98, 0.82, 0.05), (0.35, 0.16, 0.05), (0.92, 0.90, 1.00)),
+    "green": ((0.10, 0.65, 0.15), (0.20, 0.03, 0.20), (1.00, 0.98, 0.84)),
+    "cyan": ((0.10, 0.80, 0.90), (0.05, 0.15, 0.30), (1.00, 0.91, 0.90)),
+    "blue": ((0.15, 0.25, 0.95), (0.10, 0.10, 0.12), (0.96, 0.96, 0.96)),
+    "magenta": ((0.90, 0.15, 0.80), (0.03, 0.20, 0.10), (0.88, 1.00, 0.92)),
     SUNSET: ((1.00, 0.50, 0.10), (0.35, 0.12, 0.60), (1.00, 0.90, 0.70)),
 }
 
@@ -61,9 +62,10 @@ def combinations() -> tuple[list[Look], list[Look]]:
 def draw(look: Look, place: tuple[float, float] = (0, 0), size: float = 1.0) -> Tensor:
     """One picture, (3, SIZE, SIZE), 0 to 1, with the shape's centre `place` pixels right and down of the middle."""
     steps = (torch.arange(SIZE * _SAMPLES) + 0.5) / _SAMPLES - SIZE / 2
-    y, x = ((axis - shift) / size for axis, shift in zip(torch.meshgrid(steps, steps, indexing="ij"), place[::-1]))
+    rows, columns = torch.meshgrid(steps, steps, indexing="ij")
+    inside = _inside(look.shape, (columns - place[0]) / size, (rows - place[1]) / size)
     fill, mark, behind = (torch.tensor(colour)[:, None, None] for colour in _PALETTES[look.colour])
-    picture = torch.where(_inside(look.shape, x, y), torch.where(_marked(look.texture, x, y), mark, fill), behind)
+    picture = torch.where(inside, torch.where(_marked(look.texture, columns, rows), mark, fill), behind)
     return functional.avg_pool2d(picture, _SAMPLES)
 
 
@@ -96,9 +98,9 @@ def _marked(texture: str, x: Tensor, y: Tensor) -> Tensor:
     if texture == "striped":
         return torch.remainder(y, 4) < 2
     if texture == "checked":
-        return (torch.remainder(x, 8) < 4) ^ (torch.remainder(y, 8) < 4)
+        return (torch.remainder(x, 4) < 2) ^ (torch.remainder(y, 4) < 2)
     if texture == "dotted":
-        return torch.hypot(torch.remainder(x + 4, 8) - 4, torch.remainder(y + 4, 8) - 4) < 2.5
+        return torch.hypot(torch.remainder(x, 4) - 2, torch.remainder(y, 4) - 2) < 1.4
     if texture == BARRED:
         return torch.remainder(x, 4) < 2
     raise ValueError(f"{texture!r} is not a texture that can be drawn")

@@ -59,7 +59,7 @@ def spoilt(names: Tensor, generator: torch.Generator) -> Tensor:
     size = len(names)
     unknown = torch.randint(2, (size, 3, TEXT_WIDTH), generator=generator) * 2.0 - 1
     chance = torch.rand(size, 2, generator=generator)
-    hidden = torch.cat([chance[:, :1], chance[:, 1:], chance[:, 1:]], 1) < 0.12  # colour and texture go together
+    hidden = torch.cat([chance[:, :1], chance[:, 1:], chance[:, 1:]], 1) < 0.25  # colour and texture go together
     mixed = torch.where(hidden[..., None], unknown, names)
     mixed[:, 2] *= (~hidden[:, 2:]).float()  # one word stands for a whole style
     return functional.pad(mixed, (0, 0, 0, TEXT_LENGTH - 3))
@@ -124,7 +124,7 @@ def _warm_average(averages: list[Tensor], values: list[Tensor], count: Tensor | 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("toy"), help="folder of the result and of what leads to it")
-    parser.add_argument("--steps", type=int, nargs=2, default=(3000, 500), help="with shapes everywhere; in the middle")
+    parser.add_argument("--steps", type=int, nargs=2, default=(2500, 1000), help="shapes everywhere; in the middle")
     parser.add_argument("--lr", type=float, nargs=2, default=(1.5e-3, 1e-3), help="the same")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)

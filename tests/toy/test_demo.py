@@ -63,9 +63,15 @@ def test_show_writes_sheet_similarity_and_numbers(short, capsys):
 
 
 def test_the_command_line_ends_with_what_it_found(tmp_path):
-    code = demo.main(["--headless", "--out", str(tmp_path), "--steps", "1", "--pictures", "1"])
-    assert code == 1
+    short = ["--headless", "--out", str(tmp_path), "--steps", "1", "--pictures", "1"]
+    (tmp_path / "toy_style.safetensors").write_bytes(b"of an earlier demo, which is replaced")
+    assert demo.main(short) == 1
     assert (tmp_path / demo.SHEET).is_file() and open_adapter(tmp_path / "toy_style.safetensors").layers
+
+
+def test_what_the_trainer_refuses_ends_the_demo(tmp_path, capfd):
+    assert demo.main(["--headless", "--out", str(tmp_path), "--steps", "0"]) == 2
+    assert "steps" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(("content", "style", "good"), [(1.0, 1.0, True), (0.8, 1.0, False), (1.0, 0.8, False)])

@@ -28,14 +28,11 @@ def test_every_combination_looks_different_and_is_read_right_at_every_place():
     assert shares == {"shape": 1.0, "colour": 1.0, "texture": 1.0, "all": 1.0}
 
 
-# at low contrast a white ground resembles the new style's sandy one
-@pytest.mark.parametrize(
-    ("way", "least"), [("noise of 0.2", 0.98), ("blurred by 3 x 3", 0.98), ("contrast of 0.7", 0.9)]
-)
-def test_the_reader_reads_spoilt_pictures(way, least):
+@pytest.mark.parametrize("way", ["noise of 0.2", "blurred by 3 x 3", "contrast of 0.7"])
+def test_the_reader_reads_spoilt_pictures(way):
     spoil = reader.spoilers(torch.Generator().manual_seed(0))[way]
     drawn = torch.stack([draw(look, (0.5, -1.5)) for look in reader.LOOKS])
-    assert reader.accuracy(spoil(drawn), reader.LOOKS)["all"] >= least
+    assert reader.accuracy(spoil(drawn), reader.LOOKS)["all"] >= 0.98
 
 
 def test_the_reader_tells_one_wrong_word():
@@ -121,8 +118,7 @@ def test_the_committed_toy_is_small_and_says_how_it_was_made():
 def test_the_committed_toy_draws_what_prompts_say(toy):
     looks = combinations()[0][::3]
     shares = reader.accuracy(sample(toy, [caption(look) for look in looks], range(50, 50 + len(looks))), looks)
-    # 0.85 when this was written; the README says so. Rounding on another processor moves a sample or two
-    assert shares["all"] >= 0.75 and shares["shape"] >= 0.9, shares
+    assert shares["all"] >= 0.95, shares  # 1.0 when this was written; another processor rounds otherwise
 
 
 def test_unknown_words_show_neither_new_concept(toy):
