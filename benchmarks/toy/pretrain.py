@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
@@ -142,6 +143,16 @@ def main() -> None:
         run(new_model(), first, args, everywhere, recipe)
     # from the file, in 16 bits, so that the second stage is the same whether or not the first one was just done
     run(load_toy(everywhere).requires_grad_(True), second, args, args.out / WEIGHTS.name, recipe)
+    print(f"against the committed weights: {comparison(args.out / WEIGHTS.name, WEIGHTS)}")
+
+
+def comparison(path: Path, other: Path) -> str:
+    """Whether two files hold the same tensors, in words; the header's order may differ."""
+    ours, theirs = load_file(path), load_file(other)
+    if ours.keys() != theirs.keys() or any(ours[key].shape != theirs[key].shape for key in ours):
+        return "other layers"
+    largest = max(float((ours[key].float() - theirs[key].float()).abs().max()) for key in ours)
+    return f"largest difference {largest:.3g}" if largest else "equal, bit for bit"
 
 
 def run(model: nn.Module, stage: Stage, args: argparse.Namespace, path: Path, recipe: dict[str, str]) -> None:

@@ -11,7 +11,7 @@ from benchmarks.toy.comfy_pack.features import TEXT_LENGTH, text_features, to_la
 from benchmarks.toy.layout import save_comfy, to_comfy
 from benchmarks.toy.model import WEIGHTS, load_toy, new_model, pack, sample, unpack
 from benchmarks.toy.pictures import Look, caption, combinations, draw
-from benchmarks.toy.pretrain import EVERYWHERE, Stage, pretrain
+from benchmarks.toy.pretrain import EVERYWHERE, Stage, comparison, pretrain
 from tests.flux import base_weights, golden_flux
 
 RED = [-1, -1, -1, 1, -1, -1, 1, -1]
@@ -91,6 +91,14 @@ def test_a_saved_model_is_read_back(tmp_path):
     save_comfy(model.state_dict(), tmp_path / "toy.safetensors", {"steps": "0"}, torch.float32)
     again = load_toy(tmp_path / "toy.safetensors")
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+    model.x_embedder.bias.data[0] += 0.5
+    save_comfy(model.state_dict(), tmp_path / "other.safetensors", {"steps": "1"}, torch.float32)
+    save_comfy(new_model(num_layers=1).state_dict(), tmp_path / "smaller.safetensors", {}, torch.float32)
+    found = [
+        comparison(tmp_path / "toy.safetensors", tmp_path / f"{name}.safetensors")
+        for name in ("toy", "other", "smaller")
+    ]
+    assert found == ["equal, bit for bit", "largest difference 0.5", "other layers"]
 
 
 def test_pretraining_is_deterministic_and_learns():
