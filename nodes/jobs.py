@@ -79,6 +79,11 @@ class Job:
         with self._lock:
             return [self._steps[step] for step in sorted(self._steps)]
 
+    def catch_up(self, events: Iterable[TrainEvent]) -> None:
+        """Remember what an earlier start of the same run did, and send all of it to the pages, thinned."""
+        self.remember(events)
+        self._send(MESSAGE, self.summary())
+
     def tell(self, state: str, text: str, events: Iterable[TrainEvent] = ()) -> None:
         """Remember, and tell every open page."""
         raw = self.remember(events)

@@ -122,7 +122,7 @@ def _fit(request: Request, job: Job, run: Run, data: Path, lock: int) -> None:
     config, who = request.config(run.folder, data), owner.owner()
     _wait_for_orphan(run, job)
     run.write(run.settings, as_table(config))
-    job.remember(earlier_events(run.events))
+    job.catch_up(earlier_events(run.events))
     job.tell("preparing", "checking the trainer's Python, the model, memory and disk")
     report = preflight.preflight(who, run.settings, run.log, lambda: _stopped(job))
     log.info("QR-LoRA: %s", preflight.summary(report))
@@ -268,7 +268,7 @@ def _source(run: Run, steps: int) -> Path | None:
 
 def _already(run: Run, request: Request, job: Job) -> Result:
     job.run = run.name
-    job.remember(earlier_events(run.events))
+    job.catch_up(earlier_events(run.events))
     return _result(run, request, trained=False)
 
 

@@ -189,7 +189,9 @@ def queued(server: Server, workflow: Graph, steps: int, timeout: float = 1800) -
         WorkflowError: it was refused, a node failed, or it took longer than `timeout` seconds.
     """
     workflow = with_defaults(workflow, server.get("/object_info"))
-    body = json.dumps({"prompt": workflow, "client_id": "demo"}).encode()
+    numbers = {name: str(number) for number, name in enumerate(workflow, 1)}  # as on the page, whose panels then know
+    names = {number: name for name, number in numbers.items()}
+    body = json.dumps({"prompt": renamed(workflow, numbers), "client_id": "demo"}).encode()
     request = urllib.request.Request(f"{server.url}/prompt", body, {"Content-Type": "application/json"})
     try:
         with urllib.request.urlopen(request, timeout=30) as answer:
@@ -203,16 +205,30 @@ def queued(server: Server, workflow: Graph, steps: int, timeout: float = 1800) -
         while time.monotonic() < until and server.process.poll() is None:
             entry = server.get(f"/history/{ticket}").get(ticket)
             if trains:
-                show_progress(server.get("/qrlora/train/state")["jobs"], steps, bars)
+                show_progress(server.get("/qrlora/train/state")["jobs"], steps, bars, names)
             if entry and entry["status"]["status_str"] == "error":
                 raise WorkflowError(json.dumps(entry["status"]["messages"]))
             if entry and entry["status"]["completed"]:
-                return entry
+                return {**entry, "outputs": {names[number]: value for number, value in entry["outputs"].items()}}
             time.sleep(0.5)
     finally:
         for bar in bars.values():
             bar.close()
     raise WorkflowError(f"no answer within {timeout:g} s:\n{server.tail()}")
+
+
+def renamed(workflow: Graph, names: dict[str, str]) -> Graph:
+    """The same workflow with other ids."""
+    return {
+        names[name]: {
+            **one,
+            "inputs": {
+                key: [names[value[0]], value[1]] if isinstance(value, list) else value
+                for key, value in one["inputs"].items()
+            },
+        }
+        for name, one in workflow.items()
+    }
 
 
 def with_defaults(workflow: Graph, object_info: dict[str, Any]) -> Graph:
@@ -226,12 +242,12 @@ def with_defaults(workflow: Graph, object_info: dict[str, Any]) -> Graph:
     return result
 
 
-def show_progress(jobs: list[dict[str, Any]], steps: int, bars: dict[str, Any]) -> None:
+def show_progress(jobs: list[dict[str, Any]], steps: int, bars: dict[str, Any], names: dict[str, str]) -> None:
     """One bar per training, made when its first step is done."""
     for job in jobs:
         taken = [event for event in job["events"] if event["event"] == "step"]
         if taken and job["node"] not in bars:
-            bars[job["node"]] = tqdm(total=steps, desc=f"training {job['node']}", unit="step")
+            bars[job["node"]] = tqdm(total=steps, desc=f"training {names[job['node']]}", unit="step")
         if taken:
             bars[job["node"]].update(taken[-1]["step"] - bars[job["node"]].n)
             bars[job["node"]].set_postfix(loss=f"{taken[-1]['smoothed_loss']:.4f}")

@@ -4,6 +4,17 @@ from typing import Any
 
 WIDGETS = ("COMBO", "INT", "FLOAT", "STRING", "BOOLEAN")
 COLUMN, ROW = 360, 60
+LINE, LINES = 26, 70  # height of a socket or widget, and what a field of several lines needs more
+SHOWN = 280  # height of a picture that a node shows
+# What these nodes show below their widgets, once they have run
+TALLER = {
+    "QRLoRATrain": 330,
+    "QRLoRAMerge": 110,
+    "QRLoRAApply": 110,
+    "QRLoRAContactSheet": SHOWN + 110,
+    "LoadImage": SHOWN,
+    "SaveImage": SHOWN,
+}
 
 
 def input_specs(info: dict[str, Any]) -> dict[str, list[Any]]:
@@ -60,10 +71,12 @@ def _node(number: int, one: dict[str, Any], info: dict[str, Any]) -> dict[str, A
             if options.get("control_after_generate"):
                 values.append("fixed")
     linked = [name for name in specs if isinstance(one["inputs"].get(name), list)]
+    several = sum(len(spec) > 1 and bool(spec[1].get("multiline")) for spec in specs.values())
+    rows = max(len(linked), len(info["output"])) + len(values)
     return {
         "id": number,
         "type": one["class_type"],
-        "size": [COLUMN - 40, ROW + 26 * (len(linked) + len(values))],
+        "size": [COLUMN - 40, ROW + LINE * rows + LINES * several + TALLER.get(one["class_type"], 0)],
         "flags": {},
         "order": number - 1,
         "mode": 0,

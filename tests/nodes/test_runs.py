@@ -197,6 +197,16 @@ def test_what_is_kept_of_a_long_run_stays_small_even_and_up_to_date():
     assert 29_900 < job.steps()[-1]["step"] <= 30_000
 
 
+def test_a_page_learns_what_an_earlier_start_did():
+    sent = []
+    job = jobs.Job("1", None, lambda kind, message: sent.append((kind, message)))
+    job.catch_up([step(0, first=0), *(step(number) for number in range(1, 3001))])
+    ((kind, message),) = sent
+    steps = [one["step"] for one in message["events"] if one["event"] == "step"]
+    assert kind == "qrlora.train" and message == job.summary() and message["state"] == "preparing"
+    assert len(steps) <= 2000 and steps[0] == 1 and steps[-1] == 3000
+
+
 def test_steps_after_the_checkpoint_are_done_again():
     job = jobs.Job("1", None, lambda *_: None)
     job.remember([step(0, first=0), *(step(number) for number in range(1, 8)), step(0, first=5)])
