@@ -158,17 +158,33 @@ def output_path(config: FitConfig) -> Path:
 
 
 def make_accelerator(config: FitConfig) -> Any:
-    """Accelerate's view of this process: its device, its number, how many there are."""
+    """Accelerate's view of this process: its device, its number, how many there are.
+
+    Raises:
+        TrainError: reason "settings": the device cannot be used, or the launcher's processes do not find each other.
+    """
     try:
         wanted = None if config.device == "auto" else torch.zeros(1, device=config.device).device
     except (RuntimeError, AssertionError) as error:
         raise TrainError("settings", f"device {config.device!r} cannot be used: {error}") from error
     if wanted is not None and wanted.type != "cpu":
         os.environ.setdefault("ACCELERATE_TORCH_DEVICE", config.device)
-    accelerator = Accelerator(cpu=config.device == "cpu")
+    # without a graphics card accelerate joins a launcher's processes only when it is told that they are for the CPU
+    accelerator = Accelerator(cpu=config.device == "cpu" or (wanted is None and not _has_accelerator()))
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != accelerator.num_processes:  # each would train by itself, into the same files
+        raise TrainError(
+            "settings", f"the launcher started {started} processes, but accelerate joined {accelerator.num_processes}"
+        )
     if wanted is not None and accelerator.device.type != wanted.type:  # the launcher or its config file says otherwise
         raise TrainError("settings", f"device is {config.device!r}, but accelerate was set up for {accelerator.device}")
     return accelerator
+
+
+def _has_accelerator() -> bool:
+    """Whether device "auto" is anything but the CPU."""
+    kinds = (torch.cuda, torch.backends.mps, getattr(torch, "xpu", None), getattr(torch, "npu", None))
+    return any(kind is not None and kind.is_available() for kind in kinds)
 
 
 def _cache(path: Path) -> TrainingCache:

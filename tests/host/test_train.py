@@ -206,6 +206,8 @@ def test_two_processes(server):
     """accelerate launch from the node; the launcher's processes go with it."""
     entry = server.queue(train_graph("two processes", {"processes": 2}, vae=VAE, steps=2))
     assert "finished: two processes.safetensors" in entry["outputs"]["train"]["text"][0]
+    events = (run_of(server, "two processes") / "events.jsonl").read_text(encoding="utf-8")
+    assert events.count('"event":"started"') == events.count('"event":"finished"') == 1, "each trained by itself"
 
 
 def test_a_model_that_is_not_flux(server):

@@ -251,20 +251,28 @@ def test_stop_file_and_lifeline(settings, elsewhere, start):
     stop.unlink()
 
 
-def test_two_processes_equal_one(settings, elsewhere):
+@pytest.mark.parametrize("device", ["cpu", "auto"])
+def test_two_processes_equal_one(settings, elsewhere, device):
     """Gloo on this machine: two processes of one pass each see the batches that one process of two passes sees."""
     one = settings(gradient_accumulation=2, steps=3)
     fit(one)
-    two = elsewhere(one, gradient_accumulation=1)
+    two = elsewhere(one, gradient_accumulation=1, device=device)
     line, events = command(two)
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     done = subprocess.run([*launch, *line[1:]], cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert events_of(events).count("finished") == 1
+    assert events_of(events).count("started") == events_of(events).count("finished") == 1
     ours, theirs = (load_file(Path(config.run_dir) / "adapter.safetensors") for config in (one, two))
     for key, value in ours.items():
         assert torch.allclose(value, theirs[key], rtol=1e-5, atol=1e-7), key
+
+
+def test_processes_that_do_not_find_each_other_are_refused(settings, monkeypatch):
+    """Each would train by itself and write the same files."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(TrainError, match="started 2 processes, but accelerate joined 1"):
+        fit(settings(steps=1))
 
 
 def test_prior_preservation(settings, tmp_path, monkeypatch):
