@@ -66,7 +66,7 @@ class Job:
 
     def _add_step(self, one: dict[str, Any]) -> None:
         """Keep every `stride`-th step and the newest, so that a training of a million steps does not fill the RAM."""
-        newest = max(self._steps, default=1)
+        newest = next(reversed(self._steps), 1)
         if (newest - 1) % self._stride:
             del self._steps[newest]
         self._steps[one["step"]] = one

@@ -183,8 +183,9 @@ def make_accelerator(config: FitConfig) -> Any:
 
 def _has_accelerator() -> bool:
     """Whether device "auto" is anything but the CPU."""
-    kinds = (torch.cuda, torch.backends.mps, getattr(torch, "xpu", None), getattr(torch, "npu", None))
-    return any(kind is not None and kind.is_available() for kind in kinds)
+    if hasattr(torch, "accelerator"):  # since torch 2.6; knows every kind of card
+        return bool(torch.accelerator.is_available())
+    return bool(torch.cuda.is_available() or torch.backends.mps.is_available())
 
 
 def _cache(path: Path) -> TrainingCache:

@@ -60,27 +60,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     start = time.monotonic()
     args.out.mkdir(parents=True, exist_ok=True)
     changes = {} if args.steps is None else {"steps": args.steps}
-    if host is None:
-        print("without ComfyUI" + ("" if args.headless else ": none was found (COMFYUI_PATH may name one)"), flush=True)
-        try:
-            train(args.out, changes)
-        except subprocess.CalledProcessError as error:  # the trainer has said why
-            return error.returncode
-        good = show(args.out, args.pictures)
+
+    def train_outside() -> None:
+        train(args.out, changes)
+
+    def numbers(with_sheet: bool = False) -> bool:
+        result = show(args.out, args.pictures, with_sheet)
         print(f"\ndone in {time.monotonic() - start:.0f} s", flush=True)
-    else:
-        os.environ["COMFYUI_PATH"] = str(host)  # where the host's part looks for an interpreter
+        return result
 
-        def train_outside() -> None:
-            train(args.out, changes)
-
-        def numbers() -> bool:
-            result = show(args.out, args.pictures, with_sheet=False)
-            print(f"\ndone in {time.monotonic() - start:.0f} s", flush=True)
-            return result
-
-        settings = {**FIT, **MORE, **changes}
-        good = demo_host.run(host, args.out, settings, SEED, GRID, train_outside, numbers, not args.no_wait)
+    try:
+        if host is None:
+            why = "" if args.headless else ": none was found (COMFYUI_PATH may name one)"
+            print(f"without ComfyUI{why}", flush=True)
+            train_outside()
+            good = numbers(with_sheet=True)
+        else:
+            os.environ["COMFYUI_PATH"] = str(host)  # where the host's part looks for an interpreter
+            settings = {**FIT, **MORE, **changes}
+            good = demo_host.run(host, args.out, settings, SEED, GRID, train_outside, numbers, not args.no_wait)
+    except subprocess.CalledProcessError as error:  # the trainer has said why
+        return error.returncode
     return 0 if good else 1
 
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from benchmarks.toy import demo_host
+from benchmarks.toy import demo_graph, demo_host
 from benchmarks.toy.concepts import CONTENT, FIT, MORE, STYLE, draw_picture, fit, read_picture
 from benchmarks.toy.model import STEPS, WEIGHTS, load_toy, sample
 from tests.host import instance
@@ -32,7 +32,7 @@ def picture_of(server, entry, node):
 
 
 def test_the_ordinary_loader_draws_the_same_picture_as_diffusers(toy_server):
-    graph = demo_host.graph(SHORT, 7, "0, 1")
+    graph = demo_graph.graph(SHORT, 7, "0, 1")
     wanted = ("model", "clip", "vae", "prompt", "noise", "merge_sample", "merge_decode", "merge_picture")
     graph = {name: graph[name] for name in wanted}
     graph["prompt"]["inputs"]["text"] = PROMPT
@@ -48,11 +48,11 @@ def test_the_ordinary_loader_draws_the_same_picture_as_diffusers(toy_server):
 
 def test_encoding_is_the_inverse_of_decoding(toy_server):
     graph = {
-        "vae": demo_host.node("QRLoRAToyVAE"),
-        "picture": demo_host.node("LoadImage", image=f"{STYLE.name}.png"),
-        "encode": demo_host.node("VAEEncode", pixels=["picture", 0], vae=["vae", 0]),
-        "decode": demo_host.node("VAEDecode", samples=["encode", 0], vae=["vae", 0]),
-        "save": demo_host.node("SaveImage", images=["decode", 0], filename_prefix="again"),
+        "vae": demo_graph.node("QRLoRAToyVAE"),
+        "picture": demo_graph.node("LoadImage", image=f"{STYLE.name}.png"),
+        "encode": demo_graph.node("VAEEncode", pixels=["picture", 0], vae=["vae", 0]),
+        "decode": demo_graph.node("VAEDecode", samples=["encode", 0], vae=["vae", 0]),
+        "save": demo_graph.node("SaveImage", images=["decode", 0], filename_prefix="again"),
     }
     path = picture_of(toy_server, toy_server.queue(graph), "save")
     given = np.asarray(Image.open(toy_server.base / "input" / f"{STYLE.name}.png"), dtype=int)
@@ -60,7 +60,7 @@ def test_encoding_is_the_inverse_of_decoding(toy_server):
 
 
 def test_the_whole_graph_trains_merges_and_draws_the_sheet(toy_server, tmp_path):
-    workflow = demo_host.graph(SHORT, 7, "0, 1")
+    workflow = demo_graph.graph(SHORT, 7, "0, 1")
     demo_host.offer_page(toy_server, workflow)
     entry = demo_host.queued(toy_server, workflow, SHORT["steps"])
     demo_host.collect(toy_server.base, entry, tmp_path, in_graph=True)

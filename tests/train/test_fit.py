@@ -23,6 +23,7 @@ from train.config import as_table
 from train.errors import TrainError
 from train.events import EventWriter, parse, read_events
 from train.fit import fit
+from train.prepare import make_accelerator
 from train.source import BaseModel
 from train.watch import Stopped, StopWatch
 
@@ -270,6 +271,7 @@ def test_two_processes_equal_one(settings, elsewhere, device):
 
 def test_processes_that_do_not_find_each_other_are_refused(settings, monkeypatch):
     """Each would train by itself and write the same files."""
+    make_accelerator(settings())  # accelerate looks at the launcher's variables once per process
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(TrainError, match="started 2 processes, but accelerate joined 1"):
         fit(settings(steps=1))
