@@ -33,7 +33,7 @@ def main() -> int:
     python = prepared_python()
     if args.command == "demo":
         golden = "--golden" in rest
-        module = "tests.demo" if golden else "benchmarks.toy.demo"
+        module = "demo.golden" if golden else "demo.story"
         return run([python, "-m", module, *(part for part in rest if part != "--golden")])
     stages = [
         [python, "-m", "ruff", "check", "."],

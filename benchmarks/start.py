@@ -19,9 +19,9 @@ from benchmarks.flux import RandomSource
 from qrlora_core import CacheItem, EncodedPicture, EncodedText, save_cache
 from train.config import FitConfig, make_config
 from train.events import EventWriter
-from train.prepare import make_accelerator, prepare
-from train.report import Reporter
-from train.watch import StopWatch
+from train.run.prepare import make_accelerator, prepare
+from train.run.reporter import Reporter
+from train.run.stop import StopWatch
 
 
 def main() -> None:

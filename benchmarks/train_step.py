@@ -27,11 +27,11 @@ from benchmarks.common import machine
 from benchmarks.flux import RandomSource
 from qrlora_core import Basis, LayerTarget
 from train.config import FitConfig, make_config
-from train.data import Batch
-from train.flow import flow_loss
-from train.layer import inject
-from train.model import DTYPES, load_transformer
-from train.optim import make_optimizer
+from train.data.batches import Batch
+from train.model.layer import inject
+from train.model.transformer import DTYPES, load_transformer
+from train.run.flow import flow_loss
+from train.run.optim import make_optimizer
 
 Restore = Callable[[], None]
 

@@ -2,16 +2,18 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import folders, routes
-from .blocks import BlockScaleNode
-from .files import LoadDeltaR, LoadResidual
-from .hooks import CreateHook
-from .model import Apply, Merge
-from .options import TrainOptionsNode
+from .apply import Apply
+from .block_scale import BlockScaleNode
+from .create_hook import CreateHook
+from .host import folders
+from .load import LoadDeltaR, LoadResidual
+from .merge import Merge
 from .save import ExportLoRA, SaveDeltaR, SaveResidual
 from .similarity import Similarity
 from .sweep import ContactSheetNode, ScaleSweep
 from .train import Train
+from .train_options import TrainOptionsNode
+from .training import routes
 
 NODES: list[type[io.ComfyNode]] = [
     LoadResidual,

@@ -25,7 +25,8 @@ from ..qrlora_core import (
     write_residual,
 )
 from ..qrlora_core.linalg import orthonormality_error
-from . import folders, host, sockets
+from . import host, sockets
+from .host import folders
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _ORTHONORMAL = 1e-2

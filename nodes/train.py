@@ -10,12 +10,14 @@ from torch import Tensor
 
 from ..qrlora_core import PathError, QRLoRAError, TensorFile, contained_path
 from ..train.config import EncodeConfig, make_config
-from . import dataset as data
-from . import folders, host_train, pictures, report, sockets
-from .jobs import JOBS
-from .options import TrainOptions, combo_input, number_input
-from .runs import Run
-from .training import Request, Result, finished_text, train
+from . import report, sockets
+from .host import encoders, folders, session
+from .train_options import TrainOptions, combo_input, number_input
+from .training import dataset as data
+from .training import loss_curve as pictures
+from .training.jobs import JOBS
+from .training.runs import Run
+from .training.service import Request, Result, finished_text, train
 
 _SHOWN_SAMPLES = 16
 _LOG_LINES = 60
@@ -81,7 +83,7 @@ class Train(io.ComfyNode):
     def execute(cls, **inputs: Any) -> io.NodeOutput:
         images = inputs.pop("images", None)
         request = _request(images, **{name: value[0] for name, value in inputs.items()})
-        job = JOBS.start(str(cls.hidden.unique_id), host_train.prompt_id(), host_train.send)
+        job = JOBS.start(str(cls.hidden.unique_id), session.prompt_id(), session.send)
         result = train(request, job)
         _published.add(result.path)
         name = result.path.relative_to(folders.results_folder().resolve()).as_posix()
@@ -162,7 +164,7 @@ def _samples(run: Run, steps: int, vae: Any) -> Tensor:
     latents = [latent for latent in latents if latent.shape[-2:] == latents[-1].shape[-2:]]
     if not latents:
         return pictures.note("no samples: sample_every is 0 or larger than steps")
-    return torch.cat([host_train.decode_latent(vae, latent) for latent in latents[-_SHOWN_SAMPLES:]])
+    return torch.cat([encoders.decode_latent(vae, latent) for latent in latents[-_SHOWN_SAMPLES:]])
 
 
 def _log_tail(result: Result) -> str:

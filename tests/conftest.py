@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import settings
 
-from tests.flux import GOLDEN
+from demo.small_flux import GOLDEN
 
 # an example that is slow because the machine is busy is no failure; a failing one prints how to repeat it
 settings.register_profile("pack", deadline=None, print_blob=True)

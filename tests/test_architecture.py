@@ -33,12 +33,9 @@ ALLOWED = {
 }
 # imported inside the functions that need them, when installed
 OPTIONAL = {"train": {"torchao", "bitsandbytes", "prodigyopt"}, "qrlora_plots": {"matplotlib"}}
-HOST_FILES = {
-    "comfy": {"host.py", "host_train.py", "hooks.py"},
-    "folder_paths": {"folders.py"},
-    "server": {"host_train.py", "routes.py"},
-    "aiohttp": {"routes.py"},
-}
+# only these folders of nodes/ may import the host's own modules
+HOST_ROOMS = {"comfy": ("host",), "folder_paths": ("host",), "server": ("host", "training"), "aiohttp": ("training",)}
+TRAIN_FOR_NODES = ("train.config", "train.events")  # standard library only
 
 
 def python_files(*rooms):
@@ -54,23 +51,30 @@ def imports(path):
             yield node.module or "", node.level
 
 
+def resolved(path, name, level):
+    """The dotted name from the pack's root of a relative import."""
+    package = path.relative_to(ROOT).parent.parts
+    return ".".join([*package[: len(package) - level + 1], *filter(None, [name])])
+
+
 @pytest.mark.parametrize(
     "path", python_files("qrlora_core", "qrlora_plots", "train", "nodes"), ids=lambda path: path.as_posix()[-40:]
 )
 def test_imports(path):
-    room = path.relative_to(ROOT).parts[0]
+    parts = path.relative_to(ROOT).parts
+    room = parts[0]
     for name, level in imports(path):
+        if level:
+            target = resolved(path, name, level)
+            allowed = {room} if room != "nodes" else {"nodes", "qrlora_core", "qrlora_plots"}
+            assert target.split(".")[0] in allowed or target in TRAIN_FOR_NODES, f"{path.name} reaches for {target}"
+            if room == "nodes" and parts[1] == "host":  # the seam serves the nodes and knows none of them
+                assert not target.startswith("nodes.") or target.startswith("nodes.host"), target
+            continue
         top = name.split(".")[0]
-        if level == 1 or (level and room != "nodes"):
-            assert level == 1, f"{path.name} reaches out of its room"
-        elif level:  # ..qrlora_core, ..qrlora_plots, or the two standard-library modules of the trainer
-            assert (level == 2 and top in ("qrlora_core", "qrlora_plots")) or name in (
-                "train.config",
-                "train.events",
-            ), name
-        else:
-            assert top in STDLIB | ALLOWED[room] | OPTIONAL.get(room, set()), f"{path.name} imports {name}"
-            assert path.name in HOST_FILES.get(top, {path.name}), f"only {HOST_FILES[top]} may import {name}"
+        assert top in STDLIB | ALLOWED[room] | OPTIONAL.get(room, set()), f"{path.name} imports {name}"
+        if room == "nodes" and top in HOST_ROOMS:
+            assert parts[1] in HOST_ROOMS[top], f"only nodes/{HOST_ROOMS[top][0]} may import {name}"
 
 
 @pytest.mark.parametrize("path", python_files("train"), ids=lambda path: path.name)
@@ -93,7 +97,7 @@ def test_the_door_imports_lazily():
 
 
 SOURCES = [
-    *python_files("qrlora_core", "qrlora_plots", "train", "nodes", "benchmarks", "tests"),
+    *python_files("qrlora_core", "qrlora_plots", "train", "nodes", "demo", "benchmarks", "tests"),
     ROOT / "dev.py",
     ROOT / "__init__.py",
 ]
@@ -124,13 +128,18 @@ def test_versions_and_requirements_agree():
     assert qrlora_core.__version__ in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("path", python_files("demo", "benchmarks"), ids=lambda path: path.as_posix()[-40:])
+def test_nothing_outside_the_tests_imports_them(path):
+    assert "tests" not in {name.split(".")[0] for name, level in imports(path) if not level}
+
+
 def test_helper_packs_stay_out_of_the_pack():
     """The toy's and the tests' own nodes reach ComfyUI only where a demo or a test links their folders."""
-    packs = [ROOT / "benchmarks" / "toy" / "comfy_pack", ROOT / "tests" / "host" / "helper_pack"]
+    packs = [ROOT / "demo" / "comfy_pack", ROOT / "tests" / "host" / "helper_pack"]
     for path in [ROOT / "__init__.py", *python_files("qrlora_core", "train", "nodes")]:
         text = path.read_text(encoding="utf-8")
         assert not any(pack.name in text for pack in packs) and "benchmarks" not in text and "QRLoRAToy" not in text
     host_only = {"comfy", "comfy_api", "folder_paths"}
-    for path in python_files("benchmarks/toy"):
+    for path in python_files("demo"):
         used = {name.split(".")[0] for name, level in imports(path) if not level} & host_only
         assert not used or path == packs[0] / "nodes.py", f"{path.name} imports {used}"

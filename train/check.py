@@ -54,7 +54,7 @@ def check(config: FitConfig, data: bool = True) -> dict[str, Any]:
     _check_packages(found["versions"], config, problems)
     if not problems:
         try:
-            from .inspect import look_at_device, look_at_files
+            from .run.plan import look_at_device, look_at_files
         except (ImportError, RuntimeError, OSError, AttributeError) as error:
             # what is installed and does not load: another version of Python, a DLL that is missing, mixed versions
             broken = (getattr(error, "name", None) or "diffusers").split(".")[0]
@@ -91,7 +91,7 @@ def dry_run(config: FitConfig) -> str:
     Raises:
         QRLoRAError: the model or the data cannot be read.
     """
-    from .inspect import planned
+    from .run.plan import planned
 
     settings = "\n".join(f"{key} = {json.dumps(value)}" for key, value in as_table(config).items())
     return f"{settings}\n\n{planned(config)}"

@@ -46,7 +46,7 @@ def _fit(args: argparse.Namespace) -> int:
         from .check import dry_run
 
         return _guarded(lambda: sys.stdout.write(dry_run(config) + "\n"), EventWriter(None), config)
-    from .watch import Stopped, StopWatch
+    from .run.stop import Stopped, StopWatch
 
     watch = StopWatch(args.stop_file)
     if args.lifeline:
@@ -62,7 +62,7 @@ def _fit(args: argparse.Namespace) -> int:
         raise
 
     def work() -> None:
-        from .fit import fit
+        from .run.fit import fit
 
         with watch.signals():
             path = fit(config, events, watch)
@@ -83,7 +83,7 @@ def _encode(args: argparse.Namespace) -> int:
     config = _config(args, EncodeConfig)
 
     def work() -> None:
-        from .encode import encode
+        from .data.encode import encode
 
         log.info("training cache written: %s", encode(config))
 

@@ -6,10 +6,10 @@ import torch
 
 from qrlora_core import FileFormatError, PathError, QRLoRAError, TargetError, WeightError
 
-from .checkpoint import NO_ROOM
 from .config import FitConfig
 from .errors import TrainError
-from .estimate import out_of_memory
+from .run.checkpoint import NO_ROOM
+from .run.estimate import out_of_memory
 
 _REASONS = ((TargetError, "settings"), (WeightError, "model"), (FileFormatError, "model"), (PathError, "disk"))
 

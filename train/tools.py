@@ -30,9 +30,9 @@ from qrlora_core import (
 )
 from qrlora_core.linalg import orthonormality_error
 
-from .basis import cached_basis
 from .errors import TrainError
-from .source import BaseModel
+from .model.basis import cached_basis
+from .model.source import BaseModel
 
 log = logging.getLogger(__name__)
 

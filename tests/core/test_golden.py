@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 import qrlora_core as core
-from tests.flux import ALPHA_BETA, GOLDEN, golden_flux, golden_output, golden_tensors, own_weight, with_weights
+from demo.small_flux import ALPHA_BETA, GOLDEN, golden_flux, golden_output, golden_tensors, own_weight, with_weights
 
 
 def adapter(name):

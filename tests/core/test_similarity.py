@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 import qrlora_core as core
+from demo.small_flux import GOLDEN
 from tests.core.test_merge import NAMES, change, make, of
-from tests.flux import GOLDEN
 
 PUBLISHED = {"delta_r": "delta_r", "q": "q", "r": "base_r"}
 

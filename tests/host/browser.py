@@ -15,7 +15,7 @@ from selenium.common.exceptions import JavascriptException, NoAlertPresentExcept
 from selenium.webdriver.chrome.options import Options
 from selenium.webdriver.chrome.service import Service
 
-from tests.host.instance import Server
+from demo.server import Server
 
 HOW_TO = (
     "no Chromium with its driver found: install them (Debian, Ubuntu: apt-get install chromium chromium-driver), "

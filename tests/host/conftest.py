@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from tests.host import instance
+from demo import server as instance
 
 HOST = instance.find_host()
 

@@ -43,8 +43,8 @@ helpers = load_module("qr_lora_helpers", PACK / "tests" / "host" / "helper_pack"
 extension = asyncio.run(pack.comfy_entrypoint())
 node_ids = [node.GET_SCHEMA().node_id for node in asyncio.run(extension.get_node_list())]
 
-import qr_lora_pack.nodes.apply as apply
-import qr_lora_pack.nodes.host as host_room
+import qr_lora_pack.nodes.host.application as apply
+import qr_lora_pack.nodes.host.places as host_room
 import qr_lora_pack.qrlora_core as core
 
 weights = comfy.utils.load_torch_file(str(GOLDEN / "base_bfl.safetensors"))

@@ -5,10 +5,10 @@ import time
 
 import pytest
 
+from demo.server import PACK, Server
+from demo.workflow import editable
 from tests.host import browser, training
 from tests.host.conftest import HOST
-from tests.host.graph import editable
-from tests.host.instance import PACK, Server
 from tests.host.test_train import owner_environment, whole_graph
 from tests.host.training import children
 

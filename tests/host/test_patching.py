@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.host import instance
+from demo import server as instance
 from tests.host.conftest import HOST, run_probe
 
 NODES = "LoadResidual LoadDeltaR Merge Apply SaveResidual SaveDeltaR ExportLoRA Train TrainOptions Similarity"

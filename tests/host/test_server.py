@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.host import instance
+from demo import server as instance
+from demo.server import GOLDEN, PACK, WorkflowError, ran
+from demo.workflow import is_widget
 from tests.host.conftest import HOST
-from tests.host.graph import is_widget
-from tests.host.instance import GOLDEN, PACK, WorkflowError, ran
 
 WORKFLOW = json.loads((PACK / "tests" / "workflows" / "merge_api.json").read_text())
 SNAPSHOT = PACK / "tests" / "host" / "object_info.json"

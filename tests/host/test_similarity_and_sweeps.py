@@ -9,10 +9,10 @@ from PIL import Image, ImageChops, ImageDraw
 from safetensors.torch import load_file, save_file
 
 import qrlora_core as core
+from demo import server as instance
+from demo.server import GOLDEN, WorkflowError
 from qrlora_plots import text
-from tests.host import instance
 from tests.host.conftest import HOST
-from tests.host.instance import GOLDEN, WorkflowError
 from tests.host.test_server import gap, node, output, workflow
 
 ADAPTERS = {"style": "2", "content": "3"}

@@ -9,10 +9,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from benchmarks.toy import demo_graph, demo_host
-from benchmarks.toy.concepts import CONTENT, FIT, MORE, STYLE, draw_picture, fit, read_picture
-from benchmarks.toy.model import STEPS, WEIGHTS, load_toy, sample
-from tests.host import instance
+from demo import graph as demo_graph
+from demo import in_comfyui as demo_host
+from demo import server as instance
+from demo.concepts import CONTENT, FIT, MORE, STYLE, draw_picture, fit, read_picture
+from demo.model import STEPS, WEIGHTS, load_toy, sample
 from tests.host.conftest import HOST
 
 PROMPT = "a ring in blue dotted style"

@@ -13,9 +13,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from tests.host import instance, training
+from demo import server as instance
+from demo.server import WorkflowError
+from tests.host import training
 from tests.host.conftest import HOST
-from tests.host.instance import WorkflowError
 from tests.host.training import (
     Client,
     adapter_names,

@@ -13,9 +13,9 @@ import time
 import psutil
 import pytest
 
+from demo.server import PACK, WorkflowError
 from tests.host import training
 from tests.host.conftest import HOST
-from tests.host.instance import PACK, WorkflowError
 from tests.host.training import (
     FakeServer,
     adapter_names,

@@ -7,13 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from demo.server import PACK
+from demo.small_flux import GOLDEN, golden_flux, golden_output, golden_tensors
 from qrlora_core import Basis, open_adapter
-from tests.flux import GOLDEN, golden_flux, golden_output, golden_tensors
-from tests.host.instance import PACK
 from tests.train.conftest import small_cache
 from train.config import FitConfig, make_config
-from train.fit import fit
-from train.layer import inject
+from train.model.layer import inject
+from train.run.fit import fit
 
 WORKFLOW = json.loads((PACK / "tests" / "workflows" / "merge_api.json").read_text(encoding="utf-8"))
 

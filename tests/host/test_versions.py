@@ -6,8 +6,8 @@ import json
 import pytest
 from safetensors.torch import load_file
 
-from tests.host import instance
-from tests.host.instance import GOLDEN, PACK, ran
+from demo import server as instance
+from demo.server import GOLDEN, PACK, ran
 from tests.host.test_patching import NODES, older_hosts
 
 WORKFLOW = json.loads((PACK / "tests" / "workflows" / "merge_api.json").read_text(encoding="utf-8"))

@@ -5,8 +5,8 @@ import os
 
 import pytest
 
-from tests.host.graph import editable, input_specs, is_widget
-from tests.host.instance import PACK, WorkflowError
+from demo.server import PACK, WorkflowError
+from demo.workflow import editable, input_specs, is_widget
 
 FILES = sorted([*PACK.glob("example_workflows/*.json"), *PACK.glob("tests/workflows/*.json")])
 MERGE = PACK / "tests" / "workflows" / "merge_api.json"

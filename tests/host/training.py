@@ -16,8 +16,8 @@ import websocket
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from tests.host import instance
-from tests.host.instance import GOLDEN, PACK
+from demo import server as instance
+from demo.server import GOLDEN, PACK
 
 NAME = "K\u00fcche \u8bad\u7ec3 folder"
 WIDTH = 768  # of CLIP-L, whose output the small FLUX takes as context and as vector

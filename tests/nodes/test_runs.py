@@ -10,7 +10,9 @@ import pytest
 
 from tests.nodes.pack import ROOT, load
 
-runs, owner, jobs, preflight, process = (load(n) for n in ("runs", "owner", "jobs", "preflight", "process"))
+runs, owner, jobs, preflight, process = (
+    load(f"training.{n}") for n in ("runs", "owner", "jobs", "preflight", "process")
+)
 events = __import__(f"{owner.__name__.split('.')[0]}.train.events", fromlist=["TrainEvent"])
 
 
@@ -67,7 +69,7 @@ import sys, time
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
 from tests.nodes.pack import load
-with load("runs").Run(Path(sys.argv[1])).locked() as held:
+with load("training.runs").Run(Path(sys.argv[1])).locked() as held:
     print(held is not None, flush=True)
     time.sleep(60)
 """

@@ -13,7 +13,7 @@ import pytest
 
 from tests.nodes.pack import ROOT, load
 
-process, watching, runs = load("process"), load("watch"), load("runs")
+process, watching, runs = load("training.process"), load("training.watch"), load("training.runs")
 FAKE = ROOT / "tests" / "fake_trainer.py"
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="the fake trainer uses signals and limits of POSIX")
 

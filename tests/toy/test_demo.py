@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.toy import demo
-from benchmarks.toy.concepts import CONTENT, STYLE, read_picture
-from benchmarks.toy.judge import Row, experiments, summary, verdict
-from benchmarks.toy.pictures import BARRED, HEART, SUNSET
-from benchmarks.toy.reader import read
+from demo import story as demo
+from demo.concepts import CONTENT, STYLE, read_picture
+from demo.judge import Row, experiments, summary, verdict
+from demo.pictures import BARRED, HEART, SUNSET
+from demo.reader import read
 from qrlora_core import open_adapter
 from qrlora_plots import contact_sheet
 

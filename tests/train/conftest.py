@@ -8,8 +8,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
+from demo.small_flux import GOLDEN
 from qrlora_core import CacheItem, EncodedPicture, EncodedText, save_cache
-from tests.flux import GOLDEN
 from train.config import FitConfig, make_config
 
 

@@ -13,17 +13,17 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 
+from demo.small_flux import GOLDEN
 from qrlora_core import Basis, flux_targets
-from tests.flux import GOLDEN
 from tests.train.tiny import sparse_flux
 from train import check as module
 from train.check import check, dry_run, readable
 from train.config import FitConfig, make_config
 from train.errors import TrainError
-from train.estimate import SAVED_DOUBLE, SAVED_SINGLE, estimate_memory, out_of_memory, require_memory
-from train.flow import velocity
-from train.layer import inject
-from train.source import BaseModel
+from train.model.layer import inject
+from train.model.source import BaseModel
+from train.run.estimate import SAVED_DOUBLE, SAVED_SINGLE, estimate_memory, out_of_memory, require_memory
+from train.run.flow import velocity
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -132,7 +132,7 @@ def test_versions(version, least, older):
 
 
 def test_a_package_that_is_installed_and_broken(settings, monkeypatch):
-    monkeypatch.setitem(sys.modules, "train.inspect", None)
+    monkeypatch.setitem(sys.modules, "train.run.plan", None)
     (problem,) = check(settings())["problems"]
     assert "a package is broken" in problem["what"] and "--force-reinstall" in problem["fix"]
 
@@ -202,7 +202,7 @@ def test_a_run_that_does_not_fit_names_what_to_switch_on(flux, monkeypatch):
     import psutil
 
     memory = psutil.virtual_memory()._replace(available=10_000_000_000)
-    monkeypatch.setattr("train.estimate.psutil.virtual_memory", lambda: memory)
+    monkeypatch.setattr("train.run.estimate.psutil.virtual_memory", lambda: memory)
     with pytest.raises(
         TrainError, match=r"needs about 2\d\.\d GB of RAM, 10\.0 GB are free.*base_storage fp8"
     ) as caught:

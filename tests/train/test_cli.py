@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from demo.small_flux import GOLDEN
 from qrlora_core import open_adapter
-from tests.flux import GOLDEN
 from tests.train.conftest import small_cache
 from train import cli
 from train.arguments import make_parser
@@ -183,7 +183,7 @@ def test_what_nobody_foresaw_keeps_its_traceback(run, monkeypatch, caplog):
     def surprise(*_):
         raise KeyError("surprise")
 
-    monkeypatch.setattr("train.fit.prepare", surprise)
+    monkeypatch.setattr("train.run.fit.prepare", surprise)
     assert run("fit") == FAILED
     assert "KeyError: 'surprise'" in caplog.text and "Traceback" in caplog.text
 

@@ -92,7 +92,7 @@ def test_accepted(change):
 def test_rules_that_are_accepted_are_those_that_diffusers_reads():
     import torch
 
-    from train.optim import make_scheduler
+    from train.run.optim import make_scheduler
 
     config = make_config(FitConfig, FIT, {"scheduler": "piecewise_constant", "scheduler_rules": "1:2,0.5:4,0.25"})
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)

@@ -8,8 +8,8 @@ from diffusers import FluxPipeline
 
 from qrlora_core import CacheItem, EncodedPicture, EncodedText, TrainingCache, save_cache
 from tests.train.conftest import small_cache
-from train.data import Sampler
-from train.flow import flow_loss, model_inputs, shifted, weighted_mse
+from train.data.batches import Sampler
+from train.run.flow import flow_loss, model_inputs, shifted, weighted_mse
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ from PIL import Image, ImageOps
 
 from qrlora_core import EncodedText, TrainingCache, bucket_size
 from tests.train import tiny
-from train import encode as module
 from train.config import ConfigError, EncodeConfig, make_config
-from train.encode import encode, fitted, read_picture
+from train.data import encode as module
+from train.data.encode import encode, fitted, read_picture
 from train.errors import TrainError
 
 NO_TEXT = EncodedText(torch.zeros(1, 1), torch.zeros(1))

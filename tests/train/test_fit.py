@@ -13,19 +13,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from demo.small_flux import GOLDEN
 from qrlora_core import PathError, WeightError, open_adapter
-from tests.flux import GOLDEN
 from tests.train.conftest import small_cache
-from train import checkpoint
-from train import fit as fit_module
 from train.cli import main
 from train.config import as_table
 from train.errors import TrainError
 from train.events import EventWriter, parse, read_events
-from train.fit import fit
-from train.prepare import make_accelerator
-from train.source import BaseModel
-from train.watch import Stopped, StopWatch
+from train.model.source import BaseModel
+from train.run import checkpoint
+from train.run import fit as fit_module
+from train.run.fit import fit
+from train.run.prepare import make_accelerator
+from train.run.stop import Stopped, StopWatch
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -178,7 +178,7 @@ def test_a_finished_run_is_not_trained_again(settings):
 
 def test_a_second_start_decomposes_nothing(settings, elsewhere, monkeypatch):
     fit(settings())
-    monkeypatch.setattr("train.basis.decompose", lambda *a, **k: pytest.fail("decomposed again"))
+    monkeypatch.setattr("train.model.basis.decompose", lambda *a, **k: pytest.fail("decomposed again"))
     fit(elsewhere(settings()))
 
 

@@ -9,8 +9,8 @@ from torch import nn
 
 from qrlora_core import LayerTarget, decompose
 from train.config import FitConfig, make_config
-from train.layer import QRLinear, inject, trained_parameters
-from train.optim import make_optimizer
+from train.model.layer import QRLinear, inject, trained_parameters
+from train.run.optim import make_optimizer
 
 OUT, IN, RANK, SCALING = 24, 20, 6, 0.5
 

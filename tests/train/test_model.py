@@ -4,13 +4,13 @@ import pytest
 import torch
 from torchao.utils import TorchAOBaseTensor
 
+from demo.small_flux import GOLDEN, base_weights, golden_tensors, to_diffusers
 from qrlora_core import decompose, flux_targets
-from tests.flux import GOLDEN, base_weights, golden_tensors, to_diffusers
 from train.errors import TrainError
-from train.flow import velocity
-from train.layer import inject, trained_parameters
-from train.model import DTYPES, _waiting_blocks, load_transformer
-from train.source import BaseModel
+from train.model.layer import inject, trained_parameters
+from train.model.source import BaseModel
+from train.model.transformer import DTYPES, _waiting_blocks, load_transformer
+from train.run.flow import velocity
 
 SOURCE = BaseModel(GOLDEN / "base_bfl.safetensors")
 # bounds of the largest difference to float32 in the output, and of the relative error of the gradients; the dtype in

@@ -6,11 +6,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from demo.small_flux import GOLDEN, base_weights, golden_flux, to_diffusers
 from qrlora_core import TargetError, flux_targets
-from tests.flux import GOLDEN, base_weights, golden_flux, to_diffusers
 from tests.train.tiny import sparse_flux
 from train.errors import TrainError
-from train.source import BaseModel
+from train.model.source import BaseModel
 
 SINGLE = GOLDEN / "base_bfl.safetensors"
 FUSED = "double_blocks.0.img_attn.qkv"

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from demo.small_flux import GOLDEN, own_weight
 from qrlora_core import (
     Adapter,
     AdapterLayer,
@@ -22,9 +23,8 @@ from qrlora_core import (
     save_adapter,
 )
 from qrlora_plots import PlotsUnavailableError
-from tests.flux import GOLDEN, own_weight
 from train.cli import main
-from train.source import BaseModel
+from train.model.source import BaseModel
 
 BASE = GOLDEN / "base_bfl.safetensors"
 STYLE, CONTENT, FULL = (GOLDEN / f"official_{name}.safetensors" for name in ("style", "content", "qr"))
@@ -176,7 +176,7 @@ def test_export_as_published_needs_the_base_r(tmp_path, caplog):
 
 
 def test_basis_is_the_file_that_fit_looks_for(tmp_path):
-    from train.basis import basis_path
+    from train.model.basis import basis_path
 
     assert run("basis", "--model", BASE, "--rank", 4, "--decomposition", "exact", "--output", tmp_path) == 0
     source = BaseModel(BASE)

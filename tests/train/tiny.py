@@ -10,8 +10,8 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeli
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
 
+from demo.small_flux import golden_flux
 from qrlora_core.storage import TensorSpec, header_bytes
-from tests.flux import golden_flux
 
 WIDTH = 64  # of the golden transformer's text and pooled inputs
 TOKENS = 24

@@ -1,0 +1,128 @@
+"""The demo's workflow in API form: two trainings, a merge to play with, and the sheet."""
+
+from typing import Any
+
+from demo.workflow import input_specs, is_widget
+
+from .comfy_pack.features import SIZE
+from .concepts import CONTENT, ENLARGED, FIT, MERGED_PROMPT, STYLE, Settings
+from .model import STEPS, WEIGHTS
+
+Graph = dict[str, dict[str, Any]]
+CONCEPTS = {"style": STYLE, "content": CONTENT}
+
+
+def graph(settings: Settings, seed: int, grid: str, in_graph: bool = True) -> Graph:
+    """The workflow in API form: train (or load) both, then one merge to play with, and the sweep."""
+    side = SIZE * ENLARGED
+    widgets = {name: value for name, value in settings.items() if name in FIT}
+    options = {name: value for name, value in settings.items() if name not in FIT}
+    nodes: Graph = {
+        "model": node("UNETLoader", unet_name=WEIGHTS.name, weight_dtype="default"),
+        "clip": node("QRLoRAToyTextEncoder"),
+        "vae": node("QRLoRAToyVAE"),
+        **(trained(widgets, options) if in_graph else loaded()),
+        "prompt": node("CLIPTextEncode", text=MERGED_PROMPT, clip=["clip", 0]),
+        "noise": node("EmptySD3LatentImage", width=side, height=side, batch_size=1),
+        "merge": node(
+            "QRLoRAMerge",
+            delta_r_style=["style", 0],
+            alpha=1.0,
+            delta_r_content=["content", 0],
+            beta=1.0,
+            on_basis_mismatch="stack",
+        ),
+        "sweep": node(
+            "QRLoRAScaleSweep",
+            delta_r_style=["style", 0],
+            alphas=grid,
+            delta_r_content=["content", 0],
+            betas=grid,
+            on_basis_mismatch="stack",
+        ),
+    }
+    for name in ("merge", "sweep"):
+        nodes[f"{name}_apply"] = node("QRLoRAApply", model=["model", 0], delta_r=[name, 0], strength=1.0)
+        nodes[f"{name}_sample"] = node(
+            "KSampler",
+            model=[f"{name}_apply", 0],
+            positive=["prompt", 0],
+            negative=["prompt", 0],
+            latent_image=["noise", 0],
+            seed=seed,
+            steps=STEPS,
+            cfg=1.0,
+            sampler_name="euler",
+            scheduler="simple",
+            denoise=1.0,
+        )
+        nodes[f"{name}_decode"] = node("VAEDecode", samples=[f"{name}_sample", 0], vae=["vae", 0])
+    nodes["merge_picture"] = node("SaveImage", images=["merge_decode", 0], filename_prefix="merged")
+    nodes["sweep_sheet"] = node(
+        "QRLoRAContactSheet",
+        images=["sweep_decode", 0],
+        labels=["sweep", 1],
+        columns=0,
+        max_size=512,
+        title=["sweep", 2],
+        filename_prefix="sheet",
+    )
+    return nodes
+
+
+def trained(widgets: Settings, options: Settings) -> Graph:
+    """The two pictures, and a Train node for each."""
+    nodes: Graph = {"options": node("QRLoRATrainOptions", **options)}
+    for name, concept in CONCEPTS.items():
+        nodes[f"{name}_picture"] = node("LoadImage", image=f"{concept.name}.png")
+        nodes[name] = node(
+            "QRLoRATrain",
+            model_name=WEIGHTS.name,
+            clip=["clip", 0],
+            vae=["vae", 0],
+            dataset="none",
+            instance_prompt=concept.prompt,
+            trigger=concept.trigger,
+            resolution=SIZE * ENLARGED,
+            output_name=concept.name,
+            images=[f"{name}_picture", 0],
+            options=["options", 0],
+            **widgets,
+        )
+    return nodes
+
+
+def loaded() -> Graph:
+    """The two adapters from their files."""
+    return {
+        name: node("QRLoRALoadDeltaR", delta_r_name=f"{concept.name}.safetensors") for name, concept in CONCEPTS.items()
+    }
+
+
+def node(class_type: str, **inputs: Any) -> dict[str, Any]:
+    return {"class_type": class_type, "inputs": inputs}
+
+
+def with_defaults(workflow: Graph, object_info: dict[str, Any]) -> Graph:
+    """The workflow with every widget that it does not mention at its default, as the browser would send it."""
+    result: Graph = {}
+    for name, one in workflow.items():
+        specs = input_specs(object_info[one["class_type"]])
+        widgets = {key: spec[1] for key, spec in specs.items() if is_widget(spec) and len(spec) > 1}
+        defaults = {key: options["default"] for key, options in widgets.items() if "default" in options}
+        result[name] = {**one, "inputs": {**defaults, **one["inputs"]}}
+    return result
+
+
+def renamed(workflow: Graph, names: dict[str, str]) -> Graph:
+    """The same workflow with other ids."""
+    return {
+        names[name]: {
+            **one,
+            "inputs": {
+                key: [names[value[0]], value[1]] if isinstance(value, list) else value
+                for key, value in one["inputs"].items()
+            },
+        }
+        for name, one in workflow.items()
+    }

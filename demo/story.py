@@ -1,0 +1,141 @@
+"""The whole story on a toy FLUX: train a content and a style on one picture each, merge, and look.
+
+python -m demo.story [--out demo] [--no-wait] [--headless]
+
+In a ComfyUI where one is found (COMFYUI_PATH, or ~/ComfyUI), in a scratch folder: the graph trains, merges and draws
+the sheet, and the page stays open. Without one: the same from the shell. Either way `--out` gets the two pictures, the
+two adapters, the alpha x beta sheet, the similarity picture, and the numbers.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image
+from torch import nn
+from tqdm import tqdm
+
+from qrlora_core import Adapter, MergeRecipe, merged_adapter, open_adapter, similarity_report, sweep
+from qrlora_plots import contact_sheet, similarity_png
+from demo.golden import installed_host
+
+from . import in_comfyui as demo_host
+from .concepts import CONTENT, FIT, MERGED_PROMPT, MORE, STYLE, Settings, fit, to_image
+from .judge import judge, summary, verdict
+from .model import load_toy, patched, sample
+
+GRID = "0, 0.25, 0.5, 0.75, 1"
+SHEET, SIMILARITY, NUMBERS = "sheet.png", "similarity.png", "numbers.json"
+SEED = 3  # from this noise the toy draws something whole even for two unknown words
+
+
+class Adapters(NamedTuple):
+    style: Adapter
+    content: Adapter
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the demo; 0 when both adapters do what they were trained for, 1 when not, 2 on a wrong setting."""
+    parser = argparse.ArgumentParser(
+        prog="dev.py demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder of the results")
+    parser.add_argument("--no-wait", action="store_true", help="end afterwards instead of keeping ComfyUI open")
+    parser.add_argument("--headless", action="store_true", help="do without ComfyUI even where one is found")
+    parser.add_argument("--steps", type=int, help="training steps of each adapter (fewer: a quick look)")
+    parser.add_argument("--pictures", type=int, default=48, help="pictures that the reader judges per experiment")
+    args = parser.parse_args(argv)
+    try:
+        host = None if args.headless else installed_host()
+    except FileNotFoundError as error:
+        print(error, file=sys.stderr)
+        return 2
+    start = time.monotonic()
+    args.out.mkdir(parents=True, exist_ok=True)
+    changes = {} if args.steps is None else {"steps": args.steps}
+
+    def train_outside() -> None:
+        train(args.out, changes)
+
+    def numbers(with_sheet: bool = False) -> bool:
+        result = show(args.out, args.pictures, with_sheet)
+        print(f"\ndone in {time.monotonic() - start:.0f} s", flush=True)
+        return result
+
+    try:
+        if host is None:
+            why = "" if args.headless else ": none was found (COMFYUI_PATH may name one)"
+            print(f"without ComfyUI{why}", flush=True)
+            train_outside()
+            good = numbers(with_sheet=True)
+        else:
+            os.environ["COMFYUI_PATH"] = str(host)  # where the host's part looks for an interpreter
+            settings = {**FIT, **MORE, **changes}
+            good = demo_host.run(host, args.out, settings, SEED, GRID, train_outside, numbers, not args.no_wait)
+    except subprocess.CalledProcessError as error:  # the trainer has said why
+        return error.returncode
+    return 0 if good else 1
+
+
+def train(out: Path, changes: Settings) -> None:
+    """Train both adapters by the trainer's own command; `changes` are settings other than the demo's."""
+    with tempfile.TemporaryDirectory(prefix="qr-lora-demo-") as scratch:
+        for concept in (CONTENT, STYLE):
+            print(f"\ntraining {concept.name} on one picture, {concept.prompt!r}", flush=True)
+            fit(concept, out, Path(scratch), **changes)
+
+
+def opened(out: Path) -> Adapters:
+    """The adapters of a demo's folder."""
+    return Adapters(*(open_adapter(out / f"{concept.name}.safetensors") for concept in (STYLE, CONTENT)))
+
+
+def show(out: Path, pictures: int, with_sheet: bool = True) -> bool:
+    """Sheet, similarity picture and numbers of the adapters in `out`; whether each does what it was trained for."""
+    adapters = opened(out)
+    model = load_toy()
+    if with_sheet:
+        sheet(model, adapters).save(out / SHEET)
+    similarity(adapters, out / SIMILARITY)
+    rows = judge(model, *adapters, pictures, lambda work: tqdm(work, desc="reading samples", unit="experiment"))
+    (out / NUMBERS).write_text(json.dumps([row._asdict() for row in rows], indent=1), encoding="utf-8")
+    print(f"\n{'prompts and adapters':<42} {'pictures':>8} {'new content':>12} {'new style':>10} {'other words':>12}")
+    for row in rows:
+        print(f"{row.title:<42} {row.pictures:>8} {row.content:>12.0%} {row.style:>10.0%} {row.rest:>12.0%}")
+    print(f"\n{summary(rows)}\n")
+    for name in (SHEET, SIMILARITY, NUMBERS):
+        print(out / name, flush=True)
+    return verdict(rows)
+
+
+def sheet(model: nn.Module, adapters: Adapters) -> Image.Image:
+    """One noise at every alpha and beta of the grid, labelled."""
+    labels, pictures = grid_pictures(model, adapters, GRID)
+    return contact_sheet(pictures, labels, title=f"{MERGED_PROMPT}; alpha: style, beta: content").image
+
+
+def grid_pictures(model: nn.Module, adapters: Adapters, grid: str) -> tuple[list[str], list[Image.Image]]:
+    """Labels and pictures of the merged prompt at every pair of the grid's numbers."""
+    cells = sweep(MergeRecipe.of(adapters.style), grid, MergeRecipe.of(adapters.content), grid)
+    pictures = []
+    for cell in tqdm(cells, desc="alpha x beta", unit="picture"):
+        pixels = sample(patched(model, merged_adapter(cell.recipe)), [MERGED_PROMPT], [SEED])[0]
+        pictures.append(to_image(pixels))
+    return [cell.label for cell in cells], pictures
+
+
+def similarity(adapters: Adapters, path: Path) -> None:
+    """The picture of how alike the two adapters are, layer by layer."""
+
+    path.write_bytes(similarity_png(similarity_report(*adapters)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

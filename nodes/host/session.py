@@ -1,0 +1,81 @@
+"""What a node asks of the running ComfyUI: memory, Cancel, the progress bar, messages to the pages."""
+
+import gc
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
+
+import comfy.model_management
+import comfy.utils
+import psutil
+from server import PromptServer
+from torch import Tensor
+
+from .encoders import PREVIEW_SIZE, preview
+
+Item = TypeVar("Item")
+
+Interrupted = comfy.model_management.InterruptProcessingException
+
+
+def with_progress(items: Sequence[Item]) -> Iterator[Item]:
+    """Go through `items` under ComfyUI's progress bar; its Cancel button ends the loop with its own exception."""
+    bar = comfy.utils.ProgressBar(len(items))
+    for index, item in enumerate(items):
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        yield item
+        bar.update_absolute(index + 1, len(items))
+
+
+def free_models() -> None:
+    """Take every model of ComfyUI off the graphics card."""
+    comfy.model_management.unload_all_models()
+    gc.collect()
+    comfy.model_management.soft_empty_cache()
+
+
+def memory() -> tuple[int | None, int]:
+    """Free bytes: of the graphics card (None without one), of RAM."""
+    device = comfy.model_management.get_torch_device()
+    ram = int(psutil.virtual_memory().available)
+    if device.type in ("cpu", "mps"):
+        return None, ram
+    return int(comfy.model_management.get_free_memory(device)), ram
+
+
+def card_memory() -> int | None:
+    """All bytes of the graphics card, None without one of its own."""
+    device = comfy.model_management.get_torch_device()
+    return None if device.type in ("cpu", "mps") else int(comfy.model_management.get_total_memory(device))
+
+
+def take_interrupt() -> bool:
+    """Whether Cancel was pressed since the last call. Taking it makes a second press visible as another one."""
+    if comfy.model_management.processing_interrupted():
+        comfy.model_management.interrupt_current_processing(False)
+        return True
+    return False
+
+
+class Progress:
+    """ComfyUI's progress bar of this node. Cancel does not end the caller, but waits for `take_interrupt`."""
+
+    def __init__(self) -> None:
+        self._bar = comfy.utils.ProgressBar(1)
+
+    def show(self, done: int, total: int, latent: Tensor | None = None) -> None:
+        picture = None if latent is None else ("JPEG", preview(latent), PREVIEW_SIZE)
+        try:
+            self._bar.update_absolute(done, max(total, 1), picture)
+        except Interrupted:  # the host's own hook raises it, and forgets that it was pressed
+            comfy.model_management.interrupt_current_processing(True)
+
+
+def prompt_id() -> str | None:
+    """The queue entry that runs now."""
+    return getattr(PromptServer.instance, "last_prompt_id", None)
+
+
+def send(kind: str, message: dict[str, Any]) -> None:
+    """Tell every open page; without a server (a script that imports the nodes) nobody."""
+    if getattr(PromptServer, "instance", None) is not None:
+        PromptServer.instance.send_sync(kind, message)

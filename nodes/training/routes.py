@@ -1,0 +1,77 @@
+"""What a page may ask about trainings: their state, a sample's picture, and to stop one.
+
+The routes belong to the server object and ask it for the jobs, so that a pack that is loaded again neither registers
+them twice nor leaves them with the jobs of its former self.
+"""
+
+import asyncio
+import io
+import logging
+from pathlib import Path
+
+from aiohttp import web
+from server import PromptServer
+
+from ...qrlora_core import QRLoRAError, TensorFile, contained_path
+from ..host import encoders, folders
+from .jobs import JOBS, Jobs
+from .runs import Run
+
+log = logging.getLogger(__name__)
+
+_MARK = "qrlora_train_jobs"
+
+
+def register() -> None:
+    """Add the routes to the running server, once; without a server nothing happens."""
+    server = getattr(PromptServer, "instance", None)
+    if server is None:
+        return
+    known = hasattr(server, _MARK)
+    setattr(server, _MARK, JOBS)
+    if known:
+        return
+
+    def jobs() -> Jobs:
+        found: Jobs = getattr(server, _MARK)
+        return found
+
+    @server.routes.get("/qrlora/train/state")
+    async def state(request: web.Request) -> web.Response:
+        return web.json_response({"jobs": [job.summary() for job in jobs().all()]})
+
+    @server.routes.get("/qrlora/train/sample")
+    async def sample(request: web.Request) -> web.Response:
+        step = request.query.get("step", "")
+        if not (step.isascii() and step.isdigit() and len(step) < 10):
+            return web.json_response({"error": "step is a number"}, status=400)
+        try:
+            png = await asyncio.to_thread(sample_png, request.query.get("run", ""), int(step))
+        except QRLoRAError as error:
+            return web.json_response({"error": str(error)}, status=404)
+        return web.Response(body=png, content_type="image/png", headers={"Cache-Control": "private, max-age=3600"})
+
+    @server.routes.post("/qrlora/train/stop")
+    async def stop(request: web.Request) -> web.Response:
+        try:
+            node = (await request.json())["node"]
+        except (ValueError, KeyError, TypeError):
+            return web.json_response({"error": 'expected {"node": id}'}, status=400)
+        if not jobs().request_stop(str(node)):
+            return web.json_response({"error": "this node is not training"}, status=404)
+        return web.json_response({"stopping": str(node)})
+
+
+def sample_png(run: str, step: int) -> bytes:
+    """A sample's latents as a small PNG.
+
+    Raises:
+        PathError: the name leaves the folder of runs.
+        FileFormatError: no such sample, or one that is still being written.
+    """
+    folder: Path = contained_path(folders.runs_folder(), run)
+    path = Run(folder).folder / "samples" / f"step-{step:08}.safetensors"
+    picture = encoders.preview(TensorFile(path).tensor("latent"))
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()

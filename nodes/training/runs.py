@@ -1,0 +1,232 @@
+"""Run folders: `<output>/qrlora/runs/<name>-<key>/`, one per training, never deleted unasked.
+
+| file | what |
+|---|---|
+| `settings.json` | what the trainer was told |
+| `events.jsonl` | what it reported, of all its starts |
+| `log.txt` | its output |
+| `checkpoints/`, `samples/` | where it goes on from, and sample latents |
+| `adapter-<steps>.safetensors` | the result after that many steps |
+| `result.json` | which results were checked, and under which names they were published |
+| `lock`, `trainer.json`, `stop` | who trains here now; asks it to stop |
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from ...qrlora_core import PathError, free_name
+
+_CHECKPOINT = re.compile(r"step-(\d+)\.safetensors")
+_SHA_BLOCK = 1 << 20
+
+
+def key_of(parts: Any) -> str:
+    """Twelve hex digits of JSON values; the same for the same values in any order of keys."""
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def sha256(path: Path) -> str:
+    """The file's SHA-256 in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_SHA_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+class Run:
+    """One run folder; making the object makes nothing on disk."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.name = folder.name
+        self.settings = folder / "settings.json"
+        self.events = folder / "events.jsonl"
+        self.log = folder / "log.txt"
+        self.stop = folder / "stop"
+        self.trainer = folder / "trainer.json"
+
+    def adapter(self, steps: int) -> Path:
+        return self.folder / f"adapter-{steps:08}.safetensors"
+
+    def checkpoint_step(self) -> int:
+        """The newest checkpoint's step, 0 without any."""
+        names = (_CHECKPOINT.fullmatch(path.name) for path in (self.folder / "checkpoints").glob("step-*.safetensors"))
+        return max((int(name[1]) for name in names if name), default=0)
+
+    def samples(self) -> dict[int, Path]:
+        """Step -> file of sample latents, in order."""
+        files = sorted((self.folder / "samples").glob("step-*.safetensors"))
+        return {int(name[1]): path for path in files if (name := _CHECKPOINT.fullmatch(path.name))}
+
+    def write(self, path: Path, values: Any) -> None:
+        """JSON into the folder, whole or not at all."""
+        temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps(values, indent=1, ensure_ascii=True), encoding="utf-8")
+            temporary.replace(path)
+        except OSError as error:
+            raise PathError(f"{self.name}/{path.name} cannot be written: {error.strerror or error}") from error
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def results(self) -> dict[str, Any]:
+        """Steps as text -> {"sha256", "published": {output name: file name}}."""
+        return _read_json(self.folder / "result.json")
+
+    def record(self, steps: int, digest: str, published: Mapping[str, str] | None = None) -> None:
+        """Remember a checked result, and perhaps {wanted name: file name} that it got."""
+        results = self.results()
+        entry = results.get(str(steps), {})
+        names = entry.get("published", {}) if entry.get("sha256") == digest else {}
+        results[str(steps)] = {"sha256": digest, "published": {**names, **(published or {})}}
+        self.write(self.folder / "result.json", results)
+
+    def finished(self, steps: int) -> str:
+        """SHA-256 of the checked result after `steps` steps, "" when there is none."""
+        return str(self.results().get(str(steps), {}).get("sha256", ""))
+
+    def set_aside(self, steps: int) -> None:
+        """Rename an adapter that no run vouched for: nothing of an earlier run may pass for the next one's."""
+        path = self.adapter(steps)
+        if path.exists():
+            path.replace(path.with_suffix(".unchecked.safetensors"))
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[int | None]:
+        """Hold the folder's lock; yields its descriptor, or None when another process has it.
+
+        The system lets go of it when its holder dies. The trainer inherits the descriptor where that is possible, so
+        that a folder stays locked while the trainer of a killed ComfyUI still writes its checkpoint.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            yield descriptor if _lock(descriptor) else None
+        finally:
+            os.close(descriptor)
+
+    def note_trainer(self, pid: int) -> None:
+        """Remember which process trains here."""
+        with contextlib.suppress(psutil.Error):
+            self.write(self.trainer, {"pid": pid, "created": psutil.Process(pid).create_time()})
+
+    def earlier_trainer(self) -> tuple[int, float] | None:
+        """Process id and start of the trainer noted last."""
+        noted = _read_json(self.trainer)
+        with contextlib.suppress(KeyError, TypeError, ValueError):
+            return int(noted["pid"]), float(noted["created"])
+        return None
+
+
+def find_runs(root: Path, key: str) -> list[Run]:
+    """The run folders of a key, whatever the adapter is called; the one that got furthest comes first."""
+    ending = re.compile(rf".*-{key}(-\d+)?")
+    folders = [path for path in sorted(root.glob(f"*-{key}*")) if path.is_dir() and ending.fullmatch(path.name)]
+    return sorted(map(Run, folders), key=lambda run: -run.checkpoint_step())
+
+
+def choose_run(root: Path, name: str, key: str, steps: int, resume: str) -> Run:
+    """Where to train: a run that can be gone on with, otherwise a new folder.
+
+    Args:
+        root: the folder of all runs.
+        name: the adapter's name; its last part names the folder.
+        key: of everything but the number of steps.
+        steps: a run that is already past them cannot be used.
+        resume: "auto"; "never": a new folder unless nothing was trained yet; "require".
+
+    Raises:
+        PathError: "require", and there is nothing to go on with.
+    """
+    runs = [run for run in find_runs(root, key) if run.checkpoint_step() <= steps]
+    if resume == "never":
+        runs = [run for run in runs if run.checkpoint_step() == 0]
+    if runs and (resume != "require" or runs[0].checkpoint_step()):
+        return runs[0]
+    if resume == "require":
+        raise PathError(
+            "resume is 'require', but no checkpoint of a run with these pictures and settings, up to "
+            f"{steps} steps, is in {root.parent.name}/{root.name}"
+        )
+    stem = name.replace("\\", "/").rsplit("/", 1)[-1].removesuffix(".safetensors")
+    number, folder = 1, root / f"{stem}-{key}"
+    while folder.exists():
+        number += 1
+        folder = root / f"{stem}-{key}-{number}"
+    return Run(folder)
+
+
+def publish(source: Path, folder: Path, name: str) -> Path:
+    """Give a finished adapter its name in `folder`; a name that is taken gets a number, nothing is overwritten.
+
+    A hard link where the disk has them: no second copy. Otherwise a copy under a temporary name first.
+
+    Raises:
+        PathError: the name is refused, or the folder cannot be written.
+    """
+    temporary = None
+    try:
+        while True:
+            target = free_name(folder, name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(source, target)
+                return target
+            except FileExistsError:
+                continue  # another ComfyUI was faster
+            except OSError:  # no hard links here
+                pass
+            if temporary is None:
+                temporary = folder / f".qrlora-{uuid.uuid4().hex}.tmp"
+                shutil.copyfile(source, temporary)
+            try:
+                with target.open("xb"):  # takes the name; empty for a moment
+                    pass
+            except FileExistsError:
+                continue
+            temporary.replace(target)
+            return target
+    except OSError as error:
+        raise PathError(f"{name} cannot be written in {folder.name}: {error.strerror or error}") from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A table, empty when the file is missing or broken: then nothing was vouched for."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _lock(descriptor: int) -> bool:
+    """Take an exclusive lock without waiting; whether that worked."""
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            os.lseek(descriptor, 0, os.SEEK_SET)
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
+        else:
+            import fcntl
+
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

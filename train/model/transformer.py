@@ -1,0 +1,136 @@
+"""The frozen transformer: built empty, filled tensor by tensor, held in as few bits as asked for, by diffusers' means.
+
+No step holds the model twice. The library's casting and offloading hooks work in training too: autograd keeps what a
+layer computed with, and with gradient checkpointing that is one block at a time.
+"""
+
+import importlib.util
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from accelerate.utils import set_module_tensor_to_device
+from diffusers import FluxTransformer2DModel
+from diffusers.hooks import apply_group_offloading, apply_layerwise_casting
+from diffusers.quantizers import DiffusersAutoQuantizer
+from torch import nn
+
+from ..config import Precision, Storage
+from ..errors import TrainError
+from .source import BaseModel
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.float8_e4m3fn}
+BITS: dict[Storage, float] = {"fp32": 32, "bf16": 16, "fp16": 16, "fp8": 8, "int8": 8.1, "nf4": 4.5}
+NEEDS: dict[Storage, str] = {"int8": "torchao", "nf4": "bitsandbytes"}
+
+# What is held in fewer bits are the linear layers of the blocks; the rest is small and sensitive.
+_OUTSIDE = ["x_embedder", "context_embedder", "time_text_embed", "norm_out", "proj_out"]
+
+
+def load_transformer(
+    source: BaseModel,
+    storage: Storage = "bf16",
+    precision: Precision = "bf16",
+    device: torch.device | None = None,
+    offload: float = 0.0,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> FluxTransformer2DModel:
+    """Load a base model, frozen.
+
+    Args:
+        source: where the weights are.
+        storage: how the linear layers of the blocks are held.
+        precision: what the model computes in; all other weights are held so, too.
+        device: where it computes.
+        offload: share of the blocks that wait in RAM and come to the device for each use, 0 to 1.
+        on_progress: called with (tensors done, tensors in all).
+
+    Raises:
+        TrainError: reason "library" when a quantisation's package is not installed, "model" when tensors are missing.
+    """
+    device = device or torch.device("cpu")
+    compute = DTYPES[precision]
+    with init_empty_weights():
+        model = FluxTransformer2DModel(**source.config)
+    expected = set(model.state_dict())
+    if expected - source.specs.keys():
+        missing = sorted(expected - source.specs.keys())
+        raise TrainError("model", f"{source.path.name} lacks {len(missing)} tensors: {', '.join(missing[:3])}")
+    quantizer = _quantizer(storage, compute, device)
+    if quantizer is not None:
+        quantizer.preprocess_model(model, device_map=None, keep_in_fp32_modules=[])
+    waiting = _waiting_blocks(source.blocks, offload) if device.type != "cpu" else set()
+    casts = quantizer is None and storage != precision
+    for done, name in enumerate(sorted(expected), 1):
+        value = source.tensor(name)
+        inside = "transformer_blocks." in name and ".norm_" not in name
+        value = value.to(DTYPES[storage] if casts and inside else compute)
+        place = torch.device("cpu") if _block_of(name) in waiting else device
+        if quantizer is not None and quantizer.check_if_quantized_param(model, value, name, {}):
+            quantizer.create_quantized_param(model, value, name, place, {}, [])
+        else:
+            set_module_tensor_to_device(model, name, place, value=value, dtype=value.dtype)
+        on_progress(done, len(expected))
+    model.requires_grad_(False)
+    if casts:
+        for block in _blocks(model):
+            # an empty tuple, not None: None would cast the block as a whole, later adapters with it
+            apply_layerwise_casting(block, DTYPES[storage], compute, skip_modules_pattern=())
+    for name in waiting:
+        # leaf by leaf, and before adapters go in: those stay on the device, with their gradients
+        apply_group_offloading(model.get_submodule(name), device, torch.device("cpu"), "leaf_level", non_blocking=True)
+    return model
+
+
+def install_hint(package: str) -> str:
+    """The command that installs a package for this very interpreter."""
+    return f'"{sys.executable}" -m pip install {package}'
+
+
+def require_package(package: str, purpose: str) -> None:
+    """Raise TrainError (reason "library") when a package is not installed."""
+    if importlib.util.find_spec(package) is None:
+        raise TrainError("library", f"{purpose} needs the package {package}: {install_hint(package)}")
+
+
+def _quantizer(storage: Storage, compute: torch.dtype, device: torch.device) -> Any:
+    if storage not in NEEDS:
+        return None
+    require_package(NEEDS[storage], f"base_storage {storage}")
+    import diffusers
+
+    if storage == "int8":
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        config: Any = diffusers.TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=list(_OUTSIDE))
+    else:
+        config = diffusers.BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=compute,
+            llm_int8_skip_modules=list(_OUTSIDE),
+        )
+    quantizer = DiffusersAutoQuantizer.from_config(config, pre_quantized=False)
+    try:
+        quantizer.validate_environment(device_map={"": device})
+    except (RuntimeError, ImportError, ValueError) as error:
+        raise TrainError("library", f"base_storage {storage} cannot be used here: {error}") from error
+    return quantizer
+
+
+def _blocks(model: FluxTransformer2DModel) -> Iterable[nn.Module]:
+    yield from model.transformer_blocks
+    yield from model.single_transformer_blocks
+
+
+def _block_of(name: str) -> str:
+    """`transformer_blocks.3` of `transformer_blocks.3.attn.to_q.weight`; "" outside of the blocks."""
+    return ".".join(name.split(".")[:2]) if "transformer_blocks." in name else ""
+
+
+def _waiting_blocks(blocks: tuple[int, int], offload: float) -> set[str]:
+    """Which blocks wait in RAM: the given share of each kind, the last ones."""
+    names = zip(("transformer_blocks", "single_transformer_blocks"), blocks)
+    return {f"{kind}.{index}" for kind, count in names for index in range(count - round(count * offload), count)}

@@ -1,0 +1,75 @@
+"""The adapter that a run leaves behind: written, opened again, looked at, announced."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+
+from qrlora_core import Adapter, open_adapter, save_adapter
+
+from ..config import FitConfig
+from ..errors import TrainError
+from ..model.layer import trained_adapter
+from ..model.transformer import DTYPES
+from .prepare import Run, output_path
+
+
+def save(run: Run) -> Path:
+    """Write the adapter, open it again, look at every tensor, and say so."""
+    path = output_path(run.config)
+    if run.accelerator.is_main_process:
+        run.reporter.phase("save", text="writing the adapter")
+        adapter = stored(
+            trained_adapter(run.layers, run.basis_of, run.config.alpha, run.config.name or path.stem), run.config
+        )
+        save_adapter(adapter, path, format=run.config.output_format, metadata=adapter_metadata(run), overwrite=True)
+        written = open_adapter(path)
+        if written.layers.keys() != run.layers.keys():
+            raise TrainError(
+                "internal", f"{path.name} has {len(written.layers)} layers, {len(run.layers)} were trained"
+            )
+        for name in written.layers:
+            written.layer(name)  # raises when a value is not finite
+        inside = path.parent.resolve() == Path(run.config.run_dir).resolve()
+        file = path.name if inside else str(path)
+        run.reporter.emit("saved", step=run.done, what="adapter", file=file)
+        run.reporter.emit("finished", step=run.done, file=file, sha256=_sha256(path))
+    run.accelerator.wait_for_everyone()
+    return path
+
+
+def stored(adapter: Adapter, config: FitConfig) -> Adapter:
+    """The adapter in the precision that it is to be stored in."""
+    dtype = DTYPES[config.save_dtype]
+    if dtype == torch.float32:
+        return adapter
+    layers = {}
+    for name in adapter.layers:
+        layer = adapter.layer(name)
+        initial = None if layer.initial is None else type(layer.initial)(*(t.to(dtype) for t in layer.initial))
+        layers[name] = layer._replace(up=layer.up.to(dtype), down=layer.down.to(dtype), initial=initial)
+    return Adapter.from_tensors(adapter.name, layers, config.alpha, method=adapter.method)
+
+
+def adapter_metadata(run: Run) -> dict[str, str]:
+    """What a reader of the file may want to know besides the standard fields; no path of this machine."""
+    config = run.config
+    fields = {
+        "qrlora.run_id": run.run_id,
+        "qrlora.base_fingerprint": run.source.fingerprint,
+        "qrlora.trigger": config.trigger,
+        "qrlora.prompt": config.prompt,
+        "qrlora.steps": str(run.done),
+        "qrlora.learning_rate": f"{config.learning_rate:g}",
+        "qrlora.seed": str(config.seed),
+        "modelspec.trigger_phrase": config.trigger,
+    }
+    return {key: value for key, value in fields.items() if value}
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

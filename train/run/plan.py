@@ -1,0 +1,94 @@
+"""The half of `check` that needs torch: device, model, data, memory."""
+
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from qrlora_core import QRLoRAError, TrainingCache
+
+from ..config import FitConfig
+from ..data.batches import Sampler
+from ..errors import TrainError
+from ..model.source import BaseModel
+from .estimate import breakdown, estimate_memory, gigabytes, require_memory
+from .prepare import make_accelerator
+
+Problems = list[dict[str, str]]
+
+
+def look_at_device(config: FitConfig, found: dict[str, Any], problems: Problems) -> None:
+    """Fill in `device`, `vram_free` and `ram_free`."""
+    found["ram_free"] = psutil.virtual_memory().available
+    try:
+        device = make_accelerator(config).device
+    except TrainError as error:
+        problems.append({"what": str(error), "fix": "set device to auto or cpu, or install torch for this GPU"})
+        return
+    found["device"] = str(device)
+    if device.type == "cuda":
+        found["device"] = f"{device} ({torch.cuda.get_device_name(device)})"
+        found["vram_free"] = torch.cuda.mem_get_info(device)[0]
+
+
+def look_at_files(config: FitConfig, found: dict[str, Any], problems: Problems, data: bool) -> None:
+    """Fill in `model` and `estimate`; the data are looked at when they should exist."""
+    try:
+        source = BaseModel(Path(config.model))
+        double, single = source.blocks
+        dtypes = sorted({str(spec.dtype).removeprefix("torch.") for spec in source.specs.values()})
+        found["model"] = {
+            "is_flux": True,
+            "blocks": f"{double}+{single}",
+            "dtype": "/".join(dtypes),
+            "fingerprint": source.fingerprint,
+        }
+        targets = source.targets(config.targets)
+    except QRLoRAError as error:
+        problems.append({"what": str(error), "fix": "choose a FLUX.1 model and targets that it has"})
+        return
+    shapes = [_default_shape(source)]
+    if data:
+        try:
+            shapes = Sampler(TrainingCache(Path(config.data)), config).shapes
+        except QRLoRAError as error:
+            problems.append({"what": str(error), "fix": "write the training cache with `python -m train encode`"})
+    estimate = estimate_memory(config, source, targets, shapes)
+    # the basis, two checkpoints and one being written, and the adapter
+    disk = 2 * sum(config.rank * sum(target.shape) * 4 for target in targets) + 4 * estimate.trained
+    found["estimate"] = {"vram": estimate.vram, "ram": estimate.ram, "disk": disk}
+    if found["disk_free"] < disk:
+        problems.append({"what": f"the run needs about {gigabytes(disk)} of disk", "fix": "free some room"})
+    if found["device"] and config.memory_check:
+        try:
+            require_memory(estimate, torch.device(found["device"].split(" ")[0]))
+        except TrainError as error:
+            what, _, fix = str(error).partition(". ")
+            problems.append({"what": what, "fix": fix})
+
+
+def planned(config: FitConfig) -> str:
+    """The memory estimate and the layers, in lines."""
+    source = BaseModel(Path(config.model))
+    targets = source.targets(config.targets)
+    cache = TrainingCache(Path(config.data))
+    sampler = Sampler(cache, config)
+    shapes = sampler.shapes + Sampler(cache, config, is_class=True).shapes
+    estimate = estimate_memory(config, source, targets, shapes)
+    count = sum(config.rank * (t.shape[1] if config.method != "qr" else sum(t.shape)) for t in targets)
+    pictures = sum(not item.is_class for item in cache.items)
+    lines = [
+        f"base       {source.path.name}, {source.blocks[0]} double and {source.blocks[1]} single blocks, "
+        f"fingerprint {source.fingerprint}",
+        f"data       {pictures} pictures, {len(cache.items) - pictures} class pictures, {len(sampler.shapes)} buckets",
+        f"memory     about {gigabytes(estimate.vram)} on the device ({breakdown(estimate)})",
+        f"trained    {count / 1e6:.2f} million numbers in {len(targets)} layers:",
+    ]
+    lines += [f"  {target.name} {target.shape[0]}x{target.shape[1]}" for target in targets]
+    return "\n".join(lines)
+
+
+def _default_shape(source: BaseModel) -> tuple[int, ...]:
+    """A square picture of 512 pixels and 512 tokens of text, the published sizes."""
+    return (source.config["in_channels"] // 4, 64, 64, 512, source.config["joint_attention_dim"])

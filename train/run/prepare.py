@@ -1,0 +1,285 @@
+"""Everything between the settings and the first step: checks that cost nothing come first, the model comes last."""
+
+import hashlib
+import json
+import logging
+import os
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from qrlora_core import FileFormatError, LayerTarget, TensorFile, TrainingCache
+
+from ..config import FitConfig, as_table
+from ..data.batches import Sampler, generator_of
+from ..errors import TrainError
+from ..model.basis import BasisOf, cached_basis
+from ..model.layer import QRLinear, inject, trained_parameters
+from ..model.source import BaseModel
+from ..model.transformer import DTYPES, load_transformer
+from .checkpoint import Checkpoint, newest_checkpoint, remove_leftovers
+from .estimate import estimate_memory, require_memory
+from .optim import make_optimizer, make_scheduler, restore_optimizer
+from .reporter import Reporter
+from .stop import StopWatch
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Run:
+    """A run that is ready for its next step."""
+
+    config: FitConfig
+    accelerator: Any
+    source: BaseModel
+    sampler: Sampler
+    class_sampler: Sampler
+    model: Any
+    layers: dict[str, QRLinear]
+    parameters: dict[str, nn.Parameter]
+    basis_of: BasisOf
+    optimizer: torch.optim.Optimizer
+    scheduler: Any
+    scaler: Any
+    identity: dict[str, Any]
+    run_id: str
+    done: int
+    reporter: Reporter
+    watch: StopWatch
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.accelerator.device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.config.precision]
+
+
+def prepare(config: FitConfig, accelerator: Any, reporter: Reporter, watch: StopWatch) -> Run:
+    """Check the settings against the files, find where to go on, load the model and put the trained layers in.
+
+    Raises:
+        TrainError: with the reason.
+        QRLoRAError: a file, target or weight does not fit.
+    """
+    run_dir, main = Path(config.run_dir), accelerator.is_main_process
+    reporter.phase("load", text="reading the base model's header and the data")
+    source, cache = BaseModel(Path(config.model)), _cache(Path(config.data))
+    sampler, class_sampler = Sampler(cache, config), Sampler(cache, config, is_class=True)
+    _check_data(sampler, source, cache)
+    targets = source.targets(config.targets)
+    identity = {
+        "base": source.fingerprint,
+        "data": cache.fingerprint(),
+        "processes": accelerator.num_processes,
+        **config.trajectory(),
+    }
+    run_id = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    output = output_path(config)
+    _require_own_output(output, run_id)
+    checkpoint = _resumed(config, identity)
+    if config.memory_check:
+        shapes = sampler.shapes + class_sampler.shapes
+        require_memory(estimate_memory(config, source, targets, shapes), accelerator.device)
+    if main:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(run_dir)
+        _write_settings(config)
+
+    def on_basis(done: int, total: int) -> None:
+        watch.check()
+        reporter.phase("basis", done, total, "decomposing the base model")
+
+    def on_model(done: int, total: int) -> None:
+        watch.check()
+        reporter.phase("model", done, total, "loading the base model")
+
+    folder = Path(config.basis_cache) if config.basis_cache else run_dir.parent / "basis"
+    # Apple's GPUs have no float64, which the decomposition needs in one place
+    device = torch.device("cpu") if accelerator.device.type == "mps" else accelerator.device
+    with accelerator.local_main_process_first():  # the others find the file
+        basis_of, _ = cached_basis(folder, source, targets, config.rank, config.decomposition, device, on_basis)
+    model = load_transformer(
+        source, config.base_storage, config.precision, accelerator.device, config.offload, on_model
+    )
+    layers = inject(
+        model,
+        targets,
+        basis_of,
+        config.method,
+        config.scaling,
+        start_of=lambda target: _start(config, target),
+        device=accelerator.device,
+        dtype=DTYPES[config.precision],
+    )
+    if config.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    model.train()
+    parameters = trained_parameters(layers)
+    optimizer = make_optimizer(parameters.values(), config)
+    done = _restore(checkpoint, parameters, optimizer)
+    scaler = torch.amp.GradScaler(accelerator.device.type, enabled=config.precision == "fp16")
+    if checkpoint is not None:
+        reporter.smoothed_loss = checkpoint.state["smoothed_loss"]
+        if checkpoint.state["scaler"]:
+            scaler.load_state_dict(checkpoint.state["scaler"])
+    return Run(
+        config=config,
+        accelerator=accelerator,
+        source=source,
+        sampler=sampler,
+        class_sampler=class_sampler,
+        model=model,
+        layers=layers,
+        parameters=parameters,
+        basis_of=basis_of,
+        optimizer=optimizer,
+        scheduler=make_scheduler(optimizer, config, done),
+        scaler=scaler,
+        identity=identity,
+        run_id=run_id,
+        done=done,
+        reporter=reporter,
+        watch=watch,
+    )
+
+
+def output_path(config: FitConfig) -> Path:
+    """Where the adapter goes."""
+    return Path(config.output) if config.output else Path(config.run_dir) / "adapter.safetensors"
+
+
+def make_accelerator(config: FitConfig) -> Any:
+    """Accelerate's view of this process: its device, its number, how many there are.
+
+    Raises:
+        TrainError: reason "settings": the device cannot be used, or the launcher's processes do not find each other.
+    """
+    try:
+        wanted = None if config.device == "auto" else torch.zeros(1, device=config.device).device
+    except (RuntimeError, AssertionError) as error:
+        raise TrainError("settings", f"device {config.device!r} cannot be used: {error}") from error
+    if wanted is not None and wanted.type != "cpu":
+        os.environ.setdefault("ACCELERATE_TORCH_DEVICE", config.device)
+    # without a graphics card accelerate joins a launcher's processes only when it is told that they are for the CPU
+    accelerator = Accelerator(cpu=config.device == "cpu" or (wanted is None and not _has_accelerator()))
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != accelerator.num_processes:  # each would train by itself, into the same files
+        raise TrainError(
+            "settings", f"the launcher started {started} processes, but accelerate joined {accelerator.num_processes}"
+        )
+    if wanted is not None and accelerator.device.type != wanted.type:  # the launcher or its config file says otherwise
+        raise TrainError("settings", f"device is {config.device!r}, but accelerate was set up for {accelerator.device}")
+    return accelerator
+
+
+def _has_accelerator() -> bool:
+    """Whether device "auto" is anything but the CPU."""
+    if hasattr(torch, "accelerator"):  # since torch 2.6; knows every kind of card
+        return bool(torch.accelerator.is_available())
+    return bool(torch.cuda.is_available() or torch.backends.mps.is_available())
+
+
+def _cache(path: Path) -> TrainingCache:
+    if not path.is_file():
+        raise TrainError(
+            "data", f"the training cache {path.name!r} does not exist; `python -m train encode` writes one"
+        )
+    try:
+        return TrainingCache(path)
+    except FileFormatError as error:
+        raise TrainError("data", str(error)) from error
+
+
+def _check_data(sampler: Sampler, source: BaseModel, cache: TrainingCache) -> None:
+    """Whether the cache was made for such a model."""
+    for index, item in enumerate(cache.items):
+        channels = cache.latent_shape(index)[0]
+        if 4 * channels != source.config["in_channels"]:
+            wanted = source.config["in_channels"] // 4
+            raise TrainError("data", f"the latents of {item.name} have {channels} channels, the model takes {wanted}")
+    for index in range(cache.text_count):
+        text = cache.text(index)
+        found = (text.embeds.shape[1], text.pooled.shape[0])
+        expected = (source.config["joint_attention_dim"], source.config["pooled_projection_dim"])
+        if found != expected:
+            raise TrainError("data", f"the texts have widths {found}, the model takes {expected} (T5, CLIP)")
+    if sampler.config.caption_dropout and cache.empty_text is None:
+        raise TrainError("data", "caption_dropout needs the empty caption in the cache; write the cache again")
+
+
+def _require_own_output(path: Path, run_id: str) -> None:
+    """An adapter of another run is never written over."""
+    if path.is_dir():
+        raise TrainError("settings", f"output {path.name!r} is a folder; name a file")
+    if path.exists():
+        try:
+            owner = TensorFile(path).metadata.get("qrlora.run_id")
+        except FileFormatError:
+            owner = None
+        if owner != run_id:
+            raise TrainError("settings", f"{path.name} exists and is not of this run; choose another output or run_dir")
+
+
+def _resumed(config: FitConfig, identity: dict[str, Any]) -> Checkpoint | None:
+    """The checkpoint to go on from, once it is sure that it belongs to these settings, model and data."""
+    checkpoint = newest_checkpoint(Path(config.run_dir))
+    if checkpoint is None:
+        if config.resume == "require":
+            raise TrainError("resume", "there is no checkpoint in run_dir to resume from")
+        return None
+    if config.resume == "never":
+        raise TrainError("resume", "run_dir holds checkpoints of an earlier run; resume it, or choose another folder")
+    then = checkpoint.state["identity"]
+    different = [key for key in identity if json.dumps(then.get(key)) != json.dumps(identity[key])]
+    if "base" in different:
+        raise TrainError("resume", f"this run began with another base model ({then['base']}, now {identity['base']})")
+    if "data" in different:
+        raise TrainError("resume", "this run began with other pictures or captions; use another run_dir")
+    if different:
+        changes = ", ".join(f"{key} {then.get(key)!r} -> {identity[key]!r}" for key in different)
+        raise TrainError("resume", f"this run began with other settings: {changes}. Use another run_dir")
+    if checkpoint.step > config.steps:
+        raise TrainError("resume", f"the run has {checkpoint.step} steps already; steps is {config.steps}")
+    return checkpoint
+
+
+def _restore(
+    checkpoint: Checkpoint | None, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
+) -> int:
+    """Put a checkpoint's tensors in place; how many steps it has."""
+    if checkpoint is None:
+        return 0
+    held = checkpoint.tensors("param.")
+    if held.keys() != parameters.keys():
+        raise TrainError("resume", f"{checkpoint.path.name} holds {len(held)} tensors, expected {len(parameters)}")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(held[name])
+    restore_optimizer(optimizer, checkpoint.tensors("optimizer."), checkpoint.state["optimizer"])
+    return checkpoint.step
+
+
+def _start(config: FitConfig, target: LayerTarget) -> Tensor | None:
+    """dR before the first step, (rank, in); None stands for zeros."""
+    if config.init == "zero" or config.method == "qr":
+        return None
+    generator = generator_of(config.seed, "start", target.name)
+    return torch.randn(config.rank, target.shape[1], generator=generator) * config.delta_scale
+
+
+def _write_settings(config: FitConfig) -> None:
+    """What this run was told, beside its results. No absolute paths: folders are shared and moved."""
+    names = {key: Path(getattr(config, key)).name for key in ("model", "data", "run_dir", "output", "basis_cache")}
+    path = Path(config.run_dir) / "resolved.json"
+    temporary = path.with_name(f".qrlora-{uuid.uuid4().hex}.tmp")
+    temporary.write_text(json.dumps(as_table(config) | names, indent=1), encoding="utf-8")
+    temporary.replace(path)
