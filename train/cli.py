@@ -153,5 +153,5 @@ RUN: dict[str, Callable[[argparse.Namespace], int]] = {
     "merge": _tool("tools", "merge_files"),
     "export": _tool("tools", "export"),
     "similarity": _tool("similarity", "similarity"),
-    "sample": _tool("sample", "sample"),
+    "sample": _tool("run.sample", "sample"),
 }
