@@ -62,7 +62,7 @@ def headless() -> int:
         output = golden_output(with_weights(patched_weights(merged_adapter(recipe))))
         worst = max(worst, row(f"alpha {alpha:g}, beta {beta:g}", output, golden[f"merged.{alpha}.{beta}.out"]))
     report = merge_report(merge(style, 1.0, content, 1.0))
-    print(f"\n{report.layers} layers, {report.shared} on one basis, {report.stacked} stacked, rank {report.rank}")
+    print(f"\n{report.layers} layers, {report.shared} on one basis, {report.joint} on a joint basis, rank {report.rank}")
     print(f"{'equal' if worst <= TOLERANCE else 'NOT EQUAL'} to the published outputs within {TOLERANCE:g}")
     return 0 if worst <= TOLERANCE else 1
 

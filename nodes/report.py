@@ -29,8 +29,9 @@ def merge_text(recipe: MergeRecipe, done: MergeReport) -> str:
     """The terms, and what happened where bases differ."""
     lines = [" + ".join(map(str, recipe.terms))]
     lines.append(f"{done.layers} layers, rank {done.rank}")
-    if done.stacked:
-        lines.append(f"{done.stacked} layers on different bases: stacked, exact")
+    if done.joint:
+        dropped = f"; {done.dropped} columns that add nothing left out" if done.dropped else ""
+        lines.append(f"{done.joint} layers on different bases: written on a joint basis, exact{dropped}")
     if done.aligned:
         worst = max(done.lost, key=lambda name: done.lost[name])
         lines.append(
@@ -39,7 +40,7 @@ def merge_text(recipe: MergeRecipe, done: MergeReport) -> str:
         )
     if done.off:
         lines.append(f"{done.off} layers switched off by block factors of 0")
-    if not done.stacked and not done.aligned:
+    if not done.joint and not done.aligned:
         lines.append("one basis: \u0394R added")
     return "\n".join(lines)
 

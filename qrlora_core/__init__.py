@@ -3,6 +3,7 @@
 __version__ = "0.1.0"
 
 from .adapter import METHODS, Adapter, AdapterLayer, LayerInfo
+from .basis import JointBasis, initial_basis, joint_basis, open_basis, orthonormal, own_basis, same_basis, save_basis
 from .blocks import BlockRange, BlockScale, parse_ranges
 from .cache import CacheItem, EncodedPicture, EncodedText, TrainingCache, bucket_size, save_cache
 from .errors import (
@@ -16,10 +17,10 @@ from .errors import (
 )
 from .formats import file_kind, open_adapter
 from .linalg import Basis, base_r, core_energy, decompose, residual_weight, restored_weight
-from .merge import MergeReport, merge, merge_report, merged_adapter
+from .merge import LayerSum, MergeReport, Product, layer_sum, merge, merge_report, merged_adapter
 from .recipe import MergeRecipe, Term
 from .residual import Residual, match_residual, storage_tolerance, value_dtype, write_residual
-from .save import open_basis, save_adapter, save_basis
+from .save import save_adapter
 from .similarity import similarity_report
 from .similarity_schema import SimilarityReport
 from .storage import TensorFile, contained_path, free_name, model_fingerprint
@@ -48,12 +49,15 @@ __all__ = [
     "EncodedPicture",
     "EncodedText",
     "FileFormatError",
+    "JointBasis",
     "LayerInfo",
     "LayerKind",
+    "LayerSum",
     "LayerTarget",
     "MergeRecipe",
     "MergeReport",
     "PathError",
+    "Product",
     "QRLoRAError",
     "Residual",
     "SettingError",
@@ -74,8 +78,11 @@ __all__ = [
     "file_kind",
     "flux_targets",
     "free_name",
+    "initial_basis",
+    "joint_basis",
     "layer_kind",
     "layer_names",
+    "layer_sum",
     "match_residual",
     "match_targets",
     "merge",
@@ -84,10 +91,13 @@ __all__ = [
     "model_fingerprint",
     "open_adapter",
     "open_basis",
+    "orthonormal",
+    "own_basis",
     "parse_ranges",
     "parse_scales",
     "residual_weight",
     "restored_weight",
+    "same_basis",
     "save_adapter",
     "save_basis",
     "save_cache",

@@ -52,12 +52,17 @@ class Adapter:
         metadata: the file's own strings.
         has_initial: whether every layer comes with its initial Q and R.
 
+    Args:
+        read: layer name -> tensors.
+        hold: keep what was read in memory, so that a file is read once, whoever refers to the adapter: patches, recipes
+            and sweeps share its tensors, and they go when nobody refers to it any more.
+
     Raises:
         FileFormatError: no layers, an unknown method, or shapes that contradict each other.
         TargetError: a layer that FLUX does not have.
     """
 
-    __slots__ = ("__dict__", "_read", "has_initial", "layers", "metadata", "method", "name")
+    __slots__ = ("__dict__", "__weakref__", "_held", "_read", "has_initial", "layers", "metadata", "method", "name")
 
     def __init__(
         self,
@@ -68,6 +73,7 @@ class Adapter:
         *,
         has_initial: bool,
         metadata: Mapping[str, str] | None = None,
+        hold: bool = False,
     ) -> None:
         if method not in METHODS:
             raise FileFormatError(f"{name}: method is {method!r}, expected one of {', '.join(METHODS)}")
@@ -83,6 +89,7 @@ class Adapter:
         self.metadata = dict(metadata or {})
         self.has_initial = has_initial
         self._read = read
+        self._held: dict[str, AdapterLayer] | None = {} if hold else None
 
     @classmethod
     def from_tensors(
@@ -119,17 +126,22 @@ class Adapter:
         return tuple(LayerTarget(name, info.shape) for name, info in self.layers.items())
 
     def layer(self, name: str) -> AdapterLayer:
-        """The tensors of one layer, in the dtype and precision of the file.
+        """The tensors of one layer, in the dtype and precision of the file; not to be changed.
 
         Raises:
             TargetError: the adapter has no such layer.
             WeightError: a tensor holds NaN or Inf.
+            FileFormatError: the file was changed before all of it was read.
         """
+        if self._held is not None and name in self._held:
+            return self._held[name]
         if name not in self.layers:
             raise TargetError(f"{self.name} has no layer {name!r}{nearest(name, self.layers)}")
         layer = self._read(name)
         for what, tensor in (("Q", layer.up), ("dR", layer.down), *zip("QR", layer.initial or ())):
             require_finite(tensor, f"{self.name}: {what} of {name}")
+        if self._held is not None:
+            self._held[name] = layer
         return layer
 
     def update(self, name: str) -> tuple[Tensor, Tensor, float]:
@@ -162,7 +174,7 @@ class Adapter:
             return None
         digest = hashlib.sha256()
         for name in self.layers:
-            layer = self._read(name)
+            layer = self.layer(name)
             q = layer.initial.q if self.method == "qr" and layer.initial else layer.up
             digest.update(f"{name}{tuple(q.shape)}".encode())
             digest.update(q.to(torch.float32).contiguous().numpy().data)

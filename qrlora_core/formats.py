@@ -1,6 +1,7 @@
 """The file formats of QR-LoRA: telling them apart and opening them (design, section 3). `save.py` writes them."""
 
 import re
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Literal, cast
@@ -9,7 +10,7 @@ import torch
 
 from .adapter import METHODS, Adapter, AdapterLayer, AdapterMethod, LayerInfo
 from .errors import FileFormatError
-from .linalg import Basis, orthonormality_error, trapezoid_error
+from .linalg import ORTHONORMAL, Basis, orthonormality_error, trapezoid_error
 from .storage import TensorFile
 from .targets import is_flux_layer, nearest
 
@@ -27,8 +28,8 @@ BASIS = {"q": "{}.q.weight", "r": "{}.r.weight"}
 # Training moves Q' and R' of a full-QR file away from their orthonormal and trapezoidal start, but not all the way;
 # a LoRA that began with zeros and noise has neither structure. On both scales 0 is perfect, 1 is none.
 _DRIFT = 0.5
-# Q stored in bfloat16 is orthonormal to about 2e-3
-_ORTHONORMAL = 1e-2
+
+_opened: weakref.WeakValueDictionary[tuple[str, int, int], Adapter] = weakref.WeakValueDictionary()
 
 _ADAPTER_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -52,17 +53,19 @@ def file_kind(file: TensorFile) -> FileKind:
 def open_adapter(path: Path) -> Adapter:
     """Open a published, portable or full-QR adapter. The header and the 0-D alphas are read, the rest when used.
 
+    A file that is open already, and was not changed since, is the same adapter: its tensors are in memory once.
+
     Raises:
         FileFormatError: it is something else (a plain LoRA, a residual, ...), or keys or shapes do not fit.
     """
     file = TensorFile(path)
+    known = _opened.get(file.identity())
+    if known is not None:
+        return known
     kind = file_kind(file)
-    if kind == "delta_r_published":
-        return _open_published(file)
-    if kind == "portable":
-        return _open_portable(file)
-    if kind == "qr_published":
-        return _open_full_qr(file)
+    if kind in _OPENERS:
+        _opened[file.identity()] = adapter = _OPENERS[kind](file)
+        return adapter
     found = {
         "lora": "is a plain LoRA (its `up` is not a basis): load it with ComfyUI's own Load LoRA node",
         "residual": "is a residual: load it with Load FLUX Residual",
@@ -135,7 +138,7 @@ def _open_published(file: TensorFile) -> Adapter:
         return AdapterLayer(q, file.tensor(keys["delta_r"]), initial)
 
     method = _stated_method(file, default="delta_r")
-    return Adapter(_title(file), method, infos, read, has_initial=has_base, metadata=file.metadata)
+    return Adapter(_title(file), method, infos, read, has_initial=has_base, metadata=file.metadata, hold=True)
 
 
 def _open_portable(file: TensorFile) -> Adapter:
@@ -158,7 +161,7 @@ def _open_portable(file: TensorFile) -> Adapter:
         rank = infos[name].rank  # [Q' Q] and [R'; -R]: the rank-2r difference that any LoRA loader adds correctly
         return AdapterLayer(up[:, :rank], down[:rank], Basis(up[:, rank:], -down[rank:]))
 
-    return Adapter(_title(file), method, infos, read, has_initial=method == "qr", metadata=file.metadata)
+    return Adapter(_title(file), method, infos, read, has_initial=method == "qr", metadata=file.metadata, hold=True)
 
 
 def _open_full_qr(file: TensorFile) -> Adapter:
@@ -168,7 +171,14 @@ def _open_full_qr(file: TensorFile) -> Adapter:
     def read(name: str) -> AdapterLayer:
         return AdapterLayer(file.tensor(layers[name]["up"]), file.tensor(layers[name]["down"]))
 
-    return Adapter(_title(file), "qr", infos, read, has_initial=False, metadata=file.metadata)
+    return Adapter(_title(file), "qr", infos, read, has_initial=False, metadata=file.metadata, hold=True)
+
+
+_OPENERS: dict[FileKind, Callable[[TensorFile], Adapter]] = {
+    "delta_r_published": _open_published,
+    "portable": _open_portable,
+    "qr_published": _open_full_qr,
+}
 
 
 def _info(file: TensorFile, name: str, up_key: str, down_key: str) -> LayerInfo:
@@ -224,7 +234,7 @@ def _is_full_qr(file: TensorFile) -> bool:
 def _is_delta_r(file: TensorFile) -> bool:
     if file.metadata.get("qrlora.method") in METHODS:
         return True
-    return _every_pair(file, PORTABLE, lambda up, down: orthonormality_error(up) <= _ORTHONORMAL)
+    return _every_pair(file, PORTABLE, lambda up, down: orthonormality_error(up) <= ORTHONORMAL)
 
 
 def _every_pair(

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from .adapter import Adapter
 from .blocks import BlockScale
+from .errors import SettingError
 from .targets import network_order
 
 
@@ -43,9 +44,21 @@ class Term:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MergeRecipe:
-    """Adapters and strengths; nothing is computed until a layer is asked for."""
+    """Adapters and strengths; nothing is computed until a layer is asked for.
+
+    Terms that differ in nothing but their strength are one term, so that merging a merge with itself, again and again,
+    does not double the work each time.
+    """
 
     terms: tuple[Term, ...]
+
+    def __post_init__(self) -> None:
+        joined: dict[object, Term] = {}
+        for term in self.terms:
+            key = (id(term.adapter), id(term.onto), term.scales)
+            known = joined.get(key)
+            joined[key] = replace(known, strength=known.strength + term.strength) if known else term
+        object.__setattr__(self, "terms", tuple(joined.values()))
 
     @classmethod
     def of(cls, adapter: Adapter, strength: float = 1.0) -> "MergeRecipe":
@@ -68,7 +81,13 @@ class MergeRecipe:
         return tuple(sorted({name for term in self.terms for name in term.adapter.layers}, key=network_order))
 
     def scaled(self, strength: float) -> "MergeRecipe":
-        """The same recipe with every strength multiplied."""
+        """The same recipe with every strength multiplied.
+
+        Raises:
+            SettingError: the factor, or what it makes of a strength, is not a finite number.
+        """
+        if not all(math.isfinite(strength * term.strength) for term in self.terms):
+            raise SettingError(f"strength {strength:g} is no usable factor here; use a number from -4 to 4")
         return MergeRecipe(tuple(replace(term, strength=term.strength * strength) for term in self.terms))
 
     def block_scaled(self, scale: BlockScale) -> "MergeRecipe":

@@ -12,19 +12,15 @@ from . import __version__
 from .adapter import Adapter, AdapterLayer
 from .errors import BasisMismatchError, FileFormatError
 from .formats import (
-    BASIS,
     FULL_QR,
     PORTABLE,
     PORTABLE_ALPHA,
     PUBLISHED,
     PUBLISHED_BASE_R,
-    file_kind,
-    group_layers,
     open_adapter,
 )
-from .linalg import Basis, require_finite
-from .storage import TensorFile, TensorSpec, write_tensors
-from .targets import network_order
+from .linalg import require_finite
+from .storage import TensorSpec, write_tensors
 
 AdapterFormat = Literal["portable", "published"]
 ADAPTER_FORMATS: tuple[str, ...] = ("portable", "published")
@@ -107,63 +103,6 @@ def standard_metadata(adapter: Adapter) -> dict[str, str]:
     if adapter.basis_fingerprint:
         fields["qrlora.basis_fingerprint"] = adapter.basis_fingerprint
     return fields
-
-
-def save_basis(
-    path: Path,
-    layers: Mapping[str, TensorSpec],
-    basis_of: Callable[[str], Basis],
-    metadata: Mapping[str, str],
-    *,
-    overwrite: bool = False,
-) -> Path:
-    """Stream the Q and R of many layers into one file, the cache of a decomposition.
-
-    Args:
-        path: must not exist unless `overwrite`.
-        layers: layer name -> spec of its weight; the file's dtype and the sizes follow from it and the rank that
-            `metadata["qrlora.rank"]` states.
-        basis_of: layer name -> Basis, asked once per layer in order.
-        metadata: must hold `qrlora.rank`.
-    """
-    rank = int(metadata["qrlora.rank"])
-    names = sorted(layers, key=network_order)
-    specs: dict[str, TensorSpec] = {}
-    for name in names:
-        dtype, (out, width) = layers[name]
-        specs[BASIS["q"].format(name)] = TensorSpec(dtype, (out, rank))
-        specs[BASIS["r"].format(name)] = TensorSpec(dtype, (rank, width))
-
-    def stream() -> Iterable[tuple[str, Tensor]]:
-        for name in names:
-            q, r = basis_of(name)
-            require_finite(q, f"Q of {name}")
-            require_finite(r, f"R of {name}")
-            yield BASIS["q"].format(name), q
-            yield BASIS["r"].format(name), r
-
-    return write_tensors(path, specs, stream(), {"qrlora.format": "basis", **metadata}, overwrite=overwrite)
-
-
-def open_basis(path: Path) -> tuple[dict[str, Callable[[], Basis]], dict[str, str]]:
-    """Layer name -> a reader of its Q and R, and the file's metadata; nothing is read yet.
-
-    Raises:
-        FileFormatError: another kind of file, or a layer without its Q or R.
-    """
-    file = TensorFile(path)
-    if file_kind(file) != "basis":
-        raise FileFormatError(f"{file.path.name} is not a basis; expected keys like {BASIS['q'].format('<layer>')}")
-    layers = group_layers(file, BASIS)
-    for name, keys in layers.items():
-        q, r = file.specs[keys["q"]].shape, file.specs[keys["r"]].shape
-        if len(q) != 2 or len(r) != 2 or q[1] != r[0]:
-            raise FileFormatError(f"{file.path.name}: {name} pairs Q {q} with R {r}, expected (out, r) and (r, in)")
-
-    def reader(keys: Mapping[str, str]) -> Callable[[], Basis]:
-        return lambda: Basis(file.tensor(keys["q"]), file.tensor(keys["r"]))
-
-    return {name: reader(layers[name]) for name in sorted(layers, key=network_order)}, file.metadata
 
 
 def _portable_entries(adapter: Adapter, name: str, _: object) -> Iterable[Entry]:

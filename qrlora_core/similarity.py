@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from .adapter import Adapter, AdapterLayer
+from .basis import same_basis
 from .errors import TargetError
 from .formats import few
-from .merge import same_basis
 from .similarity_schema import (
     QUANTITIES,
     SCHEMA,

@@ -8,8 +8,9 @@ import struct
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -46,7 +47,11 @@ class TensorSpec(NamedTuple):
 
 
 class TensorFile:
-    """A safetensors file, memory-mapped: opening it reads the header and nothing else, whatever its size.
+    """A safetensors file whose tensors are read when they are asked for; opening it reads the header and no more.
+
+    Tensors are read by offset and not through a memory map: a map faults, and takes the process with it, when somebody
+    shortens the file meanwhile. Size and time of the file are compared at every read, so that a file that was written
+    anew is told and never mixed with what it was.
 
     Attributes:
         path: where it lies.
@@ -64,14 +69,13 @@ class TensorFile:
     def __init__(self, path: Path, *, skip_other: bool = False) -> None:
         self.path = Path(path)
         try:
-            self._file: Any = safe_open(  # the library is not annotated
-                str(self.path), framework="pt", device="cpu"
-            )
-            self.metadata: dict[str, str] = dict(self._file.metadata() or {})
-            keys = list(self._file.keys())
-            slices = {key: self._file.get_slice(key) for key in keys}
-            raw = {key: (part.get_dtype(), tuple(part.get_shape())) for key, part in slices.items()}
-        except (SafetensorError, OSError, ValueError, OverflowError) as error:
+            self._version = _version(self.path.stat())
+            with safe_open(str(self.path), framework="pt", device="cpu") as file:  # checks header and length
+                self.metadata: dict[str, str] = dict(file.metadata() or {})
+            entries, start = _header(self.path)
+            raw = {key: (str(entry["dtype"]), tuple(entry["shape"])) for key, entry in entries.items()}
+            self._offsets = {key: start + int(entry["data_offsets"][0]) for key, entry in entries.items()}
+        except (SafetensorError, OSError, ValueError, OverflowError, KeyError, TypeError) as error:
             raise FileFormatError(
                 f"{self.path.name} is not a readable safetensors file ({error}); it may be truncated or still "
                 "being downloaded"
@@ -85,16 +89,35 @@ class TensorFile:
         self.specs = {key: TensorSpec(DTYPES[name], shape) for key, (name, shape) in raw.items()}
 
     def tensor(self, key: str) -> Tensor:
-        """One tensor, backed by the map: its bytes are read when they are used."""
+        """One tensor, in memory of its own.
+
+        Raises:
+            FileFormatError: no such tensor, or the file was changed or removed since it was opened.
+        """
+        if key not in self.specs:
+            raise FileFormatError(f"{self.path.name} has no tensor {key}")
+        spec = self.specs[key]
+        tensor = torch.empty(spec.shape, dtype=spec.dtype)
         try:
-            return cast(Tensor, self._file.get_tensor(key))
-        except SafetensorError as error:
+            with self.path.open("rb", buffering=0) as file:
+                self._require_unchanged(os.fstat(file.fileno()))
+                file.seek(self._offsets[key])
+                if spec.nbytes:
+                    _read_into(file, tensor.reshape(-1).view(torch.uint8).numpy().data)
+                self._require_unchanged(os.fstat(file.fileno()))
+        except (OSError, EOFError) as error:
             raise FileFormatError(f"{self.path.name}: {key} cannot be read ({error})") from error
+        return tensor
 
     def identity(self) -> tuple[str, int, int]:
         """Path, size and modification time: what tells one version of a file from another."""
-        status = self.path.stat()
-        return (str(self.path.resolve()), status.st_size, status.st_mtime_ns)
+        return (str(self.path.resolve()), *self._version)
+
+    def _require_unchanged(self, status: os.stat_result) -> None:
+        if _version(status) != self._version:
+            raise FileFormatError(
+                f"{self.path.name} was changed since it was opened; load it again (press R, then queue once more)"
+            )
 
 
 def model_fingerprint(path: Path) -> str:
@@ -246,6 +269,28 @@ def contained_path(folder: Path, name: str) -> Path:
     if reason:
         raise PathError(f"the file name {name!r} is refused: {reason}. Use a name inside {Path(folder).name}/")
     return path
+
+
+def _version(status: os.stat_result) -> tuple[int, int]:
+    return status.st_size, status.st_mtime_ns
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int]:
+    """The entries of a header that the library has accepted, and where the data begin."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        entries = json.loads(file.read(length))
+    entries.pop("__metadata__", None)
+    return entries, 8 + length
+
+
+def _read_into(file: FileIO, buffer: memoryview) -> None:
+    """Fill a buffer; one system call gives at most 2 GB."""
+    while buffer:
+        count = file.readinto(buffer)
+        if not count:
+            raise EOFError("the file ends too early")
+        buffer = buffer[count:]
 
 
 def header_bytes(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> bytes:

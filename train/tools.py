@@ -90,8 +90,8 @@ def merge_files(args: argparse.Namespace) -> None:
     recipe = merge(style, args.alpha, content, args.beta, args.on_basis_mismatch)
     done = merge_report(recipe)
     log.info(
-        "%d layers: %d on one basis, %d stacked, %d aligned (%.2g %% lost), rank %d",
-        done.layers, done.shared, done.stacked, done.aligned, 100 * done.lost_total, done.rank,
+        "%d layers: %d on one basis, %d on a joint basis, %d aligned (%.2g %% lost), rank %d",
+        done.layers, done.shared, done.joint, done.aligned, 100 * done.lost_total, done.rank,
     )  # fmt: skip
     _write(recipe, args)
 

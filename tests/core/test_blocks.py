@@ -69,7 +69,7 @@ def test_a_factor_of_zero_leaves_the_layer_out():
     assert list(core.merged_adapter(only_double).layers) == ["transformer_blocks.0.attn.to_q"]
     merged = core.merge(only_double, 1.0, only_single, 1.0)
     report = core.merge_report(merged)  # two bases, but never in one layer
-    assert (report.layers, report.shared, report.stacked, report.off, report.rank) == (2, 2, 0, 0, 3)
+    assert (report.layers, report.shared, report.joint, report.off, report.rank) == (2, 2, 0, 0, 3)
     report = core.merge_report(only_double)
     assert (report.layers, report.shared, report.off) == (2, 1, 1)
     nothing = core.merged_adapter(of(one).block_scaled(core.BlockScale(attention=0)))

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import qrlora_core as core
-from qrlora_core.merge import same_basis
+from qrlora_core import same_basis
 
 NAMES = ("transformer_blocks.0.attn.to_q", "single_transformer_blocks.3.attn.to_v")
 factors = st.floats(-4, 4, allow_nan=False).map(lambda value: round(value, 2))
@@ -55,9 +55,9 @@ def test_rank_stays_on_one_basis_and_adds_up_on_two():
     assert core.merged_adapter(core.merge(of(make(1)), 0.5, of(same), 1.0)).rank == 3
     assert core.merged_adapter(core.merge(of(make(1)), 0.5, of(different), 1.0)).rank == 5
     report = core.merge_report(core.merge(of(make(1)), 0.5, of(different), 1.0))
-    assert (report.layers, report.shared, report.stacked, report.rank) == (2, 0, 2, 5)
+    assert (report.layers, report.shared, report.joint, report.rank) == (2, 0, 2, 5)
     report = core.merge_report(core.merge(of(make(1)), 0.5, of(same), 1.0))
-    assert (report.shared, report.stacked, report.rank) == (2, 0, 3)
+    assert (report.shared, report.joint, report.rank) == (2, 0, 3)
 
 
 def test_merges_merge_again():
