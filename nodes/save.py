@@ -10,26 +10,23 @@ from torch import Tensor
 
 from ..qrlora_core import (
     Adapter,
-    Basis,
     BasisMismatchError,
     LayerTarget,
     MergeRecipe,
     WeightSlice,
-    base_r,
     decompose,
     free_name,
     merged_adapter,
+    own_basis,
     residual_weight,
     save_adapter,
     storage_tolerance,
     write_residual,
 )
-from ..qrlora_core.linalg import orthonormality_error
 from . import host, sockets
 from .host import folders
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_ORTHONORMAL = 1e-2
 
 
 class SaveDeltaR(io.ComfyNode):
@@ -139,7 +136,7 @@ class SaveResidual(io.ComfyNode):
             weight = weight.to(host.load_device(model))
             if adapter is None:
                 return residual_weight(weight, decompose(weight, rank, method="exact"), 1.0)
-            basis = _basis_of(adapter, name, weight, storage_tolerance(stored, adapter.layers[name].dtype))
+            basis = own_basis(adapter, name, weight, storage_tolerance(stored, adapter.layers[name].dtype))
             return residual_weight(weight, basis, adapter.layers[name].scaling)
 
         metadata = {"qrlora.format": "residual", "qrlora.rank": str(rank if adapter is None else adapter.rank)}
@@ -182,33 +179,12 @@ def _one_basis(recipe: MergeRecipe) -> Adapter:
     return recipe.adapters[0]
 
 
-def _basis_of(adapter: Adapter, name: str, weight: Tensor, tolerance: float) -> Basis:
-    """The adapter's Q and R of a layer, on the weight's device, checked against the weight."""
-    layer = adapter.layer(name)
-    if layer.initial is None:
-        return Basis(layer.up.to(weight.device), _projected(adapter, name, weight))
-    basis = Basis(*(tensor.to(weight.device).float() for tensor in layer.initial))
-    expected = base_r(weight, basis.q)
-    error = float((basis.r - expected).norm() / expected.norm().clamp_min(1e-30))
-    if error > tolerance + 0.02:
-        raise BasisMismatchError(
-            f"{adapter.name} was made for another base model: at {name} its R differs from Q^T W by {100 * error:.2g} %"
-        )
-    return basis
-
-
-def _projected(adapter: Adapter, name: str, weight: Tensor) -> Tensor:
-    """`R = Q^T W`, which holds for an orthonormal Q only."""
-    q = adapter.layer(name).up.to(weight.device)
-    if orthonormality_error(q) > _ORTHONORMAL:
-        raise BasisMismatchError(
-            f"Q of {name} in {adapter.name} is not orthonormal (a stacked merge?), so R cannot be had from the model; "
-            "use the adapters that were merged"
-        )
-    return base_r(weight, q)
-
-
 def _base_r_of(model: Any, adapter: Adapter) -> Callable[[str], Tensor]:
     """Base R per layer from the model that an adapter was trained on."""
     places: dict[str, WeightSlice] = host.place_layers(model, adapter.targets)
-    return lambda name: _projected(adapter, name, host.own_weight(model, places[name])[0]).cpu()
+
+    def base_r(name: str) -> Tensor:
+        weight, stored = host.own_weight(model, places[name])
+        return own_basis(adapter, name, weight, storage_tolerance(stored, adapter.layers[name].dtype)).r.cpu()
+
+    return base_r

@@ -3,7 +3,17 @@
 __version__ = "0.1.0"
 
 from .adapter import METHODS, Adapter, AdapterLayer, LayerInfo
-from .basis import JointBasis, initial_basis, joint_basis, open_basis, orthonormal, own_basis, same_basis, save_basis
+from .basis import (
+    JointBasis,
+    basis_name,
+    initial_basis,
+    joint_basis,
+    open_basis,
+    orthonormal,
+    own_basis,
+    same_basis,
+    save_basis,
+)
 from .blocks import BlockRange, BlockScale, parse_ranges
 from .cache import CacheItem, EncodedPicture, EncodedText, TrainingCache, bucket_size, save_cache
 from .errors import (
@@ -70,6 +80,7 @@ __all__ = [
     "WeightError",
     "WeightSlice",
     "base_r",
+    "basis_name",
     "bucket_size",
     "comfy_slice",
     "contained_path",

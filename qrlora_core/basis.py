@@ -1,5 +1,6 @@
 """The basis of a layer: an adapter's own, the one that training began with, one for several adapters, and its file."""
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +13,7 @@ from .errors import BasisMismatchError, FileFormatError
 from .formats import BASIS, file_kind, group_layers
 from .linalg import ORTHONORMAL, Basis, base_r, decompose, orthonormality_error, require_finite
 from .storage import TensorFile, TensorSpec, write_tensors
-from .targets import network_order
+from .targets import LayerTarget, network_order
 
 # Two float32 Q of one file differ by nothing; anything above rounding is another basis.
 _SAME_BASIS = 1e-6
@@ -125,6 +126,19 @@ def own_basis(adapter: Adapter, name: str, weight: Tensor, tolerance: float) -> 
     return Basis(q, held)
 
 
+def basis_name(fingerprint: str, targets: Sequence[LayerTarget], rank: int, method: str) -> str:
+    """What the file of these bases is called, made or not: the name says all that they depend on.
+
+    Args:
+        fingerprint: of the base model.
+        targets: the layers, in order.
+        rank: of all of them.
+        method: how they were found.
+    """
+    layers = hashlib.sha256("".join(f"{t.name}{t.shape}" for t in targets).encode()).hexdigest()[:8]
+    return f"basis-{fingerprint}-r{rank}-{method}-{layers}.safetensors"
+
+
 def save_basis(
     path: Path,
     layers: Mapping[str, TensorSpec],
@@ -177,7 +191,15 @@ def open_basis(path: Path) -> tuple[dict[str, Callable[[], Basis]], dict[str, st
             raise FileFormatError(f"{file.path.name}: {name} pairs Q {q} with R {r}, expected (out, r) and (r, in)")
 
     def reader(keys: Mapping[str, str]) -> Callable[[], Basis]:
-        return lambda: Basis(file.tensor(keys["q"]), file.tensor(keys["r"]))
+        def read() -> Basis:
+            basis = Basis(file.tensor(keys["q"]), file.tensor(keys["r"]))
+            for key, tensor in zip((keys["q"], keys["r"]), basis):
+                require_finite(tensor, f"{file.path.name}: {key}")
+            if orthonormality_error(basis.q) > ORTHONORMAL:
+                raise FileFormatError(f"{file.path.name}: {keys['q']} is not orthonormal; the file is damaged")
+            return basis
+
+        return read
 
     return {name: reader(layers[name]) for name in sorted(layers, key=network_order)}, file.metadata
 

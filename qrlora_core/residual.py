@@ -15,7 +15,7 @@ from .targets import LayerTarget, nearest, network_order
 
 
 class Residual:
-    """A residual file, memory-mapped.
+    """A residual file, read layer by layer.
 
     Attributes:
         name: the file's name.
@@ -25,7 +25,7 @@ class Residual:
         FileFormatError: another kind of file, a tensor that is not 2-D, or one stored in less than 16 bits.
     """
 
-    __slots__ = ("_file", "layers", "name")
+    __slots__ = ("__weakref__", "_file", "layers", "name")
 
     def __init__(self, path: Path) -> None:
         file = TensorFile(path)
@@ -51,7 +51,7 @@ class Residual:
                 )
 
     def weight(self, name: str) -> Tensor:
-        """`W_res` of one layer, (out, in), in the file's dtype, backed by the file's map.
+        """`W_res` of one layer, (out, in), in the file's dtype, read from the disk at each call.
 
         Raises:
             TargetError: the file has no such layer.

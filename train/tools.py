@@ -13,31 +13,27 @@ from tqdm import tqdm
 from qrlora_core import (
     Adapter,
     Basis,
-    BasisMismatchError,
     LayerTarget,
     MergeRecipe,
     PathError,
-    base_r,
     decompose,
+    initial_basis,
     merge,
     merge_report,
     merged_adapter,
     open_adapter,
+    own_basis,
     residual_weight,
     save_adapter,
     storage_tolerance,
     write_residual,
 )
-from qrlora_core.linalg import orthonormality_error
 
 from .errors import TrainError
 from .model.basis import cached_basis
 from .model.source import BaseModel
 
 log = logging.getLogger(__name__)
-
-# Rounding to bf16 moves a Q by less than this; the Q of a stacked merge is further away
-_ORTHONORMAL = 0.01
 
 
 def basis(args: argparse.Namespace) -> None:
@@ -120,11 +116,7 @@ def chosen_device(name: str) -> torch.device:
 def initial_basis_of(source: BaseModel, device: torch.device) -> Callable[[Adapter, str], Basis]:
     """The initial Q and R of a full-QR adapter that holds only the trained ones: those of the base model's weight."""
 
-    def initial(adapter: Adapter, name: str) -> Basis:
-        found = decompose(source.weight(name).to(device).float(), adapter.layers[name].rank, method="exact")
-        return Basis(found.q.cpu(), found.r.cpu())
-
-    return initial
+    return lambda adapter, name: initial_basis(source.weight(name).to(device), adapter.layers[name].rank)
 
 
 def require_layers(source: BaseModel, targets: Iterable[LayerTarget]) -> None:
@@ -167,30 +159,9 @@ def _write(recipe: MergeRecipe, args: argparse.Namespace) -> None:
 
 
 def _own_basis(adapter: Adapter, name: str, weight: Tensor, source: BaseModel) -> Basis:
-    """Q and R of an adapter's layer, on the weight's device, once it is sure that they are this weight's.
-
-    Raises:
-        BasisMismatchError: a Q that is not orthonormal, or an R of another base model.
-    """
-    layer = adapter.layer(name)
-    trained = adapter.method == "qr" and layer.initial is None
-    q = (layer.initial.q if layer.initial else layer.up).to(weight.device).float()
-    projected = base_r(weight, q)
-    if layer.initial is not None:
-        held = layer.initial.r.to(weight.device).float()
-        error = float((held - projected).norm() / projected.norm().clamp_min(1e-30))
-        stored = storage_tolerance(source.specs[f"{name}.weight"].dtype, adapter.layers[name].dtype)
-        if error <= stored + 0.02:
-            return Basis(q, held)
-        raise BasisMismatchError(
-            f"{adapter.name} was made for another base model: at {name} its R differs from Q^T W by {100 * error:.2g} %"
-        )
-    if trained or orthonormality_error(q) > _ORTHONORMAL:
-        why = "a full-QR file holds the trained Q" if trained else "its Q is not orthonormal, as in a stacked merge"
-        raise BasisMismatchError(
-            f"{adapter.name} does not tell the basis of {name} ({why}): use the adapter that it was made from"
-        )
-    return Basis(q, projected)
+    """Q and R of an adapter's layer, on the weight's device, once it is sure that they are this weight's."""
+    stored = storage_tolerance(source.specs[f"{name}.weight"].dtype, adapter.layers[name].dtype)
+    return own_basis(adapter, name, weight, stored)
 
 
 def _require_free(path: Path) -> None:

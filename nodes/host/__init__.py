@@ -1,6 +1,6 @@
 """The seam to ComfyUI: nothing outside this room imports comfy (comfy_api apart)."""
 
-from .patches import low_rank_patches, patched_clone, require_taken
+from .patches import patched_clone, require_taken
 from .places import Place, flux_layers, load_device, own_weight, place_layers, require_unpatched
 from .session import with_progress
 
@@ -8,7 +8,6 @@ __all__ = [
     "Place",
     "flux_layers",
     "load_device",
-    "low_rank_patches",
     "own_weight",
     "patched_clone",
     "place_layers",

@@ -1,41 +1,39 @@
-"""Apply: a recipe becomes patches of a FLUX model, with or without a residual."""
+"""Apply: a recipe becomes patches of a model, with or without a residual."""
 
 import logging
 import weakref
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ...qrlora_core import (
-    Adapter,
     Basis,
     BasisMismatchError,
+    LayerSum,
     MergeRecipe,
     Residual,
     WeightSlice,
     base_r,
-    decompose,
+    layer_sum,
     match_residual,
-    merged_adapter,
     storage_tolerance,
     value_dtype,
 )
-from ...qrlora_core.linalg import orthonormality_error
+from ...qrlora_core.linalg import ORTHONORMAL, orthonormality_error
 from ...qrlora_core.residual import Restored
-from . import patches, restore
-from . import places as host_places
-from .session import with_progress
+from . import patches
+from .initial_basis import initial_bases
+from .places import load_device, own_weight, place_layers
+from .restore import RestoredWeight, add_restored, plain_clone
+from .session import interruptible, with_progress
 
 log = logging.getLogger(__name__)
 
 # How far a trained Q'R' may lie from the QR it began with, relative to the weight, before a residual is taken for
 # that of another model.
 _TRAINED_DRIFT = 0.1
-_ORTHONORMAL = 1e-2
 
-# Per loaded model, so that turning alpha neither decomposes nor checks anything twice.
-_cores: weakref.WeakKeyDictionary[torch.nn.Module, dict[tuple[str, int], Basis]] = weakref.WeakKeyDictionary()
+# Per loaded model, so that turning alpha checks nothing twice.
 _checked: weakref.WeakKeyDictionary[torch.nn.Module, dict[tuple[Any, ...], Restored]] = weakref.WeakKeyDictionary()
 
 
@@ -46,7 +44,7 @@ def patch_model(model: Any, recipe: MergeRecipe, strength: float, residual: Resi
     from `W_res + scaling * Q R` first, which gives a quantised base the residual's precision on those layers.
 
     Args:
-        model: ComfyUI's MODEL, a FLUX; it is not changed.
+        model: ComfyUI's MODEL; it is not changed.
         recipe: what to add.
         strength: a factor for all of it.
         residual: the file made for one of the recipe's bases.
@@ -63,40 +61,42 @@ def patch_model(model: Any, recipe: MergeRecipe, strength: float, residual: Resi
     if not full.active and residual is None:
         return model.clone(), f"strength 0: none of {len(places)} layers changed"
     restored = {} if residual is None else _match(model, recipe, places, residual)
-    adapter = merged_adapter(recipe, initial_of=_initial_of(model, places), core_in_residual=residual is not None)
-    updates = _updates(adapter, places) if full.active else {}
-    clone = patches.patched_clone(model, updates, strength)
-    for name, found in restored.items():
-        left = 1.0 - _open_core(full, name)
-        patch = restore.RestoredWeight.of(residual, name, found.basis, found.scaling, left)
-        restore.put_restored(clone, places[name], patch)
-    if restored:
-        restore.keep_precision(clone)
-    return clone, _summary(adapter, updates, strength, residual, restored)
+    sums = _sums(model, recipe, places, core_in_residual=residual is not None) if full.active else {}
+    base = model if residual is None else plain_clone(model)
+    clone = patches.patched_clone(base, patches.placed(sums, places), strength)
+    if residual is not None:
+        kept = {
+            name: RestoredWeight.of(residual, name, found.basis, found.scaling, 1.0 - _open_core(full, name))
+            for name, found in restored.items()
+        }
+        add_restored(clone, kept, places)
+    return clone, _summary(sums, strength, residual, restored)
 
 
-def low_rank_updates(model: Any, recipe: MergeRecipe) -> patches.Updates:
-    """What a recipe adds to a model at strength 1, layer by layer; the basis of full-QR files comes from the model.
+def recipe_patches(model: Any, recipe: MergeRecipe) -> dict[patches.Place, Any]:
+    """What a recipe adds to a model at strength 1, as patches; the basis of full-QR files comes from the model.
 
     Raises:
         QRLoRAError: a layer is missing or has another shape, or a tensor is not finite.
     """
     places = _places(model, recipe)
-    return _updates(merged_adapter(recipe, initial_of=_initial_of(model, places)), places) if recipe.active else {}
+    return patches.placed(_sums(model, recipe, places), places)
 
 
 def _places(model: Any, recipe: MergeRecipe) -> dict[str, WeightSlice]:
-    return host_places.place_layers(model, [target for adapter in recipe.adapters for target in adapter.targets])
+    return place_layers(model, [target for adapter in recipe.adapters for target in adapter.targets])
 
 
-def _updates(adapter: Adapter, places: dict[str, WeightSlice]) -> patches.Updates:
-    return {name: (places[name], *_lora(adapter, name)) for name in adapter.layers}
-
-
-def _lora(adapter: Adapter, name: str) -> tuple[Tensor, Tensor, float]:
-    """What the stock loader would read from an export of this layer, alpha rounded to float32 as a file rounds it."""
-    up, down, alpha = adapter.update(name)
-    return up, down, float(torch.tensor(alpha, dtype=torch.float32))
+def _sums(
+    model: Any, recipe: MergeRecipe, places: dict[str, WeightSlice], core_in_residual: bool = False
+) -> dict[str, LayerSum]:
+    """What the recipe adds to each layer that it changes."""
+    initial_of = None if core_in_residual else initial_bases(model, recipe, places)
+    found = {
+        name: layer_sum(recipe, name, initial_of=initial_of, core_in_residual=core_in_residual)
+        for name in interruptible(recipe.layer_names)
+    }
+    return {name: one for name, one in found.items() if one is not None}
 
 
 def _open_core(recipe: MergeRecipe, name: str) -> float:
@@ -106,21 +106,6 @@ def _open_core(recipe: MergeRecipe, name: str) -> float:
         for term in recipe.terms
         if term.adapter.method == "qr" and not term.adapter.has_initial and name in term.adapter.layers
     )
-
-
-def _initial_of(model: Any, places: dict[str, WeightSlice]) -> Any:
-    """Q and R of a layer of a full-QR adapter, decomposed from the model's own weight; kept while the model is."""
-
-    def initial(adapter: Adapter, name: str) -> Basis:
-        rank = adapter.layers[name].rank
-        known = _cores.setdefault(model.model, {})
-        if (name, rank) not in known:
-            weight, _ = host_places.own_weight(model, places[name])
-            basis = decompose(weight.to(host_places.load_device(model)), rank, method="exact")
-            known[name, rank] = Basis(basis.q.cpu(), basis.r.cpu())
-        return known[name, rank]
-
-    return initial
 
 
 def _match(model: Any, recipe: MergeRecipe, places: dict[str, WeightSlice], residual: Residual) -> dict[str, Restored]:
@@ -137,10 +122,10 @@ def _match(model: Any, recipe: MergeRecipe, places: dict[str, WeightSlice], resi
 
 
 def _match_layer(model: Any, recipe: MergeRecipe, place: WeightSlice, residual: Residual, name: str) -> Restored:
-    weight, stored = host_places.own_weight(model, place)
-    weight = weight.to(host_places.load_device(model))
-    rest = residual.weight(name)
-    tolerance = storage_tolerance(stored, value_dtype(rest))
+    weight, stored = own_weight(model, place)
+    weight = weight.to(load_device(model))
+    stored_residual = residual.weight(name)
+    tolerance = storage_tolerance(stored, value_dtype(stored_residual))
     bases, trained = [], []
     for adapter in recipe.adapters:
         if name not in adapter.layers:
@@ -150,30 +135,29 @@ def _match_layer(model: Any, recipe: MergeRecipe, place: WeightSlice, residual: 
             bases.append((layer.initial, scaling))
         elif adapter.method == "qr":
             trained.append((Basis(layer.up, layer.down), scaling))
-        elif orthonormality_error(layer.up) <= _ORTHONORMAL:
-            bases.append((Basis(layer.up, base_r(weight, layer.up.to(weight.device))), scaling))
+        elif orthonormality_error(layer.up) <= ORTHONORMAL:
+            # on the CPU: what is kept per loaded model must not hold memory of the graphics card
+            r = base_r(weight, layer.up.to(weight.device)).cpu()
+            bases.append((Basis(layer.up, r), scaling))
     if not bases and not trained:
         raise BasisMismatchError(
             f"no adapter holds a basis of {name} that a residual could belong to (its Q is not orthonormal, as in a "
             "saved merge of two bases); apply without the residual, or merge the original adapters"
         )
     try:
-        return match_residual(weight, rest, bases, tolerance, name)
+        return match_residual(weight, stored_residual, bases, tolerance, name)
     except BasisMismatchError:
         if bases or not trained:
             raise
     # Q' and R' were trained away from Q and R, so they restore the weight roughly; the core is then W - W_res
-    return match_residual(weight, rest, trained, tolerance + _TRAINED_DRIFT, name)._replace(basis=None)
+    return match_residual(weight, stored_residual, trained, tolerance + _TRAINED_DRIFT, name)._replace(basis=None)
 
 
 def _summary(
-    adapter: Adapter,
-    updates: dict[str, Any],
-    strength: float,
-    residual: Residual | None,
-    restored: dict[str, Restored],
+    sums: dict[str, LayerSum], strength: float, residual: Residual | None, restored: dict[str, Restored]
 ) -> str:
-    lines = [f"{len(updates)} layers patched at strength {strength:g}, rank {adapter.rank}"]
+    columns = max((sum(product.up.shape[1] for product in found.products) for found in sums.values()), default=0)
+    lines = [f"{len(sums)} layers patched at strength {strength:g}, rank {columns}"]
     if residual is not None:
         worst = max((found.error for found in restored.values()), default=0.0)
         lines.append(f"{len(restored)} layers restored from {residual.name} (they differ by up to {100 * worst:.2g} %)")

@@ -12,6 +12,7 @@ log = logging.getLogger(__name__)
 
 FOLDER = "qrlora"
 RUNS = "runs"
+BASES = "_basis"
 MODEL_FOLDERS = ("diffusion_models", "checkpoints")
 MODEL_ENDINGS = (".safetensors", ".sft")
 NO_DATASET = "none"
@@ -69,6 +70,11 @@ def results_folder() -> Path:
 def runs_folder() -> Path:
     """`<output>/qrlora/runs`."""
     return results_folder() / RUNS
+
+
+def bases_folder() -> Path:
+    """`<output>/qrlora/runs/_basis`, where decompositions of base models are kept."""
+    return runs_folder() / BASES
 
 
 def forget_names() -> None:

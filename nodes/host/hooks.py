@@ -7,8 +7,8 @@ import comfy.hooks
 from comfy.hooks import HookGroup
 
 from ...qrlora_core import MergeRecipe
-from .application import low_rank_updates
-from .patches import low_rank_patches, require_taken
+from .application import recipe_patches
+from .patches import require_taken
 from .places import Place
 
 __all__ = ["DeltaRHook", "HookGroup"]
@@ -40,7 +40,7 @@ class DeltaRHook(comfy.hooks.WeightHook):
         patches: dict[Place, Any] = {}
         if target_dict.get("target") != comfy.hooks.EnumWeightTarget.Clip:
             if model.model not in self.known:
-                self.known[model.model] = low_rank_patches(low_rank_updates(model, self.recipe))
+                self.known[model.model] = recipe_patches(model, self.recipe)
             patches = self.known[model.model]
         require_taken(patches, model.add_hook_patches(self, patches, self._strength_model))
         registered.add(self)

@@ -1,7 +1,7 @@
 """What a node asks of the running ComfyUI: memory, Cancel, the progress bar, messages to the pages."""
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import comfy.model_management
@@ -15,6 +15,13 @@ from .encoders import PREVIEW_SIZE, preview
 Item = TypeVar("Item")
 
 Interrupted = comfy.model_management.InterruptProcessingException
+
+
+def interruptible(items: Iterable[Item]) -> Iterator[Item]:
+    """Go through `items`; ComfyUI's Cancel button ends the loop with its own exception."""
+    for item in items:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        yield item
 
 
 def with_progress(items: Sequence[Item]) -> Iterator[Item]:

@@ -23,7 +23,7 @@ from .watch import Ending, EventFeed, TrainingError, duration, earlier_events, f
 
 log = logging.getLogger(__name__)
 
-CACHES, BASES = "_cache", "_basis"
+CACHES = "_cache"
 _ORPHAN_SECONDS = 15.0  # a trainer whose ComfyUI died ends by itself within five
 
 
@@ -57,7 +57,7 @@ class Request:
             "data": str(data),
             "run_dir": str(run),
             "output": str(Run(run).adapter(self.fit["steps"])),
-            "basis_cache": str(folders.runs_folder() / BASES),
+            "basis_cache": str(folders.bases_folder()),
             "name": Path(self.output_name).name.removesuffix(".safetensors"),
         }
         return make_config(FitConfig, self.options.fit_fields(session.card_memory()), self.fit, paths)

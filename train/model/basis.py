@@ -1,6 +1,5 @@
 """The basis of a base model, rank and target list: computed once, kept in a file, found again by fingerprint."""
 
-import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from qrlora_core import Basis, FileFormatError, LayerTarget, WeightError, decompose, open_basis, save_basis
+from qrlora_core import Basis, FileFormatError, LayerTarget, WeightError, basis_name, decompose, open_basis, save_basis
 from qrlora_core.storage import TensorSpec
 
 from .source import BaseModel
@@ -22,8 +21,7 @@ def basis_path(
     folder: Path, source: BaseModel, targets: Sequence[LayerTarget], rank: int, method: Literal["fast", "exact"]
 ) -> Path:
     """Where the basis of these weights lies, made or not: its name says all that it depends on."""
-    layers = hashlib.sha256("".join(f"{t.name}{t.shape}" for t in targets).encode()).hexdigest()[:8]
-    return Path(folder) / f"basis-{source.fingerprint}-r{rank}-{method}-{layers}.safetensors"
+    return Path(folder) / basis_name(source.fingerprint, targets, rank, method)
 
 
 def cached_basis(
