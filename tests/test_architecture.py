@@ -35,7 +35,13 @@ ALLOWED = {
 OPTIONAL = {"train": {"torchao", "bitsandbytes", "prodigyopt"}, "qrlora_plots": {"matplotlib"}}
 # only these folders of nodes/ may import the host's own modules
 HOST_ROOMS = {"comfy": ("host",), "folder_paths": ("host",), "server": ("host", "training"), "aiohttp": ("training",)}
-TRAIN_FOR_NODES = ("train.config", "train.events")  # standard library only
+# what the nodes may import of the trainer, and what those may import besides the standard library and each other
+TRAIN_FOR_NODES = {
+    "train.config": set(),
+    "train.events": set(),
+    "train.data.captions": set(),
+    "train.data.pictures": {"numpy", "PIL"},
+}
 
 
 def python_files(*rooms):
@@ -85,10 +91,14 @@ def test_optional_packages_are_not_needed_to_import(path):
             assert not {name.split(".")[0] for name in names} & OPTIONAL["train"]
 
 
-@pytest.mark.parametrize("name", ["config", "events"])
-def test_what_the_nodes_may_import_of_the_trainer_is_standard_library(name):
-    for module, level in imports(ROOT / "train" / f"{name}.py"):
-        assert not level and module.split(".")[0] in STDLIB
+@pytest.mark.parametrize("name", TRAIN_FOR_NODES)
+def test_what_the_nodes_may_import_of_the_trainer_needs_no_torch(name):
+    path = ROOT / f"{name.replace('.', '/')}.py"
+    for module, level in imports(path):
+        if level:
+            assert resolved(path, module, level) in TRAIN_FOR_NODES
+        else:
+            assert module.split(".")[0] in STDLIB | TRAIN_FOR_NODES[name]
 
 
 def test_the_door_imports_lazily():
