@@ -27,6 +27,15 @@ DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# What is not floating point and is not written here; exponents without a mantissa are read as the bytes that they are
+_OTHER_DTYPES = {
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F8_E8M0": torch.uint8,
+}
 # Windows also takes the superscripts 1, 2 and 3 for port numbers
 _PORTS = [f"{port}{n}" for port in ("COM", "LPT") for n in (*"123456789", "\u00b9", "\u00b2", "\u00b3")]
 _WINDOWS_DEVICES = {"CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$", *_PORTS}
@@ -55,12 +64,15 @@ class TensorFile:
 
     Attributes:
         path: where it lies.
-        specs: key -> TensorSpec of every tensor.
+        specs: key -> TensorSpec of every tensor that is floating point.
+        other: the same of tensors that are not, where they are allowed; one whose dtype is not known here counts as a
+            row of bytes.
         metadata: the header's strings.
 
     Args:
         path: where it lies.
-        skip_other: leave tensors out that are not floating point, as the text encoders of a whole checkpoint have.
+        skip_other: allow tensors that are not floating point, as the text encoders of a whole checkpoint and packed
+            weights are.
 
     Raises:
         FileFormatError: missing, truncated, not safetensors, or with tensors that are not floating point.
@@ -81,7 +93,9 @@ class TensorFile:
                 "being downloaded"
             ) from error
         odd = {key: name for key, (name, _) in raw.items() if name not in DTYPES}
+        self.other: dict[str, TensorSpec] = {}
         if skip_other:
+            self.other = {key: _other_spec(entries[key]) for key in odd}
             raw = {key: value for key, value in raw.items() if key not in odd}
         elif odd:
             key, name = next(iter(odd.items()))
@@ -94,14 +108,32 @@ class TensorFile:
         Raises:
             FileFormatError: no such tensor, or the file was changed or removed since it was opened.
         """
-        if key not in self.specs:
+        return self._read(key, self._spec(key), 0)
+
+    def rows(self, key: str, start: int, count: int) -> Tensor:
+        """`count` rows (of the first dimension) of a tensor from `start` on; nothing else of it is read.
+
+        Raises:
+            FileFormatError: see `tensor`; or the tensor has no such rows.
+        """
+        spec = self._spec(key)
+        if not spec.shape or start < 0 or count < 0 or start + count > spec.shape[0]:
+            raise FileFormatError(f"{self.path.name}: {key} {spec.shape} has no rows {start} to {start + count}")
+        part = TensorSpec(spec.dtype, (count, *spec.shape[1:]))
+        return self._read(key, part, start * (spec.nbytes // spec.shape[0] if spec.shape[0] else 0))
+
+    def _spec(self, key: str) -> TensorSpec:
+        spec = self.specs.get(key, self.other.get(key))
+        if spec is None:
             raise FileFormatError(f"{self.path.name} has no tensor {key}")
-        spec = self.specs[key]
+        return spec
+
+    def _read(self, key: str, spec: TensorSpec, offset: int) -> Tensor:
         tensor = torch.empty(spec.shape, dtype=spec.dtype)
         try:
             with self.path.open("rb", buffering=0) as file:
                 self._require_unchanged(os.fstat(file.fileno()))
-                file.seek(self._offsets[key])
+                file.seek(self._offsets[key] + offset)
                 if spec.nbytes:
                     _read_into(file, tensor.reshape(-1).view(torch.uint8).numpy().data)
                 self._require_unchanged(os.fstat(file.fileno()))
@@ -282,6 +314,14 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
         entries = json.loads(file.read(length))
     entries.pop("__metadata__", None)
     return entries, 8 + length
+
+
+def _other_spec(entry: Mapping[str, Any]) -> TensorSpec:
+    dtype = _OTHER_DTYPES.get(str(entry["dtype"]))
+    if dtype is not None:
+        return TensorSpec(dtype, tuple(entry["shape"]))
+    start, end = entry["data_offsets"]
+    return TensorSpec(torch.uint8, (int(end) - int(start),))
 
 
 def _read_into(file: FileIO, buffer: memoryview) -> None:

@@ -46,7 +46,7 @@ def cached_basis(
         on_progress: called with (layers done, layers in all); what it raises ends the work and leaves no file.
 
     Returns:
-        Layer name -> Basis (float32, memory-mapped), and the file.
+        Layer name -> Basis (float32, read when asked for), and the file.
 
     Raises:
         WeightError: the rank does not fit a layer, or a weight holds NaN or Inf.
