@@ -94,7 +94,7 @@ def encode(
     """
     if path.is_file():
         try:
-            TrainingCache(path).close()
+            TrainingCache(path)
             return path
         except FileFormatError as error:
             log.warning("QR-LoRA: the cache is encoded again: %s", error)
@@ -112,7 +112,7 @@ def encode(
     broken = path.is_file()
     empty_text = texts.index("") if "" in texts else None
     try:
-        save_cache(path, items, encoded, encoded_texts, empty_text=empty_text, overwrite=broken)
+        save_cache(path, items, encoded, encoded_texts, empty_text=empty_text, overwrite=broken, source_key=path.stem)
     except PathError:
         if broken or not path.is_file():  # otherwise another ComfyUI wrote the same meanwhile
             raise

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ...qrlora_core import PathError, contained_path, model_fingerprint
-from ...train.config import EncodeConfig, FitConfig, make_config
+from ...train.config import TRAJECTORY_VERSION, EncodeConfig, FitConfig, make_config
 from ...train.data.captions import DatasetError, caption_warnings, with_trigger
 from ..host import folders, session
 from ..train_options import TrainOptions
@@ -17,8 +17,6 @@ from .runs import RunFolder, key_of
 
 BASES = "_basis"
 _ENDING = ".safetensors"
-# Raised when a trainer of this pack, given the same settings and data, would come to other weights than one before.
-_TRAJECTORY_VERSION = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +73,7 @@ class Request:
         """
         settings = {**config.key_fields(), **config.trajectory(), "steps": None}
         model = model_fingerprint(self.model)
-        return key_of([settings, data_key, model, self.options.processes, _TRAJECTORY_VERSION])
+        return key_of([settings, data_key, model, self.options.processes, TRAJECTORY_VERSION])
 
 
 def from_widgets(
