@@ -58,9 +58,7 @@ def test_schedules_are_followed(live_probe):
     assert list(euler.values()) == [0.8, 0.8, 0.16, 0.0], "0.8 x the schedule at 0, 1/4, 1/2 and 3/4 of the steps"
     assert all(factors[1] == 1.0 for _, factors in found["seen"]), "the other adapter keeps its strength"
     assert len(found["heun"]) > len(found["seen"]), "samplers that evaluate twice are followed at both"
-    assert found["early"] < 1e-5 < 1e-3 < found["early differs"], (
-        "first step with, second step without"
-    )
+    assert found["early"] < 1e-5 < 1e-3 < found["early differs"], "first step with, second step without"
 
 
 def test_each_prompt_by_its_own_text(live_probe):
