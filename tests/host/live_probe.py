@@ -361,4 +361,79 @@ def gates():
     return found
 
 
-at.write([equal_to_patched, storages, leaves_nothing, turning_alpha, composes, refused, schedules, gates])
+class Clip:
+    """A text encoder whose conditioning depends on the text, as far as these checks need one."""
+
+    def tokenize(self, text):
+        return text
+
+    def encode_from_tokens_scheduled(self, text):
+        return cond(len(text) % 3)
+
+
+def by_prompt_nodes():
+    """The nodes as a graph would call them: prompt, merge by prompt, apply."""
+    from qr_lora_pack.nodes.apply import Apply
+    from qr_lora_pack.nodes.merge import ACTS, Merge
+    from qr_lora_pack.nodes.prompt import PromptNode
+    from qr_lora_pack.nodes.schedule import ScheduleNode
+
+    patcher, found = model(), {}
+
+    def merged(act, **more):
+        words = {"style_trigger": "<s>", "content_trigger": "<c>"}
+        node = Merge.execute(0.9, 1.0, "stack", style, content, act=act, **{**words, **more})
+        found[f"merge {act} {sorted(more)}"] = node.ui["text"][0]
+        return Apply.execute(patcher, 1.0, node.args[0])
+
+    def prompt(text, **more):
+        node = PromptNode.execute(Clip(), text, more.get("insert", False), more.get("terms", core.NOTHING))
+        found[f"prompt {text}"] = node.ui["text"][0]
+        return node.args
+
+    everywhere, gated, first = (merged(act).args[0] for act in ACTS)
+    both, _ = prompt("a <c> dog in <s> style")
+    plain, _ = prompt("a dog")
+    only, _ = prompt("a <C> dog")
+    base = sample(patcher, plain)
+    found["both by prompt"] = gap(sample(gated, both), sample(everywhere, both))
+    found["plain by prompt"] = gap(sample(gated, plain), base)
+    content_alone = apply(patcher, core.merge(core.NOTHING, 0.9, content, 1.0), mode="patch")
+    found["content by prompt"] = gap(sample(gated, only), sample(content_alone, only))
+    found["effect"] = gap(sample(everywhere, both), sample(patcher, both))
+    style_half, content_half = (
+        ScheduleNode.execute(preset, "0: 1", "steps", 0.5, one).args[0]
+        for preset, one in (("style second", style), ("content first", content))
+    )
+    by_hand = Apply.execute(patcher, 1.0, core.merge(style_half, 0.9, content_half, 1.0)).args[0]
+    found["content first"] = gap(sample(first, both, count=4), sample(by_hand, both, count=4))
+    told = merged(ACTS[1], prompt="a <c> dog in <s> style").args[0]
+    found["told"] = gap(
+        sample(told, cond(0), cond(1), cfg=2.0), sample(gated, both_as(cond(0)), plain_as(cond(1)), cfg=2.0)
+    )
+    named = core.Adapter.from_tensors(
+        "named",
+        {name: content.adapters[0].layer(name) for name in content.adapters[0].layers},
+        8,
+        metadata={"qrlora.trigger": "<c>"},
+    )
+    _, inserted = prompt("a dog again", insert=True, terms=core.MergeRecipe.of(named))
+    found["inserted"] = inserted
+    prompt("a cat", terms=core.MergeRecipe.of(named))
+    Merge.execute(1.0, 1.0, "stack", style, core.MergeRecipe.of(named), act=ACTS[1])
+    untold = Merge.execute(1.0, 1.0, "stack", style, core.MergeRecipe.of(named), act=ACTS[1])
+    found["untold"] = untold.ui["text"][0]
+    return found
+
+
+def both_as(conditioning):
+    return [[one[0], {**one[1], steps.PROMPT: "a <c> dog in <s> style"}] for one in conditioning]
+
+
+def plain_as(conditioning):
+    return [[one[0], {**one[1], steps.PROMPT: ""}] for one in conditioning]
+
+
+at.write(
+    [by_prompt_nodes, equal_to_patched, storages, leaves_nothing, turning_alpha, composes, refused, schedules, gates]
+)

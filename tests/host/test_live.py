@@ -66,3 +66,13 @@ def test_each_prompt_by_its_own_text(live_probe):
     assert found.pop("neither is the base") == found.pop("told for the graph") == 0
     assert found.pop("positive only") < 1e-3 and found.pop("negative only") < 1e-3
     assert all(value < 1e-5 for value in found.values()), found
+
+
+def test_the_nodes_for_acting_by_prompt(live_probe):
+    found = live_probe["by_prompt_nodes"]
+    assert found["effect"] > 1e-3
+    for name in ("both by prompt", "plain by prompt", "content by prompt", "content first", "told"):
+        assert found[name] < 1e-5, name
+    assert found["inserted"] == "<c> a dog again" and "stay off" in found["prompt a cat"]
+    assert "where the prompt holds <s>" in found["merge by prompt []"]
+    assert "has no trigger: it acts on every prompt" in found["untold"]
