@@ -30,6 +30,10 @@ Storage = Literal["bf16", "fp16", "fp32", "fp8", "int8", "nf4"]
 Resume = Literal["auto", "never", "require"]
 
 
+# Raised whenever equal settings and data would give another adapter than before (another order of draws, another loss):
+# runs that began before are then not gone on with. A new version of the pack alone changes nothing of a run.
+TRAJECTORY_VERSION = 1
+
 _RULES = re.compile(r"(\d+(\.\d+)?:\d+,)+\d+(\.\d+)?")
 
 

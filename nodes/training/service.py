@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ...qrlora_core import MergeRecipe, PathError, QRLoRAError, model_fingerprint, open_adapter
-from ...qrlora_core import __version__ as pack_version
-from ...train.config import EncodeConfig, FitConfig, as_table, make_config
+from ...train.config import TRAJECTORY_VERSION, EncodeConfig, FitConfig, as_table, make_config
 from ...train.events import TrainEvent
 from ..host import folders, session
 from ..train_options import TrainOptions
@@ -106,7 +105,7 @@ def train(request: Request, job: Job) -> Result:
     empty_caption = config.caption_dropout > 0
     cache = dataset.cache_key(request.pictures, request.encode, request.clip, request.vae, empty_caption)
     identity = {**config.key_fields(), **config.trajectory(), "steps": None}
-    key = key_of([identity, cache, model_fingerprint(request.model), request.options.processes, pack_version])
+    key = key_of([identity, cache, model_fingerprint(request.model), request.options.processes, TRAJECTORY_VERSION])
     while True:
         found = _finished(root, key, steps)
         if found is not None:
