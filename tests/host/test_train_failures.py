@@ -295,6 +295,18 @@ def test_a_deleted_adapter_is_published_again(server):
     assert path.is_file() and "already trained" in entry["outputs"]["train"]["text"][0]
 
 
+def test_an_adapter_that_was_overwritten_is_published_again(server):
+    """By another file of another size or time: what Train gave before is no longer there."""
+    graph = train_graph("overwritten", seed=33)
+    server.queue(graph)
+    path = server.base / "output" / "qrlora" / "overwritten.safetensors"
+    path.unlink()  # a hard link: what is written into it would change the run's own copy, too
+    path.write_bytes(b"something else")
+    entry = server.queue(graph)
+    assert "already trained: overwritten_00002.safetensors" in entry["outputs"]["train"]["text"][0]
+    assert path.read_bytes() == b"something else"
+
+
 @pytest.mark.parametrize(
     "inputs,words",
     [
