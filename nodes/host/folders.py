@@ -81,9 +81,14 @@ def save_folder(kind: str = FOLDER) -> Path:
     return Path(folder_paths.get_folder_paths(kind)[0])
 
 
+def output_folder() -> Path:
+    """ComfyUI's folder of results."""
+    return Path(folder_paths.get_output_directory())
+
+
 def results_folder() -> Path:
     """`<output>/qrlora`, where trained adapters get their names."""
-    return Path(folder_paths.get_output_directory()) / FOLDER
+    return output_folder() / FOLDER
 
 
 def runs_folder() -> Path:
