@@ -56,6 +56,7 @@ FIELDS: Mapping[str, Mapping[str, tuple[type, ...]]] = MappingProxyType(
         "failed": {"reason": (str,), "message": (str,)},
     }
 )
+_LATEST = 1e15  # unix seconds; also keeps NaN and infinity out
 _CUT = "#cut"  # ends a line that a killed writer left half done; no JSON ends so
 REASONS = ("settings", "data", "model", "memory", "disk", "loss", "resume", "library", "internal")
 
@@ -83,11 +84,13 @@ class TrainEvent:
 
     def __post_init__(self) -> None:
         if self.kind not in FIELDS:
-            raise EventError(f"event kind {self.kind!r} is not one of {', '.join(KINDS)}")
+            raise EventError(f"event kind {self.kind!r:.80} is not one of {', '.join(KINDS)}")
         for name, types in FIELDS[self.kind].items():
             value = self.data.get(name)
             if not isinstance(value, types) or isinstance(value, bool):
-                raise EventError(f"{self.kind}.{name} is {value!r}, expected {' or '.join(t.__name__ for t in types)}")
+                raise EventError(
+                    f"{self.kind}.{name} is {value!r:.80}, expected {' or '.join(t.__name__ for t in types)}"
+                )
 
     def line(self) -> str:
         """The event as one line of ASCII JSON, without the line break. NaN and infinite numbers become null.
@@ -117,7 +120,8 @@ def parse(line: str) -> TrainEvent:
         if key not in ("v", "event", "time")
     }
     when = raw.get("time")
-    if not isinstance(when, _NUMBER) or isinstance(when, bool):
+    # an integer of 400 digits is no time, and cannot become a float
+    if not isinstance(when, _NUMBER) or isinstance(when, bool) or not abs(when) < _LATEST:
         raise EventError(f"an event without a time: {line[:80]!r}")
     return TrainEvent(str(raw.get("event")), data, float(when))
 
@@ -131,7 +135,10 @@ def read_events(path: Path) -> list[TrainEvent]:
         EventError: a whole line is not an event.
         OSError: the file cannot be read.
     """
-    text = Path(path).read_text(encoding="utf-8")
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise EventError(f"{Path(path).name} is not UTF-8 text: {error}") from error
     whole = text[: text.rfind("\n") + 1]
     return [parse(line) for line in whole.split("\n") if line.strip() and not line.endswith(_CUT)]
 

@@ -56,8 +56,12 @@ def owner() -> Owner:
         value = settings.get(key, "")
         if not isinstance(value, str):
             raise ConfigError(f"{path.name}: {key} is {value!r}, expected the path of a file")
-        files[key] = str(Path(value).expanduser()) if value else ""
-        if value and not Path(files[key]).is_file():
+        try:
+            files[key] = str(Path(value).expanduser()) if value else ""
+            found = not value or Path(files[key]).is_file()
+        except (RuntimeError, OSError, ValueError):  # ~ of somebody who is not known, a NUL, a name that is too long
+            found = False
+        if not found:
             raise ConfigError(f"{path.name}: {key} names {value!r}, which is not a file")
     return Owner(files["python"] or sys.executable, files["accelerate_config"], str(path))
 
