@@ -121,7 +121,7 @@ def count_blocks(specs: Specs, blocks: str) -> int:
     for name in specs:
         kind, _, rest = name.partition(".")
         number, _, suffix = rest.partition(".")
-        if kind == blocks and number.isdecimal():
+        if kind == blocks and number.isdecimal() and len(number) < 5:
             held.setdefault(int(number), set()).add(suffix)
     if set(held) != set(range(len(held))):
         raise TrainError("model", f"{blocks} are numbered {sorted(held)}: some are missing")
