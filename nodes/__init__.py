@@ -8,7 +8,9 @@ from .create_hook import CreateHook
 from .host import folders
 from .load import LoadDeltaR, LoadResidual
 from .merge import Merge
+from .prompt import PromptNode
 from .save import ExportLoRA, SaveDeltaR, SaveResidual
+from .schedule import ScheduleNode
 from .similarity import Similarity
 from .sweep import ContactSheetNode, ScaleSweep
 from .train import Train
@@ -30,6 +32,8 @@ NODES: list[type[io.ComfyNode]] = [
     ContactSheetNode,
     BlockScaleNode,
     CreateHook,
+    ScheduleNode,
+    PromptNode,
 ]
 
 

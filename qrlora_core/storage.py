@@ -26,7 +26,6 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
-_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # What is not floating point and is not written here; exponents without a mantissa are read as the bytes that they are
 _OTHER_DTYPES = {
     "I8": torch.int8,
@@ -36,11 +35,15 @@ _OTHER_DTYPES = {
     "I64": torch.int64,
     "F8_E8M0": torch.uint8,
 }
+_DTYPE_NAMES = {dtype: name for name, dtype in (*DTYPES.items(), *_OTHER_DTYPES.items()) if name != "F8_E8M0"}
+CHECKSUM = "qrlora.sha256"  # of the whole file, with sixty-four zeros in the place of the checksum itself
+_NO_CHECKSUM = "0" * 64
 # Windows also takes the superscripts 1, 2 and 3 for port numbers
 _PORTS = [f"{port}{n}" for port in ("COM", "LPT") for n in (*"123456789", "\u00b9", "\u00b2", "\u00b3")]
 _WINDOWS_DEVICES = {"CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$", *_PORTS}
 _LONGEST_HEADER = 100_000_000  # what the safetensors library allows
 _SAMPLE = 4096
+_BLOCK = 1 << 22
 _LONGEST_PART = 200  # file systems take 255 bytes; the ending, a number and a temporary name have to fit too
 
 
@@ -196,6 +199,7 @@ def write_tensors(
     *,
     overwrite: bool = False,
     check: Callable[[Path], None] | None = None,
+    checksum: bool = False,
 ) -> Path:
     """Write a safetensors file one tensor at a time; it appears whole or not at all.
 
@@ -209,6 +213,7 @@ def write_tensors(
         metadata: strings for the header.
         overwrite: replace an existing file; otherwise it is an error, raised before anything is written.
         check: called with the temporary file before it takes its name; what it raises ends the writing.
+        checksum: keep a SHA-256 of everything in the header, for `verify_checksum`.
 
     Returns:
         The path.
@@ -218,7 +223,7 @@ def write_tensors(
         FileFormatError: `tensors` does not yield what `specs` announced.
     """
     path = Path(path)
-    header = header_bytes(specs, metadata)
+    header = header_bytes(specs, {CHECKSUM: _NO_CHECKSUM, **metadata} if checksum else metadata)
     total = len(header) + sum(spec.nbytes for spec in specs.values())
     temporary = None
     try:
@@ -226,11 +231,15 @@ def write_tensors(
         _require_absent(path, overwrite)
         free = shutil.disk_usage(path.parent).free
         if free < total:
-            raise PathError(f"{path.name} needs {total / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free")
+            raise PathError(f"{path.name} needs {size_text(total)}, the disk has {size_text(free)} free")
         temporary = path.parent / f".qrlora-{uuid.uuid4().hex}.tmp"
         with temporary.open("xb") as file:
             file.write(header)
-            written = _write_stream(file, specs, tensors)
+            digest = hashlib.sha256(header)
+            written = _write_stream(file, specs, tensors, digest.update if checksum else lambda data: None)
+            if checksum:
+                file.seek(header.index(_NO_CHECKSUM.encode()))
+                file.write(digest.hexdigest().encode())
             file.flush()
             os.fsync(file.fileno())
         if written != list(specs):
@@ -247,6 +256,42 @@ def write_tensors(
     return path
 
 
+def verify_checksum(path: Path) -> bool:
+    """Read a file from end to end and compare it with the checksum that it was written with.
+
+    Returns:
+        Whether it has one; files that were written without are taken as they are.
+
+    Raises:
+        FileFormatError: the content is not what was written, or the file cannot be read.
+    """
+    path = Path(path)
+    try:
+        metadata = TensorFile(path, skip_other=True).metadata
+        stated = metadata.get(CHECKSUM, "").encode()
+        if not stated:
+            return False
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            file.seek(0)
+            digest.update(file.read(8 + length).replace(stated, _NO_CHECKSUM.encode(), 1))
+            while block := file.read(_BLOCK):
+                digest.update(block)
+    except OSError as error:
+        raise FileFormatError(f"{path.name} cannot be read ({error})") from error
+    if digest.hexdigest().encode() != stated:
+        raise FileFormatError(f"{path.name} is damaged: its content does not match its checksum")
+    return True
+
+
+def size_text(count: float) -> str:
+    """A number of bytes in words, never rounded to nothing."""
+    if count >= 1e8:
+        return f"{count / 1e9:.2f} GB"
+    return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
+
+
 def free_name(folder: Path, name: str) -> Path:
     """`folder/name.safetensors`, or with `_00002`, `_00003`, ... before the ending where that is taken.
 
@@ -259,7 +304,7 @@ def free_name(folder: Path, name: str) -> Path:
     """
     path = contained_path(folder, name.strip().removesuffix(".safetensors") + ".safetensors")
     number, candidate = 1, path
-    while candidate.exists():
+    while candidate.exists() or candidate.is_symlink():  # a link that leads nowhere takes its name, too
         number += 1
         candidate = path.with_name(f"{path.stem}_{number:05}.safetensors")
     return candidate
@@ -349,14 +394,21 @@ def header_bytes(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -
     return struct.pack("<Q", len(text)) + text
 
 
-def _write_stream(file: BinaryIO, specs: Mapping[str, TensorSpec], tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
+def _write_stream(
+    file: BinaryIO,
+    specs: Mapping[str, TensorSpec],
+    tensors: Iterable[tuple[str, Tensor]],
+    on_data: Callable[[memoryview], None],
+) -> list[str]:
     written: list[str] = []
     expected = iter(specs)
     for key, tensor in tensors:
         if key != next(expected, None) or tuple(tensor.shape) != specs[key].shape:
             raise FileFormatError(f"tensor {key} {tuple(tensor.shape)} was not announced at this place")
         data = tensor.detach().to("cpu", specs[key].dtype).contiguous()
-        file.write(data.reshape(-1).view(torch.uint8).numpy().data)
+        content = data.reshape(-1).view(torch.uint8).numpy().data
+        file.write(content)
+        on_data(content)
         written.append(key)
     return written
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import FitConfig, as_table
+from .imports import quiet_imports
 
 REQUIRED = {
     "torch": "2.4",
@@ -17,7 +18,7 @@ REQUIRED = {
     "numpy": "1.25",
     "diffusers": "0.35",
     "accelerate": "1.0",
-    "transformers": "4.43",  # diffusers' FLUX pipeline, whose helpers `fit` uses, cannot be imported without
+    "transformers": "4.43",  # for `encode` and `sample`, whose pipelines cannot be imported without
     "psutil": "5.9",
     "tqdm": "4.60",
     "pillow": "10.0",
@@ -37,7 +38,8 @@ def check(config: FitConfig, data: bool = True) -> dict[str, Any]:
 
     Returns:
         JSON-ready: `python`, `versions`, `device`, `vram_free`, `ram_free`, `disk_free`, `model`, `estimate` (bytes,
-        None where unknown), and `problems`: a list of {"what", "fix"}.
+        None where unknown), `chosen` and `memory` (what "auto" became, and in words), `scaling`, and `problems`: a list
+        of {"what", "fix"}.
     """
     found: dict[str, Any] = {
         "python": f"{platform.python_version()} {sys.executable}",
@@ -48,13 +50,17 @@ def check(config: FitConfig, data: bool = True) -> dict[str, Any]:
         "disk_free": _disk_free(Path(config.run_dir)),
         "model": None,
         "estimate": None,
+        "chosen": None,
+        "memory": None,
+        "scaling": config.scaling,
         "problems": [],
     }
     problems: list[dict[str, str]] = found["problems"]
     _check_packages(found["versions"], config, problems)
     if not problems:
         try:
-            from .run.plan import look_at_device, look_at_files
+            with quiet_imports():
+                from .run.plan import look_at_device, look_at_files
         except (ImportError, RuntimeError, OSError, AttributeError) as error:
             # what is installed and does not load: another version of Python, a DLL that is missing, mixed versions
             broken = (getattr(error, "name", None) or "diffusers").split(".")[0]
@@ -80,7 +86,7 @@ def readable(found: Mapping[str, Any]) -> str:
             lines.append(f"{key:<10} {found[key] / 1e9:.1f} GB")
     if found["estimate"]:
         parts = ", ".join(f"{k} {v / 1e9:.1f} GB" for k, v in found["estimate"].items())
-        lines.append(f"needs      {parts}")
+        lines += [f"needs      {parts}", f"memory     {found['memory']}"]
     lines += [f"PROBLEM    {one['what']}\n           fix: {one['fix']}" for one in found["problems"]]
     return "\n".join(lines if found["problems"] else [*lines, "ready to train"])
 

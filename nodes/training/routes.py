@@ -12,10 +12,10 @@ from pathlib import Path
 from aiohttp import web
 from server import PromptServer
 
-from ...qrlora_core import QRLoRAError, TensorFile, contained_path
+from ...qrlora_core import FileFormatError, QRLoRAError, TensorFile, contained_path
 from ..host import encoders, folders
 from .jobs import JOBS, Jobs
-from .runs import Run
+from .runs import RunFolder
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,9 @@ def register() -> None:
     async def stop(request: web.Request) -> web.Response:
         try:
             node = (await request.json())["node"]
-        except (ValueError, KeyError, TypeError):
+            if not isinstance(node, str | int):
+                raise TypeError(f"node is a {type(node).__name__}")
+        except (ValueError, KeyError, TypeError, LookupError, RecursionError):  # LookupError: an unknown charset
             return web.json_response({"error": 'expected {"node": id}'}, status=400)
         if not jobs().request_stop(str(node)):
             return web.json_response({"error": "this node is not training"}, status=404)
@@ -70,8 +72,11 @@ def sample_png(run: str, step: int) -> bytes:
         FileFormatError: no such sample, or one that is still being written.
     """
     folder: Path = contained_path(folders.runs_folder(), run)
-    path = Run(folder).folder / "samples" / f"step-{step:08}.safetensors"
-    picture = encoders.preview(TensorFile(path).tensor("latent"))
+    path = RunFolder(folder).folder / "samples" / f"step-{step:08}.safetensors"
+    latent = TensorFile(path).tensor("latent")
+    if latent.dim() != 4 or latent.shape[1] != encoders.CHANNELS or 0 in latent.shape:
+        raise FileFormatError(f"{path.name} holds {tuple(latent.shape)}, which are no latents")
+    picture = encoders.preview(latent)
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
     return buffer.getvalue()

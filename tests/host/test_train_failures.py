@@ -6,10 +6,14 @@ folders and the published names are real.
 
 import contextlib
 import json
+import math
 import os
 import shutil
+import struct
 import subprocess
 import time
+import urllib.error
+import urllib.request
 
 import psutil
 import pytest
@@ -68,7 +72,6 @@ FAILURES = {
     "garbage": ["reported no adapter", "events could not be read", "end of garbage"],
     "silent": ["reported no adapter"],
     "wrong_sum": ["says that it finished, but", "another checksum"],
-    "touched": ["older than this start"],
     "cut": ["not a readable safetensors file"],
     "not_finite": ["NaN or Inf"],
     "elsewhere": ["elsewhere.safetensors", "missing"],
@@ -296,6 +299,18 @@ def test_a_deleted_adapter_is_published_again(server):
     assert path.is_file() and "already trained" in entry["outputs"]["train"]["text"][0]
 
 
+def test_an_adapter_that_was_overwritten_is_published_again(server):
+    """By another file of another size or time: what Train gave before is no longer there."""
+    graph = train_graph("overwritten", seed=33)
+    server.queue(graph)
+    path = server.base / "output" / "qrlora" / "overwritten.safetensors"
+    path.unlink()  # a hard link: what is written into it would change the run's own copy, too
+    path.write_bytes(b"something else")
+    entry = server.queue(graph)
+    assert "already trained: overwritten_00002.safetensors" in entry["outputs"]["train"]["text"][0]
+    assert path.read_bytes() == b"something else"
+
+
 @pytest.mark.parametrize(
     "inputs,words",
     [
@@ -331,6 +346,63 @@ def test_a_mistake_is_reported_once_on_its_input(server, inputs):
     assert [one["extra_info"]["input_name"] for one in errors] == [next(iter(inputs))], errors
 
 
+def test_a_clock_that_is_wrong_does_not_refuse_an_adapter(server):
+    """The disk's time says that the adapter is older than its own start; its checksum is the one that was reported."""
+    server.play("touched")
+    entry = server.queue(train_graph("skewed", steps=5))
+    assert "finished: skewed.safetensors" in entry["outputs"]["train"]["text"][0]
+
+
+def test_a_failure_right_after_the_start_leaves_no_trainer(server):
+    """Here the note about who trains cannot be written."""
+    server.play("failed")
+    with pytest.raises(WorkflowError):
+        server.queue(train_graph("unnoted"))
+    note = runs_of(server, "unnoted")[0] / "trainer.json"
+    note.unlink()
+    note.mkdir()
+    server.play("hang")
+    with pytest.raises(WorkflowError) as error:
+        server.queue(train_graph("unnoted"))
+    assert "trainer.json cannot be written" in text_of(error)
+    assert not children(server)
+
+
+@pytest.mark.parametrize(
+    "inputs", [{"trigger": "\ud83d"}, {"instance_prompt": "a \udc80 dog"}, {"output_name": "a\ud800"}]
+)
+def test_half_a_character_is_refused_before_anything_is_trained(server, inputs):
+    before = len(runs(server))
+    with pytest.raises(WorkflowError) as error:
+        server.queue(train_graph("surrogate", **inputs))
+    assert f"{next(iter(inputs))} is not valid Unicode text" in text_of(error)
+    assert len(runs(server)) == before
+
+
+def test_alpha_zero_is_as_rank_and_a_missing_trigger_is_said(server):
+    entry = server.queue(train_graph("scaled", steps=5, rank=8, alpha=0.0, instance_prompt="a dog", trigger="<c>"))
+    text = entry["outputs"]["train"]["text"][0]
+    assert "no caption holds the trigger '<c>'" in text, text
+    settings = json.loads((runs_of(server, "scaled")[0] / "settings.json").read_text())
+    assert settings["alpha"] == 8.0
+    assert "no caption holds" in state(server)["warnings"][0]
+
+
+def test_without_the_cache_of_pictures_a_run_goes_on(server):
+    """Encoded again, into the same run."""
+    graph = train_graph("recached", steps=5)
+    server.queue(graph)
+    caches = list((server.base / "output" / "qrlora" / "runs" / "_cache").glob("*.safetensors"))
+    shutil.rmtree(caches[0].parent)
+    graph["train"]["inputs"]["steps"] = 8
+    server.queue(graph)
+    (run,) = runs_of(server, "recached")
+    assert sorted(path.name for path in run.glob("adapter-*.safetensors")) == [
+        "adapter-00000005.safetensors",
+        "adapter-00000008.safetensors",
+    ]
+
+
 def test_a_mistake_before_the_trainer_is_on_the_node(server):
     """Also for a page that is opened later, and without the path of a module."""
     broken = server.base / "input" / "unreadable"
@@ -340,7 +412,7 @@ def test_a_mistake_before_the_trainer_is_on_the_node(server):
         server.queue(train_graph("early", dataset="unreadable", images=None))
     shutil.rmtree(broken)
     job = state(server)
-    assert job["state"] == "failed" and job["text"].startswith("DataError: a.png cannot be read as a picture")
+    assert job["state"] == "failed" and job["text"].startswith("DatasetError: the picture a.png cannot be read")
 
 
 def test_a_dataset_folder(server):
@@ -352,12 +424,12 @@ def test_a_dataset_folder(server):
     (broken / "a.png").write_bytes(b"no picture")
     with pytest.raises(WorkflowError) as error:
         server.queue(train_graph("folder", dataset="broken", images=None))
-    assert "a.png cannot be read as a picture" in text_of(error)
+    assert "the picture a.png cannot be read" in text_of(error)
     shutil.rmtree(broken)
     broken.mkdir()
     with pytest.raises(WorkflowError) as error:
         server.queue(train_graph("folder", dataset="broken", images=None, seed=5))
-    assert "holds no pictures" in text_of(error)
+    assert "no pictures in the folder broken" in text_of(error)
 
 
 def test_several_train_nodes_run_one_after_another(server):
@@ -448,6 +520,38 @@ def test_comfyui_killed(tmp_path, clip_file):
     with FakeServer(HOST, base) as second:
         entry = second.queue(train_graph("orphan"))
         assert "finished" in entry["outputs"]["train"]["text"][0]
+
+
+@pytest.mark.parametrize(
+    "body,kind",
+    [
+        (b"[" * 100_000, "application/json"),
+        (b'["node"]', "application/json"),
+        (b'{"node": {"x": 1}}', "application/json"),
+        (b'{"node": null}', "application/json"),
+        (b"\xff\xfe", "application/json"),
+        (b"{}", "application/json; charset=no-such-thing"),
+        (b"", "text/plain"),
+    ],
+)
+def test_a_wrong_question_is_answered_as_one(server, body, kind):
+    request = urllib.request.Request(f"{server.url}/qrlora/train/stop", body, {"Content-Type": kind})
+    with pytest.raises(urllib.error.HTTPError) as error:
+        urllib.request.urlopen(request, timeout=10)
+    assert error.value.code == 400 and "expected" in error.value.read().decode()
+
+
+def test_a_sample_that_is_none_is_not_an_error_of_the_server(server):
+    folder = server.base / "output" / "qrlora" / "runs" / "odd" / "samples"
+    folder.mkdir(parents=True)
+    for step, shape in enumerate(([16, 8], [1, 4, 8, 8], [1, 16, 0, 8]), 1):
+        size = 4 * math.prod(shape)
+        header = json.dumps({"latent": {"dtype": "F32", "shape": shape, "data_offsets": [0, size]}}).encode()
+        (folder / f"step-{step:08}.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(size))
+        with pytest.raises(urllib.error.HTTPError) as error:
+            server.get(f"/qrlora/train/sample?run=odd&step={step}")
+        assert error.value.code == 404
+    shutil.rmtree(folder.parent)
 
 
 def test_the_page_can_catch_up(server):

@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from ..config import FitConfig
 from ..data.batches import generator_of
 from ..errors import TrainError
 from ..events import EventWriter
-from .checkpoint import newest_checkpoint, save_checkpoint
+from .checkpoint import BASIS, OPTIMIZER, PARAMETER, basis_sketch, newest_checkpoint, save_checkpoint
 from .flow import flow_loss, sample_latents
+from .lock import held_run_folder
 from .optim import optimizer_state
 from .output import save
 from .prepare import Run, make_accelerator, prepare
@@ -43,11 +45,13 @@ def fit(config: FitConfig, events: EventWriter | None = None, watch: StopWatch |
     accelerator = make_accelerator(config)
     with Reporter(events or EventWriter(None), accelerator.device, accelerator.is_main_process) as reporter:
         run = None
+        folder_lock = held_run_folder(Path(config.run_dir)) if accelerator.is_main_process else nullcontext()
         try:
-            run = prepare(config, accelerator, reporter, watch)
-            reporter.emit("started", **_started(run))
-            train(run)
-            return save(run)
+            with folder_lock:
+                run = prepare(config, accelerator, reporter, watch)
+                reporter.emit("started", **_started(run))
+                train(run)
+                return save(run)
         except Stopped:
             reporter.emit("stopped", **_stopped(run, Path(config.run_dir)))
             raise
@@ -96,7 +100,7 @@ def step(run: Run) -> float:
         part = run.done * config.gradient_accumulation + index
         number = part * accelerator.num_processes + accelerator.process_index
         for sampler, weight in samplers:
-            loss = flow_loss(run.model, sampler.batch(number), config, run.device, run.dtype)
+            loss = flow_loss(run.model, run.backbone, sampler.batch(number), config, run.device, run.dtype)
             loss = loss * (weight / config.gradient_accumulation)
             run.scaler.scale(loss).backward()
             total += loss.detach()
@@ -125,7 +129,8 @@ def validation_loss(run: Run) -> float:
     """Mean loss over draws that are the same at every step: fixed pictures, noise, and sigma spread over 0 to 1."""
     draws = run.config.validation_draws
     losses = [
-        flow_loss(run.model, run.sampler.fixed(draw, draws), run.config, run.device, run.dtype) for draw in range(draws)
+        flow_loss(run.model, run.backbone, run.sampler.fixed(draw, draws), run.config, run.device, run.dtype)
+        for draw in range(draws)
     ]
     return float(torch.stack(losses).mean())
 
@@ -134,8 +139,9 @@ def checkpoint(run: Run) -> None:
     """Write the state of the run; the main process does."""
     if run.accelerator.is_main_process:
         tensors, values = optimizer_state(run.optimizer)
-        held = {f"param.{name}": parameter.detach() for name, parameter in run.parameters.items()}
-        held |= {f"optimizer.{name}": tensor for name, tensor in tensors.items()}
+        held = {f"{PARAMETER}{name}": parameter.detach() for name, parameter in run.parameters.items()}
+        held |= {f"{OPTIMIZER}{name}": tensor for name, tensor in tensors.items()}
+        held |= {f"{BASIS}{name}": basis_sketch(layer.q) for name, layer in run.layers.items()}
         state: Mapping[str, Any] = {
             "identity": run.identity,
             "optimizer": values,
@@ -157,9 +163,15 @@ def sample(run: Run) -> None:
     noise = torch.randn(1, *cache.latent_shape(index), generator=generator_of(config.seed, "sample"))
     run.model.eval()
     latents = sample_latents(
-        run.model, noise, text.embeds[None], text.pooled[None], config.sample_steps, config.sample_guidance,
-        run.device, run.dtype,
-    )  # fmt: skip
+        run.model,
+        run.backbone,
+        noise,
+        text.map(lambda tensor: tensor[None]),
+        config.sample_steps,
+        config.sample_guidance,
+        run.device,
+        run.dtype,
+    )
     run.model.train()
     path = Path(config.run_dir) / "samples" / f"step-{run.done:08}.safetensors"
     spec = {"latent": TensorSpec(torch.float32, tuple(latents.shape))}
@@ -175,6 +187,8 @@ def _started(run: Run) -> dict[str, Any]:
         "first_step": run.done,
         "pack_version": __version__,
         "run_dir": name,
+        "scaling": run.config.scaling,
+        "memory": str(run.plan),
     }
 
 

@@ -5,30 +5,44 @@ import json
 import logging
 import os
 import uuid
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from qrlora_core import FileFormatError, LayerTarget, TensorFile, TrainingCache
 
-from ..config import FitConfig, as_table
+from ..config import AUTO, TRAJECTORY_VERSION, FitConfig, Storage, as_table
 from ..data.batches import Sampler, generator_of
 from ..errors import TrainError
+from ..model.backbones import Backbone
 from ..model.basis import BasisOf, cached_basis
-from ..model.layer import QRLinear, inject, trained_parameters
+from ..model.layer import QRLinear, inject, parameter_shapes, trained_parameters
 from ..model.source import BaseModel
-from ..model.transformer import DTYPES, load_transformer
-from .checkpoint import Checkpoint, newest_checkpoint, remove_leftovers
-from .estimate import estimate_memory, require_memory
+from ..model.transformer import BITS, DTYPES, load_transformer
+from .checkpoint import (
+    BASIS,
+    OPTIMIZER,
+    PARAMETER,
+    Checkpoint,
+    basis_sketch,
+    newest_checkpoint,
+    remove_leftovers,
+    set_damaged_aside,
+)
+from .estimate import MemoryPlan, choose_memory, estimate_memory, free_memory, memory_text, require_memory
 from .optim import make_optimizer, make_scheduler, restore_optimizer
 from .reporter import Reporter
 from .stop import StopWatch
 
 log = logging.getLogger(__name__)
+
+SAME_SKETCH = 1e-2  # a basis computed again differs by rounding; another one by as much as its own length
 
 
 @dataclass(slots=True)
@@ -36,6 +50,7 @@ class Run:
     """A run that is ready for its next step."""
 
     config: FitConfig
+    plan: MemoryPlan
     accelerator: Any
     source: BaseModel
     sampler: Sampler
@@ -52,6 +67,10 @@ class Run:
     done: int
     reporter: Reporter
     watch: StopWatch
+
+    @property
+    def backbone(self) -> Backbone:
+        return self.source.backbone
 
     @property
     def device(self) -> torch.device:
@@ -76,23 +95,29 @@ def prepare(config: FitConfig, accelerator: Any, reporter: Reporter, watch: Stop
     sampler, class_sampler = Sampler(cache, config), Sampler(cache, config, is_class=True)
     _check_data(sampler, source, cache)
     targets = source.targets(config.targets)
+    shapes = sampler.shapes + class_sampler.shapes
+    available = free_memory(accelerator.device)
+    plan, _ = choose_memory(config, source, targets, shapes, available, _begun_with(run_dir, config))
+    plan = _agreed(plan, accelerator)
+    estimate = estimate_memory(config, plan, source, targets, shapes)
     identity = {
+        "version": TRAJECTORY_VERSION,
         "base": source.fingerprint,
-        "data": cache.fingerprint(),
+        "data": cache.identity(),
         "processes": accelerator.num_processes,
         **config.trajectory(),
+        "base_storage": plan.base_storage,
     }
     run_id = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-    output = output_path(config)
-    _require_own_output(output, run_id)
-    checkpoint = _resumed(config, identity)
+    checkpoint = _resumed(config, identity, parameter_shapes(targets, config.method, config.rank))
+    _require_own_output(output_path(config), run_id)
     if config.memory_check:
-        shapes = sampler.shapes + class_sampler.shapes
-        require_memory(estimate_memory(config, source, targets, shapes), accelerator.device)
+        require_memory(estimate, available)
     if main:
-        run_dir.mkdir(parents=True, exist_ok=True)
+        log.info("%s: about %s", plan, memory_text(estimate, available))
         remove_leftovers(run_dir)
-        _write_settings(config)
+        set_damaged_aside(run_dir, checkpoint)
+        _write_settings(config, plan)
 
     def on_basis(done: int, total: int) -> None:
         watch.check()
@@ -107,9 +132,8 @@ def prepare(config: FitConfig, accelerator: Any, reporter: Reporter, watch: Stop
     device = torch.device("cpu") if accelerator.device.type == "mps" else accelerator.device
     with accelerator.local_main_process_first():  # the others find the file
         basis_of, _ = cached_basis(folder, source, targets, config.rank, config.decomposition, device, on_basis)
-    model = load_transformer(
-        source, config.base_storage, config.precision, accelerator.device, config.offload, on_model
-    )
+    _require_same_basis(checkpoint, targets, basis_of)
+    model = load_transformer(source, plan.base_storage, config.precision, accelerator.device, plan.offload, on_model)
     layers = inject(
         model,
         targets,
@@ -120,7 +144,7 @@ def prepare(config: FitConfig, accelerator: Any, reporter: Reporter, watch: Stop
         device=accelerator.device,
         dtype=DTYPES[config.precision],
     )
-    if config.gradient_checkpointing:
+    if plan.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     model.train()
     parameters = trained_parameters(layers)
@@ -133,6 +157,7 @@ def prepare(config: FitConfig, accelerator: Any, reporter: Reporter, watch: Stop
             scaler.load_state_dict(checkpoint.state["scaler"])
     return Run(
         config=config,
+        plan=plan,
         accelerator=accelerator,
         source=source,
         sampler=sampler,
@@ -201,17 +226,21 @@ def _cache(path: Path) -> TrainingCache:
 
 def _check_data(sampler: Sampler, source: BaseModel, cache: TrainingCache) -> None:
     """Whether the cache was made for such a model."""
+    facts = source.facts
     for index, item in enumerate(cache.items):
         channels = cache.latent_shape(index)[0]
-        if 4 * channels != source.config["in_channels"]:
-            wanted = source.config["in_channels"] // 4
-            raise TrainError("data", f"the latents of {item.name} have {channels} channels, the model takes {wanted}")
+        if channels != facts.channels:
+            raise TrainError(
+                "data", f"the latents of {item.name} have {channels} channels, the model takes {facts.channels}"
+            )
     for index in range(cache.text_count):
-        text = cache.text(index)
-        found = (text.embeds.shape[1], text.pooled.shape[0])
-        expected = (source.config["joint_attention_dim"], source.config["pooled_projection_dim"])
-        if found != expected:
-            raise TrainError("data", f"the texts have widths {found}, the model takes {expected} (T5, CLIP)")
+        found = tuple(part.shape[-1] for part in cache.text(index) if part is not None)
+        if found != facts.text_widths:
+            raise TrainError(
+                "data",
+                f"the texts have widths {found}, {source.backbone.title} takes {facts.text_widths}: encode them with "
+                "its own text encoders",
+            )
     if sampler.config.caption_dropout and cache.empty_text is None:
         raise TrainError("data", "caption_dropout needs the empty caption in the cache; write the cache again")
 
@@ -229,17 +258,37 @@ def _require_own_output(path: Path, run_id: str) -> None:
             raise TrainError("settings", f"{path.name} exists and is not of this run; choose another output or run_dir")
 
 
-def _resumed(config: FitConfig, identity: dict[str, Any]) -> Checkpoint | None:
+def _agreed(plan: MemoryPlan, accelerator: Any) -> MemoryPlan:
+    """The main process's plan, in all processes: their cards may have different amounts of memory free."""
+    if accelerator.num_processes == 1:
+        return plan
+    agreed: MemoryPlan = broadcast_object_list([plan])[0]
+    return agreed
+
+
+def _begun_with(run_dir: Path, config: FitConfig) -> Storage | None:
+    """How an earlier start of this run held the base, where that is left to the trainer: it decides the trajectory."""
+    newest = newest_checkpoint(run_dir) if config.base_storage == AUTO and config.resume != "never" else None
+    held = newest.state["identity"].get("base_storage") if newest is not None else None
+    return held if held in BITS else None
+
+
+def _resumed(
+    config: FitConfig, identity: dict[str, Any], parameters: Mapping[str, tuple[int, ...]]
+) -> Checkpoint | None:
     """The checkpoint to go on from, once it is sure that it belongs to these settings, model and data."""
-    checkpoint = newest_checkpoint(Path(config.run_dir))
+    run_dir = Path(config.run_dir)
+    # of other settings every tensor has other shapes; that is a mistake of the user and no damage
+    checkpoint = newest_checkpoint(run_dir)
+    if checkpoint is not None and not _different(checkpoint, identity):
+        checkpoint = newest_checkpoint(run_dir, parameters)
     if checkpoint is None:
         if config.resume == "require":
             raise TrainError("resume", "there is no checkpoint in run_dir to resume from")
         return None
     if config.resume == "never":
         raise TrainError("resume", "run_dir holds checkpoints of an earlier run; resume it, or choose another folder")
-    then = checkpoint.state["identity"]
-    different = [key for key in identity if json.dumps(then.get(key)) != json.dumps(identity[key])]
+    then, different = checkpoint.state["identity"], _different(checkpoint, identity)
     if "base" in different:
         raise TrainError("resume", f"this run began with another base model ({then['base']}, now {identity['base']})")
     if "data" in different:
@@ -252,19 +301,40 @@ def _resumed(config: FitConfig, identity: dict[str, Any]) -> Checkpoint | None:
     return checkpoint
 
 
+def _different(checkpoint: Checkpoint, identity: Mapping[str, Any]) -> list[str]:
+    """In what a checkpoint's run differs from this one."""
+    then = checkpoint.state["identity"]
+    return [key for key in identity if json.dumps(then.get(key)) != json.dumps(identity[key])]
+
+
+def _require_same_basis(checkpoint: Checkpoint | None, targets: Sequence[LayerTarget], basis_of: BasisOf) -> None:
+    """Whether the basis is the one that a checkpoint's tensors were trained on.
+
+    Raises:
+        TrainError: reason "resume": a dR means nothing on another Q.
+    """
+    sketches = checkpoint.tensors(BASIS) if checkpoint is not None else {}
+    for target in targets if sketches else ():
+        then, now = sketches.get(target.name), basis_sketch(basis_of(target.name).q)
+        if then is None or float((then - now).norm()) > SAME_SKETCH * float(now.norm()):
+            raise TrainError(
+                "resume",
+                f"this run began on another basis of {target.name}: put the file back into the folder of bases, or use "
+                "another run_dir",
+            )
+
+
 def _restore(
     checkpoint: Checkpoint | None, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> int:
     """Put a checkpoint's tensors in place; how many steps it has."""
     if checkpoint is None:
         return 0
-    held = checkpoint.tensors("param.")
-    if held.keys() != parameters.keys():
-        raise TrainError("resume", f"{checkpoint.path.name} holds {len(held)} tensors, expected {len(parameters)}")
+    held = checkpoint.tensors(PARAMETER)
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(held[name])
-    restore_optimizer(optimizer, checkpoint.tensors("optimizer."), checkpoint.state["optimizer"])
+    restore_optimizer(optimizer, checkpoint.tensors(OPTIMIZER), checkpoint.state["optimizer"])
     return checkpoint.step
 
 
@@ -276,10 +346,11 @@ def _start(config: FitConfig, target: LayerTarget) -> Tensor | None:
     return torch.randn(config.rank, target.shape[1], generator=generator) * config.delta_scale
 
 
-def _write_settings(config: FitConfig) -> None:
-    """What this run was told, beside its results. No absolute paths: folders are shared and moved."""
+def _write_settings(config: FitConfig, plan: MemoryPlan) -> None:
+    """What this run was told and what it chose, beside its results. No absolute paths: folders are shared and moved."""
+    chosen = asdict(plan) | {"alpha": config.adapter_alpha}
     names = {key: Path(getattr(config, key)).name for key in ("model", "data", "run_dir", "output", "basis_cache")}
     path = Path(config.run_dir) / "resolved.json"
     temporary = path.with_name(f".qrlora-{uuid.uuid4().hex}.tmp")
-    temporary.write_text(json.dumps(as_table(config) | names, indent=1), encoding="utf-8")
+    temporary.write_text(json.dumps(as_table(config) | chosen | names, indent=1), encoding="utf-8")
     temporary.replace(path)
