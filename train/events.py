@@ -56,6 +56,7 @@ FIELDS: Mapping[str, Mapping[str, tuple[type, ...]]] = MappingProxyType(
         "failed": {"reason": (str,), "message": (str,)},
     }
 )
+_DEEPEST = 20  # brackets in one another that an event may have
 _LATEST = 1e15  # unix seconds; also keeps NaN and infinity out
 _CUT = "#cut"  # ends a line that a killed writer left half done; no JSON ends so
 REASONS = ("settings", "data", "model", "memory", "disk", "loss", "resume", "library", "internal")
@@ -119,6 +120,8 @@ def parse(line: str) -> TrainEvent:
         for key, value in raw.items()
         if key not in ("v", "event", "time")
     }
+    if _depth(raw) > _DEEPEST:
+        raise EventError(f"an event of too many brackets: {line[:80]!r}")
     when = raw.get("time")
     # an integer of 400 digits is no time, and cannot become a float
     if not isinstance(when, _NUMBER) or isinstance(when, bool) or not abs(when) < _LATEST:
@@ -203,6 +206,15 @@ def _ends_in_a_line(path: Path) -> bool:
             return False
         file.seek(-1, 2)
         return file.read() != b"\n"
+
+
+def _depth(value: Any) -> int:
+    """How many tables and lists lie in one another; at most one more than _DEEPEST."""
+    level, depth = [value], 0
+    while level and depth <= _DEEPEST:
+        tables = [list(one.values()) if isinstance(one, dict) else one for one in level if isinstance(one, dict | list)]
+        level, depth = [child for children in tables for child in children], depth + 1
+    return depth
 
 
 def _finite(value: Any) -> Any:

@@ -93,7 +93,7 @@ def run(
         fault = one_case(folder, number, seed, chosen, outcome, keep)
         if fault:
             outcome.fault_count += 1
-            kind = "".join(fault.splitlines()[-4:])  # where it was raised, and what
+            kind = "".join(fault.partition(", ")[2].splitlines()[-4:])  # where it was raised, and what
             if kind not in outcome.seen and len(outcome.faults) < _KEPT_FAULTS:
                 outcome.faults.append(fault)
             outcome.seen[kind] += 1
