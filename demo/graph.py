@@ -4,7 +4,7 @@ from typing import Any
 
 from demo.workflow import input_specs, is_widget
 
-from .comfy_pack.features import SIZE
+from .toy.features import SIZE
 from .concepts import CONTENT, ENLARGED, FIT, MERGED_PROMPT, STYLE, Settings
 from .model import STEPS, WEIGHTS
 

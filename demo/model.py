@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from qrlora_core import Adapter
 
-from .comfy_pack.features import CHANNELS, SIZE, TEXT_WIDTH, text_features, to_pictures
+from .toy.features import CHANNELS, SIZE, TEXT_WIDTH, text_features, to_pictures
 
 WEIGHTS = Path(__file__).parent / "toy_flux.safetensors"
 STEPS = 20  # Euler steps of a sample; ComfyUI's scheduler `simple` has the same steps, as 20 divides 1000

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from benchmarks.common import machine
 
-from .comfy_pack.features import TEXT_LENGTH, TEXT_WIDTH, pooled, to_latents, word_feature
+from .toy.features import TEXT_LENGTH, TEXT_WIDTH, pooled, to_latents, word_feature
 from .layout import save_comfy
 from .model import WEIGHTS, load_toy, new_model, pack, sample, velocity
 from .pictures import caption, combinations, draw

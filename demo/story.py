@@ -1,6 +1,6 @@
 """The whole story on a toy FLUX: train a content and a style on one picture each, merge, and look.
 
-python -m demo.story [--out demo] [--no-wait] [--headless]
+python -m demo.story [--out demo_results] [--no-wait] [--headless]
 
 In a ComfyUI where one is found (COMFYUI_PATH, or ~/ComfyUI), in a scratch folder: the graph trains, merges and draws
 the sheet, and the page stays open. Without one: the same from the shell. Either way `--out` gets the two pictures, the
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="dev.py demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder of the results")
+    parser.add_argument("--out", type=Path, default=Path("demo_results"), help="folder of the results")
     parser.add_argument("--no-wait", action="store_true", help="end afterwards instead of keeping ComfyUI open")
     parser.add_argument("--headless", action="store_true", help="do without ComfyUI even where one is found")
     parser.add_argument("--steps", type=int, help="training steps of each adapter (fewer: a quick look)")

@@ -36,6 +36,7 @@ OPTIONAL = {"train": {"torchao", "bitsandbytes", "prodigyopt"}, "qrlora_plots": 
 # only these folders of nodes/ may import the host's own modules
 HOST_ROOMS = {"comfy": ("host",), "folder_paths": ("host",), "server": ("host", "training"), "aiohttp": ("training",)}
 TRAIN_FOR_NODES = ("train.config", "train.events")  # standard library only
+DEMO_FOR_NODES = ("demo.toy.features",)  # torch only
 
 
 def python_files(*rooms):
@@ -67,7 +68,7 @@ def test_imports(path):
         if level:
             target = resolved(path, name, level)
             allowed = {room} if room != "nodes" else {"nodes", "qrlora_core", "qrlora_plots"}
-            assert target.split(".")[0] in allowed or target in TRAIN_FOR_NODES, f"{path.name} reaches for {target}"
+            assert target.split(".")[0] in allowed or target in TRAIN_FOR_NODES + DEMO_FOR_NODES, f"{path.name} reaches for {target}"
             if room == "nodes" and parts[1] == "host":  # the seam serves the nodes and knows none of them
                 assert not target.startswith("nodes.") or target.startswith("nodes.host"), target
             continue
@@ -133,13 +134,23 @@ def test_nothing_outside_the_tests_imports_them(path):
     assert "tests" not in {name.split(".")[0] for name, level in imports(path) if not level}
 
 
-def test_helper_packs_stay_out_of_the_pack():
-    """The toy's and the tests' own nodes reach ComfyUI only where a demo or a test links their folders."""
-    packs = [ROOT / "demo" / "comfy_pack", ROOT / "tests" / "host" / "helper_pack"]
+def test_what_only_tests_and_demo_need_stays_out_of_the_pack():
+    """The tests' own nodes reach ComfyUI only where a test links their folder; benchmarks never do.
+
+    The toy's nodes do ship, so that a first run needs no download: in one file of nodes and one of the host's seam,
+    which share `demo.toy` (features, weights, adapters) with the demo and nothing else of it.
+    """
+    pack = ROOT / "tests" / "host" / "helper_pack"
     for path in [ROOT / "__init__.py", *python_files("qrlora_core", "train", "nodes")]:
         text = path.read_text(encoding="utf-8")
-        assert not any(pack.name in text for pack in packs) and "benchmarks" not in text and "QRLoRAToy" not in text
-    host_only = {"comfy", "comfy_api", "folder_paths"}
+        assert pack.name not in text and "benchmarks" not in text
+        assert "QRLoRAToy" not in text or path == ROOT / "nodes" / "demo.py"
     for path in python_files("demo"):
-        used = {name.split(".")[0] for name, level in imports(path) if not level} & host_only
-        assert not used or path == packs[0] / "nodes.py", f"{path.name} imports {used}"
+        used = {name.split(".")[0] for name, level in imports(path) if not level}
+        assert not used & {"comfy", "comfy_api", "folder_paths"}, f"{path.name} imports {used}"
+
+
+def test_what_the_nodes_share_with_the_demo_needs_torch_only():
+    for path in python_files("demo/toy"):
+        for name, level in imports(path):
+            assert not level and name.split(".")[0] in STDLIB | {"torch"}, f"{path.name} imports {name}"

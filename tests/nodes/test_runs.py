@@ -63,6 +63,7 @@ def test_publishing_never_overwrites(tmp_path, monkeypatch, links):
         runs.publish(source, folder, "../out")
 
 
+@pytest.mark.process
 def test_a_locked_folder_is_locked_for_other_processes_and_free_when_they_die(tmp_path):
     code = f"""
 import sys, time
@@ -97,6 +98,7 @@ def test_results_are_only_what_was_recorded(tmp_path):
     assert run.finished(10) == ""
 
 
+@pytest.mark.process
 def test_the_trainer_of_an_earlier_session_is_ended_but_not_a_stranger(tmp_path):
     run = runs.Run(tmp_path / "run")
     one = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
@@ -153,6 +155,7 @@ def test_the_environment_has_the_pack_and_no_network(monkeypatch):
     assert found["PYTHONPATH"] == os.pathsep.join([str(ROOT), "/before"]) and found["HF_HUB_OFFLINE"] == "1"
 
 
+@pytest.mark.process
 def test_started_by_path_the_trainer_finds_itself(tmp_path):
     """As an embedded Python would: isolated, so that neither PYTHONPATH nor the current folder count."""
     command = [sys.executable, "-I", str(ROOT / "train" / "start.py"), "--help"]
