@@ -4,9 +4,9 @@ from typing import Any
 
 from demo.workflow import input_specs, is_widget
 
-from .toy.features import SIZE
 from .concepts import CONTENT, ENLARGED, FIT, MERGED_PROMPT, STYLE, Settings
 from .model import STEPS, WEIGHTS
+from .toy.features import SIZE
 
 Graph = dict[str, dict[str, Any]]
 CONCEPTS = {"style": STYLE, "content": CONTENT}

@@ -15,8 +15,8 @@ from typing import Any
 from tqdm import tqdm
 
 from demo import server as instance
-from demo.workflow import editable
 from demo.server import Server, WorkflowError
+from demo.workflow import editable
 
 from .concepts import CONTENT, PACK, STYLE, Settings, draw_picture
 from .graph import CONCEPTS, Graph, graph, renamed, with_defaults

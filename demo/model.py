@@ -42,8 +42,8 @@ def new_model(**changes: int) -> nn.Module:
 
 def load_toy(path: Path = WEIGHTS) -> nn.Module:
     """A toy from ComfyUI's single file, fp32, frozen."""
-    from train.model.transformer import load_transformer
     from train.model.source import BaseModel
+    from train.model.transformer import load_transformer
 
     return load_transformer(BaseModel(path), storage="fp32", precision="fp32").eval()
 

@@ -22,9 +22,9 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
+from demo.golden import installed_host
 from qrlora_core import Adapter, MergeRecipe, merged_adapter, open_adapter, similarity_report, sweep
 from qrlora_plots import contact_sheet, similarity_png
-from demo.golden import installed_host
 
 from . import in_comfyui as demo_host
 from .concepts import CONTENT, FIT, MERGED_PROMPT, MORE, STYLE, Settings, fit, to_image

@@ -14,6 +14,7 @@ TALLER = {
     "QRLoRAContactSheet": SHOWN + 110,
     "LoadImage": SHOWN,
     "SaveImage": SHOWN,
+    "PreviewImage": SHOWN,
 }
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..qrlora_core import MergeRecipe, Residual
+from ..qrlora_core import NOTHING, MergeRecipe, Residual
 from . import sockets
 from .host.application import patch_model
 
@@ -21,7 +21,7 @@ class Apply(io.ComfyNode):
             "Stops with an error when a layer of the adapter is not in the model.",
             inputs=[
                 io.Model.Input("model", tooltip="A FLUX.1 model, with or without other LoRAs."),
-                sockets.DeltaR.Input("delta_r", tooltip="From Load \u0394R Adapter or Merge \u0394R."),
+                sockets.delta_r_input("delta_r", "From Load \u0394R Adapter or Merge \u0394R."),
                 sockets.strength_input("strength", "A factor for the whole adapter or merge."),
                 sockets.Residual.Input(
                     "residual",
@@ -35,7 +35,7 @@ class Apply(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model: Any, delta_r: MergeRecipe, strength: float, residual: Residual | None = None
+        cls, model: Any, strength: float, delta_r: MergeRecipe = NOTHING, residual: Residual | None = None
     ) -> io.NodeOutput:
         patched, text = patch_model(model, delta_r, strength, residual)
         return io.NodeOutput(patched, ui={"text": [text]})

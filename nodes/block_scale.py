@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from ..qrlora_core import BlockScale, MergeRecipe, parse_ranges
+from ..qrlora_core import NOTHING, BlockScale, MergeRecipe, parse_ranges
 from . import report, sockets
 
 
@@ -17,7 +17,7 @@ class BlockScaleNode(io.ComfyNode):
             "Strength per kind of block, per part, per stream and per range of blocks. Factors that meet in a layer "
             "multiply. Nothing is computed before the result is applied or saved.",
             inputs=[
-                sockets.DeltaR.Input("delta_r", tooltip="An adapter or a merge; all of it is scaled."),
+                sockets.delta_r_input("delta_r", "An adapter or a merge; all of it is scaled."),
                 sockets.strength_input("double_blocks", "Double blocks: image and text have weights of their own."),
                 sockets.strength_input("single_blocks", "Single blocks: image and text share their weights."),
                 sockets.strength_input("attention", "Attention layers of both kinds of blocks."),
@@ -34,7 +34,6 @@ class BlockScaleNode(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        delta_r: MergeRecipe,
         double_blocks: float,
         single_blocks: float,
         attention: float,
@@ -43,6 +42,7 @@ class BlockScaleNode(io.ComfyNode):
         text_stream: float,
         double_ranges: str,
         single_ranges: str,
+        delta_r: MergeRecipe = NOTHING,
     ) -> io.NodeOutput:
         scale = BlockScale(
             double=double_blocks,

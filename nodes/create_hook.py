@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from ..qrlora_core import MergeRecipe
+from ..qrlora_core import NOTHING, MergeRecipe
 from . import report, sockets
 from .host.hooks import DeltaRHook, HookGroup
 
@@ -21,7 +21,7 @@ class CreateHook(io.ComfyNode):
             "steps, and Cond Set Props attaches it to a prompt, with a mask if you like. With a constant strength of 1 "
             "it does what Apply QR-LoRA does.",
             inputs=[
-                sockets.DeltaR.Input("delta_r", tooltip="From Load \u0394R Adapter or Merge \u0394R."),
+                sockets.delta_r_input("delta_r", "From Load \u0394R Adapter or Merge \u0394R."),
                 sockets.strength_input("strength", "A factor for the whole adapter; keyframes multiply it."),
                 Hooks.Input("prev_hooks", optional=True, tooltip="Hooks to add this one to."),
             ],
@@ -30,8 +30,10 @@ class CreateHook(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, delta_r: MergeRecipe, strength: float, prev_hooks: HookGroup | None = None) -> io.NodeOutput:
+    def execute(
+        cls, strength: float, delta_r: MergeRecipe = NOTHING, prev_hooks: HookGroup | None = None
+    ) -> io.NodeOutput:
         group = HookGroup() if prev_hooks is None else prev_hooks.clone()
-        if strength != 0:
+        if delta_r.scaled(strength).active:
             group.add(DeltaRHook(delta_r, strength))
         return io.NodeOutput(group, ui={"text": [report.hook_text(delta_r, strength, len(group))]})

@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from ..qrlora_core import MergeRecipe, merge, merge_report
+from ..qrlora_core import NOTHING, MergeRecipe, OnMismatch, merge, merge_report
 from . import report, sockets
 
 
@@ -17,9 +17,9 @@ class Merge(io.ComfyNode):
             "alpha * style + beta * content. The output merges again, so any number of adapters can be combined. "
             "Nothing is computed before the result is applied or saved.",
             inputs=[
-                sockets.DeltaR.Input("delta_r_style", tooltip="The style adapter (or any first one)."),
+                sockets.delta_r_input("delta_r_style", "The style adapter (or any first one)."),
                 sockets.strength_input("alpha", "How much style. 0.9 to 1.0 is usual; 0 switches it off."),
-                sockets.DeltaR.Input("delta_r_content", tooltip="The content adapter (or any second one)."),
+                sockets.delta_r_input("delta_r_content", "The content adapter (or any second one)."),
                 sockets.strength_input("beta", "How much content. 0.9 to 1.0 is usual; 0 switches it off."),
                 sockets.mismatch_input(),
             ],
@@ -29,7 +29,13 @@ class Merge(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, delta_r_style: MergeRecipe, alpha: float, delta_r_content: MergeRecipe, beta: float, on_basis_mismatch: str
+        cls,
+        alpha: float,
+        beta: float,
+        on_basis_mismatch: OnMismatch,
+        delta_r_style: MergeRecipe = NOTHING,
+        delta_r_content: MergeRecipe = NOTHING,
     ) -> io.NodeOutput:
         merged = merge(delta_r_style, alpha, delta_r_content, beta, on_basis_mismatch)
-        return io.NodeOutput(merged, ui={"text": [report.merge_text(merged, merge_report(merged))]})
+        missing = [name for name, one in (("style", delta_r_style), ("content", delta_r_content)) if not one.terms]
+        return io.NodeOutput(merged, ui={"text": [report.merge_text(merged, merge_report(merged), missing)]})

@@ -25,9 +25,12 @@ def residual_text(residual: Residual) -> str:
     return f"{len(residual.layers)} layers, {size / 1e9:.2f} GB, {', '.join(dtypes)}"
 
 
-def merge_text(recipe: MergeRecipe, done: MergeReport) -> str:
-    """The terms, and what happened where bases differ."""
-    lines = [" + ".join(map(str, recipe.terms))]
+def merge_text(recipe: MergeRecipe, done: MergeReport, missing: Sequence[str] = ()) -> str:
+    """The terms, what happened where bases differ, and which inputs count as nothing."""
+    absent = [f"{name}: nothing connected, or bypassed" for name in missing]
+    if not recipe.terms:
+        return "\n".join([*absent, "nothing to merge: the model will stay as it is"])
+    lines = [*absent, " + ".join(map(str, recipe.terms))]
     lines.append(f"{done.layers} layers, rank {done.rank}")
     if done.joint:
         dropped = f"; {done.dropped} columns that add nothing left out" if done.dropped else ""
@@ -40,7 +43,7 @@ def merge_text(recipe: MergeRecipe, done: MergeReport) -> str:
         )
     if done.off:
         lines.append(f"{done.off} layers switched off by block factors of 0")
-    if not done.joint and not done.aligned:
+    if not done.joint and not done.aligned and len(recipe.terms) > 1:
         lines.append("one basis: \u0394R added")
     return "\n".join(lines)
 
@@ -48,6 +51,8 @@ def merge_text(recipe: MergeRecipe, done: MergeReport) -> str:
 def block_text(scale: BlockScale, recipe: MergeRecipe) -> str:
     """What differs from 1, and how many layers have which factor, by this node alone."""
     counts = Counter(round(scale.factor(name), 6) for name in recipe.layer_names)
+    if not recipe.terms:
+        return "no adapter is connected, or it is bypassed"
     lines = [str(scale)]
     for factor, count in sorted(counts.items(), reverse=True):
         lines.append(f"{count} layers " + ("off" if factor == 0 else f"x {factor:g}"))
@@ -56,8 +61,8 @@ def block_text(scale: BlockScale, recipe: MergeRecipe) -> str:
 
 def hook_text(recipe: MergeRecipe, strength: float, hooks: int) -> str:
     """What the hook holds, and how many hooks are on the wire."""
-    if strength == 0:
-        return f"strength 0: nothing added, {hooks} hooks"
+    if not recipe.scaled(strength).active:
+        return f"nothing added (no adapter, or strength 0), {hooks} hooks"
     lines = [" + ".join(map(str, recipe.terms)), f"{len(recipe.layer_names)} layers at strength {strength:g}"]
     return "\n".join(
         [*lines, f"{hooks} hook{'s' if hooks != 1 else ''}; checked against the model when sampling starts"]

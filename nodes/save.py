@@ -21,6 +21,7 @@ from ..qrlora_core import (
     residual_weight,
     save_adapter,
     storage_tolerance,
+    truncated,
     write_residual,
 )
 from . import host, sockets
@@ -52,16 +53,20 @@ class SaveDeltaR(io.ComfyNode):
                     optional=True,
                     tooltip="Only for 'published', when the adapter does not hold base R: the model it was trained on.",
                 ),
+                _dtype_input("as it is", "as it is: nothing is rounded. bfloat16 and float16 halve the file."),
             ],
             outputs=[io.String.Output(display_name="filename", tooltip="Name of the file inside models/qrlora.")],
             is_output_node=True,
         )
 
     @classmethod
-    def execute(cls, delta_r: MergeRecipe, filename: str, format: str, model: Any = None) -> io.NodeOutput:
+    def execute(
+        cls, delta_r: MergeRecipe, filename: str, format: str, model: Any = None, dtype: str = "as it is"
+    ) -> io.NodeOutput:
         adapter = merged_adapter(delta_r)
         path = free_name(folders.save_folder(), filename)
-        save_adapter(adapter, path, format=format, base_r=_base_r_of(model, adapter) if model is not None else None)
+        base_r = _base_r_of(model, adapter) if model is not None else None
+        save_adapter(adapter, path, format=format, base_r=base_r, dtype=_DTYPES.get(dtype))
         return _saved(path, folders.save_folder())
 
 
@@ -74,20 +79,35 @@ class ExportLoRA(io.ComfyNode):
             "QRLoRAExportLoRA",
             "Export as LoRA",
             "Writes an adapter or a merge as a standard LoRA to models/loras, for ComfyUI's own Load LoRA, diffusers "
-            "and others. It changes the model exactly as Apply QR-LoRA does.",
+            "and others. In float32 it changes the model exactly as Apply QR-LoRA does.",
             inputs=[
                 sockets.DeltaR.Input("delta_r", tooltip="From Load \u0394R Adapter or Merge \u0394R."),
                 _filename("qr_lora", "models/loras"),
+                _dtype_input(
+                    "bfloat16",
+                    "bfloat16: half the size, the update rounded by about 0.2 %. float32: exactly what Apply does.",
+                ),
+                io.Int.Input(
+                    "rank",
+                    default=0,
+                    min=0,
+                    max=4096,
+                    optional=True,
+                    tooltip="0: all columns. Otherwise the best approximation with so many; what is lost is told.",
+                ),
             ],
             outputs=[io.String.Output(display_name="filename", tooltip="Name of the file inside models/loras.")],
             is_output_node=True,
         )
 
     @classmethod
-    def execute(cls, delta_r: MergeRecipe, filename: str) -> io.NodeOutput:
-        folder = folders.save_folder("loras")
-        path = save_adapter(merged_adapter(delta_r), free_name(folder, filename))
-        return _saved(path, folder)
+    def execute(cls, delta_r: MergeRecipe, filename: str, dtype: str = "bfloat16", rank: int = 0) -> io.NodeOutput:
+        folder, adapter, note = folders.save_folder("loras"), merged_adapter(delta_r), ""
+        if rank:
+            adapter, lost = truncated(adapter, rank, host.with_progress)
+            note = f"rank {adapter.rank}: {100 * lost:.2g} % of the energy left out"
+        path = save_adapter(adapter, free_name(folder, filename), dtype=_DTYPES.get(dtype))
+        return _saved(path, folder, note)
 
 
 class SaveResidual(io.ComfyNode):
@@ -152,9 +172,15 @@ def _filename(default: str, folder: str) -> Any:
     )
 
 
-def _saved(path: Path, folder: Path) -> io.NodeOutput:
+def _dtype_input(default: str, tooltip: str) -> Any:
+    """How numbers are stored; optional, so that graphs saved by older versions keep working."""
+    options = ["as it is", *_DTYPES]
+    return io.Combo.Input("dtype", options=options, default=default, optional=True, tooltip=tooltip)
+
+
+def _saved(path: Path, folder: Path, note: str = "") -> io.NodeOutput:
     name = path.relative_to(Path(folder).resolve()).as_posix()
-    text = f"saved {name} ({path.stat().st_size / 1e6:.1f} MB)"
+    text = f"saved {name} ({path.stat().st_size / 1e6:.1f} MB)" + (f"\n{note}" if note else "")
     return io.NodeOutput(name, ui={"text": [text]})
 
 

@@ -20,6 +20,11 @@ def schema(node_id: str, display_name: str, description: str, **fields: Any) -> 
     return io.Schema(node_id=node_id, display_name=display_name, description=description, **fields)
 
 
+def delta_r_input(name: str, tooltip: str) -> Any:
+    """An adapter or a merge. Optional, so that one that is bypassed or muted counts as nothing and the rest runs."""
+    return DeltaR.Input(name, optional=True, tooltip=f"{tooltip} Left empty, bypassed or muted: counts as nothing.")
+
+
 def strength_input(name: str, tooltip: str) -> Any:
     """A factor from -4 to 4 in steps of 0.01, 1 by default."""
     return io.Float.Input(name, default=1.0, min=-4.0, max=4.0, step=0.01, tooltip=tooltip)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from comfy_api.latest import io, ui
 
-from ..qrlora_core import MergeRecipe, SettingError, sweep
+from ..qrlora_core import NOTHING, MergeRecipe, OnMismatch, SettingError, sweep
 from ..qrlora_plots import ContactSheet, array_of, contact_sheet, images_of
 from . import report, sockets
 
@@ -26,9 +26,9 @@ class ScaleSweep(io.ComfyNode):
             "Merges two adapters with every pair of an alpha and a beta. Connect delta_r to Apply QR-LoRA: ComfyUI "
             "then samples once for each pair. \u0394R Contact Sheet shows all pictures as one.",
             inputs=[
-                sockets.DeltaR.Input("delta_r_style", tooltip="The style adapter (or any first one)."),
+                sockets.delta_r_input("delta_r_style", "The style adapter (or any first one)."),
                 _list_input("alphas", "0.6, 0.8, 1.0", "style"),
-                sockets.DeltaR.Input("delta_r_content", tooltip="The content adapter (or any second one)."),
+                sockets.delta_r_input("delta_r_content", "The content adapter (or any second one)."),
                 _list_input("betas", "0.6, 0.8, 1.0", "content"),
                 sockets.mismatch_input(),
             ],
@@ -46,7 +46,12 @@ class ScaleSweep(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, delta_r_style: MergeRecipe, alphas: str, delta_r_content: MergeRecipe, betas: str, on_basis_mismatch: str
+        cls,
+        alphas: str,
+        betas: str,
+        on_basis_mismatch: OnMismatch,
+        delta_r_style: MergeRecipe = NOTHING,
+        delta_r_content: MergeRecipe = NOTHING,
     ) -> io.NodeOutput:
         cells = sweep(delta_r_style, alphas, delta_r_content, betas, on_basis_mismatch)
         title = f"alpha: {_names(delta_r_style)}; beta: {_names(delta_r_content)}"
@@ -197,7 +202,7 @@ def _values(label: str) -> dict[str, float]:
 
 
 def _names(recipe: MergeRecipe) -> str:
-    return " + ".join(adapter.name for adapter in recipe.adapters)
+    return " + ".join(adapter.name for adapter in recipe.adapters) or "nothing"
 
 
 def _list_input(name: str, default: str, what: str) -> io.String.Input:

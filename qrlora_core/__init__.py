@@ -27,8 +27,8 @@ from .errors import (
 )
 from .formats import file_kind, open_adapter
 from .linalg import Basis, base_r, core_energy, decompose, residual_weight, restored_weight
-from .merge import LayerSum, MergeReport, Product, layer_sum, merge, merge_report, merged_adapter
-from .recipe import MergeRecipe, Term
+from .merge import LayerSum, MergeReport, OnMismatch, Product, layer_sum, merge, merge_report, merged_adapter
+from .recipe import NOTHING, MergeRecipe, Term
 from .residual import Residual, match_residual, storage_tolerance, value_dtype, write_residual
 from .save import save_adapter
 from .similarity import similarity_report
@@ -45,10 +45,12 @@ from .targets import (
     layer_names,
     match_targets,
 )
+from .truncate import Truncated, truncated
 
 __all__ = [
     "MAX_COMBINATIONS",
     "METHODS",
+    "NOTHING",
     "Adapter",
     "AdapterLayer",
     "Basis",
@@ -66,6 +68,7 @@ __all__ = [
     "LayerTarget",
     "MergeRecipe",
     "MergeReport",
+    "OnMismatch",
     "PathError",
     "Product",
     "QRLoRAError",
@@ -77,6 +80,7 @@ __all__ = [
     "TensorFile",
     "Term",
     "TrainingCache",
+    "Truncated",
     "WeightError",
     "WeightSlice",
     "base_r",
@@ -115,6 +119,7 @@ __all__ = [
     "similarity_report",
     "storage_tolerance",
     "sweep",
+    "truncated",
     "value_dtype",
     "write_residual",
 ]

@@ -58,6 +58,8 @@ class BlockScale:
     def check(self, names: Iterable[str]) -> None:
         """Raise TargetError when a range holds no block of these layers: it would be ignored in silence."""
         kinds = [layer_kind(name) for name in names]
+        if not kinds:
+            return  # nothing is scaled, so nothing is ignored
         for block, ranges in (("double", self.double_ranges), ("single", self.single_ranges)):
             present = sorted({kind.number for kind in kinds if kind.block == block})
             for one in ranges:

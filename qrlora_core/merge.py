@@ -162,8 +162,9 @@ def merged_adapter(
     Raises:
         BasisMismatchError: a full-QR term has no initial Q and R, and neither argument says where they are.
         WeightError: a tensor holds NaN or Inf.
+        SettingError: the recipe is empty.
     """
-    active = recipe.active
+    active = recipe.require_terms().active
     terms = active or recipe.terms  # of nothing but zeros, the zeros: an adapter has layers
     open_core = [term.adapter for term in terms if term.adapter.method == "qr" and not term.adapter.has_initial]
     core_known = initial_of is not None or core_in_residual

@@ -80,6 +80,16 @@ class MergeRecipe:
         """Every layer of every adapter, in network order."""
         return tuple(sorted({name for term in self.terms for name in term.adapter.layers}, key=network_order))
 
+    def require_terms(self) -> "MergeRecipe":
+        """This recipe, for what needs at least one adapter.
+
+        Raises:
+            SettingError: there is none.
+        """
+        if not self.terms:
+            raise SettingError("no adapter is connected here (or all are bypassed): connect Load \u0394R Adapter")
+        return self
+
     def scaled(self, strength: float) -> "MergeRecipe":
         """The same recipe with every strength multiplied.
 
@@ -98,3 +108,6 @@ class MergeRecipe:
         """
         scale.check(self.layer_names)
         return MergeRecipe(tuple(replace(term, scales=(*term.scales, scale)) for term in self.terms))
+
+
+NOTHING = MergeRecipe(())

@@ -34,6 +34,7 @@ def save_adapter(
     *,
     format: AdapterFormat = "portable",
     base_r: Callable[[str], Tensor] | None = None,
+    dtype: torch.dtype | None = None,
     metadata: Mapping[str, str] | None = None,
     overwrite: bool = False,
 ) -> Path:
@@ -46,6 +47,8 @@ def save_adapter(
             `[Q' Q] [R'; -R]`. "published" holds q, delta_r and base_r, or up and down for method qr. It has no
             alpha and means scaling 1, so another scaling goes into R and dR.
         base_r: layer name -> R of the base weight, (rank, in), for "published" where the adapter has none.
+        dtype: how Q and dR are stored; None: as the adapter holds them. bfloat16 halves the file and costs the update
+            about 0.2 % (fact 7 of the design is about sums, not about storage).
         metadata: fields besides, or instead of, the standard ones.
 
     Raises:
@@ -57,7 +60,7 @@ def save_adapter(
     if format not in ADAPTER_FORMATS:
         raise FileFormatError(f"format is {format!r}, expected one of {', '.join(ADAPTER_FORMATS)}")
     entries = _portable_entries if format == "portable" else _published_entries
-    plan = {name: list(entries(adapter, name, base_r)) for name in adapter.layers}
+    plan = {name: [_stored(entry, dtype) for entry in entries(adapter, name, base_r)] for name in adapter.layers}
     specs = {key: spec for layer in plan.values() for key, spec, _ in layer}
 
     def stream() -> Iterable[tuple[str, Tensor]]:
@@ -103,6 +106,12 @@ def standard_metadata(adapter: Adapter) -> dict[str, str]:
     if adapter.basis_fingerprint:
         fields["qrlora.basis_fingerprint"] = adapter.basis_fingerprint
     return fields
+
+
+def _stored(entry: Entry, dtype: torch.dtype | None) -> Entry:
+    """An entry in another dtype; alpha, a single number, stays float32."""
+    key, spec, pick = entry
+    return (key, TensorSpec(dtype, spec.shape), pick) if dtype is not None and spec.shape else entry
 
 
 def _portable_entries(adapter: Adapter, name: str, _: object) -> Iterable[Entry]:

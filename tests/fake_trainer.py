@@ -11,6 +11,7 @@ import os
 import resource
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -72,6 +73,16 @@ class Fake:
         (folder / f"step-{number:08}.safetensors").write_bytes(b"checkpoint")
         self.emit("saved", step=number, what="checkpoint", file=f"checkpoints/step-{number:08}.safetensors")
 
+    def sample(self, number):
+        """Latents (1, 16, 8, 8) of zeros, as the trainer leaves them."""
+        folder = self.run / "samples"
+        folder.mkdir(exist_ok=True)
+        size = 4 * 16 * 8 * 8
+        header = json.dumps({"latent": {"dtype": "F32", "shape": [1, 16, 8, 8], "data_offsets": [0, size]}}).encode()
+        path = folder / f"step-{number:08}.safetensors"
+        path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(size))
+        self.emit("sample", step=number, file=f"samples/{path.name}")
+
     def newest(self):
         names = sorted(path.stem for path in (self.run / "checkpoints").glob("step-*.safetensors"))
         return int(names[-1].split("-")[1]) if names else 0
@@ -95,6 +106,8 @@ def ok(fake):
             fake.emit("stopped", step=number - 1, checkpoint=f"checkpoints/step-{number - 1:08}.safetensors")
             return 3
         fake.step(number)
+        if fake.part.get("sample_every") and number % fake.part["sample_every"] == 0:
+            fake.sample(number)
         print(f"step {number}", flush=True)
         time.sleep(fake.part.get("seconds", 0.02))
     fake.finish()

@@ -35,8 +35,14 @@ ALLOWED = {
 OPTIONAL = {"train": {"torchao", "bitsandbytes", "prodigyopt"}, "qrlora_plots": {"matplotlib"}}
 # only these folders of nodes/ may import the host's own modules
 HOST_ROOMS = {"comfy": ("host",), "folder_paths": ("host",), "server": ("host", "training"), "aiohttp": ("training",)}
-TRAIN_FOR_NODES = ("train.config", "train.events")  # standard library only
-DEMO_FOR_NODES = ("demo.toy.features",)  # torch only
+# what the nodes may import of trainer and demo, and what those may import besides the standard library and each other
+FOR_NODES = {
+    "train.config": set(),
+    "train.events": set(),
+    "train.data.captions": set(),
+    "train.data.pictures": {"numpy", "PIL"},
+    "demo.toy.features": {"torch"},
+}
 
 
 def python_files(*rooms):
@@ -68,7 +74,7 @@ def test_imports(path):
         if level:
             target = resolved(path, name, level)
             allowed = {room} if room != "nodes" else {"nodes", "qrlora_core", "qrlora_plots"}
-            assert target.split(".")[0] in allowed or target in TRAIN_FOR_NODES + DEMO_FOR_NODES, f"{path.name} reaches for {target}"
+            assert target.split(".")[0] in allowed or target in FOR_NODES, f"{path.name} reaches for {target}"
             if room == "nodes" and parts[1] == "host":  # the seam serves the nodes and knows none of them
                 assert not target.startswith("nodes.") or target.startswith("nodes.host"), target
             continue
@@ -86,10 +92,14 @@ def test_optional_packages_are_not_needed_to_import(path):
             assert not {name.split(".")[0] for name in names} & OPTIONAL["train"]
 
 
-@pytest.mark.parametrize("name", ["config", "events"])
-def test_what_the_nodes_may_import_of_the_trainer_is_standard_library(name):
-    for module, level in imports(ROOT / "train" / f"{name}.py"):
-        assert not level and module.split(".")[0] in STDLIB
+@pytest.mark.parametrize("name", FOR_NODES)
+def test_what_the_nodes_share_with_trainer_and_demo_needs_little_else(name):
+    path = ROOT / f"{name.replace('.', '/')}.py"
+    for module, level in imports(path):
+        if level:
+            assert resolved(path, module, level) in FOR_NODES
+        else:
+            assert module.split(".")[0] in STDLIB | FOR_NODES[name]
 
 
 def test_the_door_imports_lazily():
@@ -148,9 +158,3 @@ def test_what_only_tests_and_demo_need_stays_out_of_the_pack():
     for path in python_files("demo"):
         used = {name.split(".")[0] for name, level in imports(path) if not level}
         assert not used & {"comfy", "comfy_api", "folder_paths"}, f"{path.name} imports {used}"
-
-
-def test_what_the_nodes_share_with_the_demo_needs_torch_only():
-    for path in python_files("demo/toy"):
-        for name, level in imports(path):
-            assert not level and name.split(".")[0] in STDLIB | {"torch"}, f"{path.name} imports {name}"

@@ -19,7 +19,7 @@ A first run, with the base model as a ComfyUI file (flux1-dev.safetensors) and a
 
   python -m train check --model flux1-dev.safetensors
   python -m train encode --pipeline FLUX.1-dev --pictures dog.jpg \\
-      --instance-prompt "a photo of a <c> dog" --output dog.cache.safetensors
+      --instance-prompt "a photo of a [trigger] dog" --trigger "<c>" --output dog.cache.safetensors
   python -m train fit --model flux1-dev.safetensors --data dog.cache.safetensors --run-dir runs/dog
 
 The adapter is then runs/dog/adapter.safetensors; put it into ComfyUI/models/qrlora. The same `fit` command again goes

@@ -199,7 +199,7 @@ class EncodeConfig:
     captions: Literal["auto", "files", "prompt"] = _setting(
         "auto", "files: a .txt beside each picture; prompt: instance_prompt for all; auto: the first, else the second"
     )
-    instance_prompt: str = _setting("", 'such as "a photo of a <c> dog"')
+    instance_prompt: str = _setting("", 'such as "a photo of a [trigger] dog"')
     trigger: str = _setting("", "trigger word; replaces [trigger] in captions and prompts")
     repeats: int = _setting(1, "how often each picture counts in one pass over the data", low=1, high=10_000)
     resolution: int = _setting(512, "side of the square whose area all buckets have", low=64, high=4096)

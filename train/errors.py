@@ -1,6 +1,13 @@
 """How the trainer fails: one exception whose reason a host can act on and whose message says what to do."""
 
+import torch
+
 from qrlora_core import QRLoRAError
+
+# torch.OutOfMemoryError came with 2.5; before, and for what raises the old one, there is CUDA's own
+OUT_OF_MEMORY: tuple[type[Exception], ...] = tuple(
+    dict.fromkeys((getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError), torch.cuda.OutOfMemoryError))
+)
 
 
 class TrainError(QRLoRAError):

@@ -2,12 +2,10 @@
 
 from pathlib import Path
 
-import torch
-
 from qrlora_core import FileFormatError, PathError, QRLoRAError, TargetError, WeightError
 
 from .config import FitConfig
-from .errors import TrainError
+from .errors import OUT_OF_MEMORY, TrainError
 from .run.checkpoint import NO_ROOM
 from .run.estimate import out_of_memory
 
@@ -38,7 +36,7 @@ def explained(error: Exception, config: FitConfig | None) -> tuple[str, str, boo
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether a device or the system had no memory left."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+    if isinstance(error, (MemoryError, *OUT_OF_MEMORY)):
         return True
     text = str(error).lower()
     return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)

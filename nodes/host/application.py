@@ -57,6 +57,8 @@ def patch_model(model: Any, recipe: MergeRecipe, strength: float, residual: Resi
             to the recipe and the model. Nothing is patched then.
     """
     full = recipe.scaled(strength)
+    if not recipe.terms:
+        return model.clone(), "no adapter is connected, or all are bypassed: the model stays as it is"
     places = _places(model, recipe)
     if not full.active and residual is None:
         return model.clone(), f"strength 0: none of {len(places)} layers changed"

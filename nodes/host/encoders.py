@@ -15,7 +15,7 @@ from ...qrlora_core import EncodedText, QRLoRAError
 log = logging.getLogger(__name__)
 
 CHANNELS = 16  # of FLUX's latents
-PREVIEW_SIZE = 512
+_PREVIEW_SIZE = 512
 _SAMPLED = 1024  # values of each weight that tell one encoder from another
 
 # FLUX takes CLIP's pooled output unprojected. Where a file lacks these the host leaves them as the memory happens to
@@ -95,7 +95,7 @@ def preview(latent: Tensor) -> Image.Image:
     colors = latent[0].float().movedim(0, -1) @ factors + bias
     pixels = ((colors + 1) / 2).nan_to_num().clamp(0, 1).mul(255).to(torch.uint8)
     picture = Image.fromarray(pixels.numpy())
-    factor = PREVIEW_SIZE / max(picture.size)
+    factor = _PREVIEW_SIZE / max(picture.size)
     return picture.resize(tuple(max(1, round(side * factor)) for side in picture.size), Image.Resampling.BICUBIC)
 
 

@@ -8,9 +8,6 @@ import comfy.model_management
 import comfy.utils
 import psutil
 from server import PromptServer
-from torch import Tensor
-
-from .encoders import PREVIEW_SIZE, preview
 
 Item = TypeVar("Item")
 
@@ -69,10 +66,9 @@ class Progress:
     def __init__(self) -> None:
         self._bar = comfy.utils.ProgressBar(1)
 
-    def show(self, done: int, total: int, latent: Tensor | None = None) -> None:
-        picture = None if latent is None else ("JPEG", preview(latent), PREVIEW_SIZE)
+    def show(self, done: int, total: int) -> None:
         try:
-            self._bar.update_absolute(done, max(total, 1), picture)
+            self._bar.update_absolute(done, max(total, 1))
         except Interrupted:  # the host's own hook raises it, and forgets that it was pressed
             comfy.model_management.interrupt_current_processing(True)
 

@@ -68,7 +68,7 @@ def load_model() -> Any:
     try:
         return comfy.sd.load_diffusion_model(str(WEIGHTS))
     except RuntimeError as error:  # tensors of other sizes than it has made room for
-        raise QRLoRAError("this ComfyUI is too old for the toy FLUX: it knows one size of FLUX only; update it") from error
+        raise QRLoRAError("the toy FLUX needs a newer ComfyUI, which reads the size of a FLUX from its file") from error
 
 
 def load_adapter(name: str) -> Adapter:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ...qrlora_core import MergeRecipe, PathError, QRLoRAError, TensorFile, model_fingerprint, open_adapter
+from ...qrlora_core import MergeRecipe, PathError, QRLoRAError, model_fingerprint, open_adapter
 from ...qrlora_core import __version__ as pack_version
 from ...train.config import EncodeConfig, FitConfig, as_table, make_config
 from ...train.events import TrainEvent
@@ -164,7 +164,7 @@ def _supervised(
     except ChildError as error:
         raise TrainingError(str(error)) from error
     run.note_trainer(child.pid)
-    reporter = _Reporter(job, run, config.steps)
+    reporter = _Reporter(job, config.steps)
     ending = watch(
         child,
         feed,
@@ -182,8 +182,8 @@ def _supervised(
 class _Reporter:
     """Passes what the trainer reports on to the page and to ComfyUI's progress bar."""
 
-    def __init__(self, job: Job, run: Run, steps: int) -> None:
-        self._job, self._run, self._steps = job, run, steps
+    def __init__(self, job: Job, steps: int) -> None:
+        self._job, self._steps = job, steps
         self._bar = session.Progress()
         self._stopping = False
 
@@ -199,22 +199,12 @@ class _Reporter:
             self._show(events)
 
     def _show(self, events: Sequence[TrainEvent]) -> None:
-        for event in events:
-            if event.kind == "sample":
-                self._bar.show(event.data["step"], self._steps, self._latent(event.data["step"]))
+        """The bar alone: a picture beside it would make the node grow, and the panel shows the samples already."""
         last = events[-1]
-        if last.kind == "step":
+        if last.kind in ("step", "sample"):
             self._bar.show(last.data["step"], self._steps)
         elif last.kind == "phase" and last.data["total"]:
             self._bar.show(last.data["done"], last.data["total"])
-
-    def _latent(self, step: int) -> torch.Tensor | None:
-        path = self._run.samples().get(step)
-        try:
-            return None if path is None else TensorFile(path).tensor("latent")
-        except QRLoRAError as error:
-            log.warning("QR-LoRA: %s", error)
-            return None
 
 
 def _verified(run: Run, config: FitConfig, ending: Ending, started: float) -> str:

@@ -176,3 +176,46 @@ def test_a_saved_merge_keeps_both_triggers():
 
     merged = core.merged_adapter(core.merge(of(named(1, "<s>")), 1.0, of(named(2, "<c>")), 0.5))
     assert merged.metadata == {"qrlora.trigger": "<s>, <c>"}
+
+
+def test_fewer_columns_are_the_best_of_their_number():
+    recipe = core.merge(of(make(1, alpha=6)), 1.0, of(make(2, basis_seed=5)), 0.5)
+    whole = core.merged_adapter(recipe)
+    small, lost = core.truncated(whole, 2)
+    assert small.rank == 2 and 0 < lost < 1
+    left_out = total = 0.0
+    for name in NAMES:
+        values = torch.linalg.svdvals(change(whole, name))
+        assert float((change(whole, name) - change(small, name)).norm()) == pytest.approx(
+            float(values[2:].norm()), rel=1e-4
+        )
+        left_out, total = left_out + float(values[2:].square().sum()), total + float(values.square().sum())
+    assert lost == pytest.approx(left_out / total, rel=1e-4)
+    assert core.truncated(whole, 50).lost < 1e-9
+    halves = {name: core.AdapterLayer(*(t.bfloat16() for t in make(1).layer(name)[:2])) for name in NAMES}
+    half = core.Adapter.from_tensors("half", halves, 3)
+    again = core.truncated(half, 3).adapter
+    for name in NAMES:
+        torch.testing.assert_close(change(again, name), change(half, name), atol=1e-5, rtol=1e-5)
+    with pytest.raises(core.SettingError, match="below 1"):
+        core.truncated(whole, 0)
+
+
+def test_a_file_in_half_the_bits(tmp_path):
+    exact = core.save_adapter(make(1, alpha=6), tmp_path / "exact.safetensors")
+    path = core.save_adapter(make(1, alpha=6), tmp_path / "half.safetensors", dtype=torch.bfloat16)
+    half = core.open_adapter(path)
+    assert half.layers[NAMES[0]].dtype == torch.bfloat16 and half.alpha == 6.0
+    for name in NAMES:
+        one, other = change(core.open_adapter(exact), name), change(half, name)
+        assert 1e-5 < float((one - other).norm() / one.norm()) < 5e-3
+
+
+def test_nothing_connected_is_nothing():
+    one = of(make(1))
+    assert core.merge(core.NOTHING, 1.0, one, 0.5).terms[0].strength == 0.5
+    assert core.merge(one, 1.0, core.NOTHING, 0.5, "align").terms[0].adapter is one.terms[0].adapter
+    empty = core.merge(core.NOTHING, 1.0, core.NOTHING, 1.0)
+    assert core.merge_report(empty).layers == 0 and not empty.active
+    with pytest.raises(core.SettingError, match="no adapter is connected"):
+        core.merged_adapter(empty)

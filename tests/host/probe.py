@@ -332,6 +332,171 @@ def cancelled():
     return {"exception": said, "layers": len(calls), "left": after == before, "patched": refused_patched}
 
 
-checks = [full_qr_portable, cancelled, golden_outputs, rows, order, quantised, same_as_export]
+def nothing_connected():
+    """Every adapter bypassed: the model stays as it is, and the node says so."""
+    patcher = model()
+    clone, said = apply.patch_model(patcher, core.NOTHING, 1.0)
+    one_left = core.merge(core.NOTHING, 0.9, content, 1.0)
+    return {
+        "same": torch.equal(output(clone), output(patcher)) and not clone.patches,
+        "said": said,
+        "one left": gap(output(ours(patcher, one_left)), output(ours(patcher, content))),
+    }
+
+
+def exports():
+    """bf16 and fewer columns, through the stock loader."""
+    import qr_lora_pack.nodes.save as save_room
+
+    patcher, found = model(), {}
+    whole = output(ours(patcher))
+    effect = gap(whole, output(patcher))
+    for name, settings in (("bfloat16", {}), ("float32", {"dtype": "float32"}), ("rank", {"rank": 4})):
+        node = save_room.ExportLoRA.execute(recipe, f"as_{name}", **settings)
+        path = base / "models" / "loras" / node.args[0]
+        found[name] = gap(output(stock(patcher, comfy.utils.load_torch_file(str(path)))), whole) / effect
+        found[f"{name} bytes"] = path.stat().st_size
+        found[f"{name} said"] = node.ui["text"][0]
+    return found
+
+
+def full_qr_basis():
+    """A full-QR file needs the model's own basis: computed under the bar, kept in the trainer's folder, found again."""
+    import weakref
+
+    import comfy.model_management as management
+    import qr_lora_pack.nodes.host.initial_basis as bases
+    from qr_lora_pack.nodes.host import folders
+
+    kept = lambda: sorted(path.name for path in folders.bases_folder().glob("*"))  # noqa: E731
+    file = GOLDEN / "base_bfl.safetensors"
+
+    def loaded():
+        return comfy.sd.load_diffusion_model(str(file))
+
+    calls, real = [], management.throw_exception_if_processing_interrupted
+
+    def cancel_at_the_fifth_layer():
+        calls.append(1)
+        if len(calls) == 5:
+            raise management.InterruptProcessingException()
+
+    management.throw_exception_if_processing_interrupted = cancel_at_the_fifth_layer
+    try:
+        ours(loaded(), full_qr)
+        cancelled = False
+    except management.InterruptProcessingException:
+        cancelled = True
+    finally:
+        management.throw_exception_if_processing_interrupted = real
+    found = {"cancelled": cancelled, "nothing half-written": kept() == []}
+    found["first"] = gap(output(ours(loaded(), full_qr)), tensors["qr.out3"])
+    found["kept"] = kept()
+    found["expected"] = core.basis_name(
+        core.model_fingerprint(file), full_qr.adapters[0].targets, full_qr.adapters[0].rank, "exact"
+    )
+    computed, real_basis = [], bases.initial_basis
+    bases.initial_basis = lambda *given: computed.append(given) or real_basis(*given)
+    bases._known = weakref.WeakKeyDictionary()  # as after a restart
+    found["second"] = gap(output(ours(loaded(), full_qr)), tensors["qr.out3"])
+    found["computed again"] = len(computed)
+    (folders.bases_folder() / kept()[0]).write_bytes(b"damaged")
+    bases._known = weakref.WeakKeyDictionary()
+    found["damaged"] = gap(output(ours(loaded(), full_qr)), tensors["qr.out3"])
+    found["computed for damaged"] = len(computed)
+    bases.initial_basis = real_basis
+    return found
+
+
+class StandInBuffer:
+    """What ModelPatcherDynamic asks of pinned memory when it is made, where there is no graphics card to pin for."""
+
+    size = 0
+
+    def __init__(self, *_):
+        pass
+
+
+def dynamic():
+    """The loader that NVIDIA users get: the host's own classes as far as they go without a card."""
+    if not hasattr(comfy.model_patcher, "ModelPatcherDynamic"):
+        return {}
+    found = {}
+    patched = ours(model())
+    call = comfy.model_patcher.LowVramPatch(QKV, patched.patches)
+    room = torch.empty(call.memory_required(), dtype=torch.uint8)
+    call.prepare(room, None, copy=True, commit=True)  # the patch's tensors move into one gathered block
+    expected = comfy.lora.calculate_weight(patched.patches[QKV], numbers(patched, QKV), QKV)
+    found["gathered"] = torch.equal(call(numbers(patched, QKV)), expected)
+    found["bytes"] = [room.numel(), sum(t.nbytes for t in tensors_of(patched.patches[QKV]))]
+    half = numbers(patched, QKV).bfloat16()
+    found["bf16"] = relative(call(half).float(), expected)
+    comfy.model_patcher.comfy_aimdo.host_buffer.HostBuffer = StandInBuffer
+    file = str(GOLDEN / "base_bfl.safetensors")
+    plain = comfy.sd.load_diffusion_model(file)
+    card = torch.device("meta")  # anything but a CPU, which the class hands over to the plain patcher
+    live = comfy.model_patcher.ModelPatcherDynamic(plain.model, card, torch.device("cpu"))
+    try:
+        apply.plain_clone(live)
+    except core.QRLoRAError as error:
+        found["cannot reload"] = str(error)
+    live.cached_patcher_init = plain.cached_patcher_init
+    clone = apply.plain_clone(live)
+    found["delegate"] = [type(live).__name__, type(clone).__name__, clone.model is live.model]
+    live.model.dynamic_patchers.clear()
+    return found
+
+
+def tensors_of(queue):
+    def walk(value):
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, tuple | list):
+            for one in value:
+                yield from walk(one)
+
+    for _, patch, *_ in queue:
+        yield from walk(patch.weights)
+
+
+def residual_reads():
+    """Weights that stay in RAM are restored at every use: the file is read once for a load, not once for a use."""
+    patched = ours(model("fp8_e4m3fn"), rest=residual)
+    reads, real = [], core.Residual.weight
+
+    def counted(self, name):
+        reads.append(name)
+        return real(self, name)
+
+    core.Residual.weight = counted
+    try:
+        patched.patch_model(torch.device("cpu"), lowvram_model_memory=1)
+        loading = len(reads)
+        for _ in range(3):
+            helpers.run(patched, tensors)
+        found = {"at loading": loading, "at three uses": len(reads) - loading}
+        patched.detach()
+        import qr_lora_pack.nodes.host.restore as restore
+
+        found["held after unloading"] = len(restore._held.get(residual, {}))
+    finally:
+        core.Residual.weight = real
+    return found
+
+
+checks = [
+    nothing_connected,
+    exports,
+    full_qr_basis,
+    dynamic,
+    residual_reads,
+    full_qr_portable,
+    cancelled,
+    golden_outputs,
+    rows,
+    order,
+    quantised,
+    same_as_export,
+]
 checks += [low_vram, partial_load, refused]
 result.write_text(json.dumps({"nodes": node_ids, **{check.__name__: check() for check in checks}}, indent=1))

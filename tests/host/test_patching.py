@@ -115,3 +115,39 @@ def test_older_hosts(host, tmp_path):
     for kind in ("fp32", "bf16", "fp8_e4m3fn"):
         for route in ("low_rank", "residual"):
             test_models_that_do_not_fit(found, kind, route)
+
+
+def test_nothing_connected_changes_nothing(probe):
+    found = probe["nothing_connected"]
+    assert found["same"] and "stays as it is" in found["said"] and found["one left"] == 0
+
+
+def test_exports_in_half_the_bits_and_in_fewer_columns(probe):
+    found = probe["exports"]
+    assert found["float32"] < 1e-5 < found["bfloat16"] < 1e-2
+    assert found["bfloat16 bytes"] < 0.6 * found["float32 bytes"]
+    assert found["rank"] < 1 and "of the energy left out" in found["rank said"]
+
+
+def test_the_basis_of_a_full_qr_file_is_computed_once(probe):
+    found = probe["full_qr_basis"]
+    assert found["cancelled"] and found["nothing half-written"]
+    assert found["kept"] == [found["expected"]], "training would look for just this file"
+    assert found["first"] < 1e-4 and found["second"] < 1e-4 and found["damaged"] < 1e-4
+    assert found["computed again"] == 0 < found["computed for damaged"]
+
+
+def test_the_dynamic_loader(probe):
+    found = probe["dynamic"]
+    if not found:
+        pytest.skip("this host has no dynamic loader (ComfyUI 0.33 and newer have)")
+    assert found["gathered"], "the host moves a patch's tensors into a block of memory and rebuilds the patch"
+    assert found["bytes"][0] >= found["bytes"][1], "every tensor is moved, none is left behind"
+    assert found["bf16"] < 5e-3
+    assert "--disable-dynamic-vram" in found["cannot reload"]
+    assert found["delegate"] == ["ModelPatcherDynamic", "ModelPatcher", False]
+
+
+def test_a_residual_is_not_read_again_while_sampling(probe):
+    found = probe["residual_reads"]
+    assert found["at loading"] >= 15 and found["at three uses"] == 0 and found["held after unloading"] == 0

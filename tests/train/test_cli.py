@@ -3,12 +3,14 @@
 import argparse
 import json
 import os
+import runpy
 import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 
 from demo.small_flux import GOLDEN
 from qrlora_core import open_adapter
@@ -209,3 +211,10 @@ def test_ctrl_c(monkeypatch):
 
     monkeypatch.setitem(cli.RUN, "encode", interrupted)
     assert main(["encode"]) == STOPPED
+
+
+def test_out_of_memory_has_a_name_in_every_torch(monkeypatch):
+    """torch.OutOfMemoryError came with 2.5; with 2.4 the handler of failures must not fail itself."""
+    monkeypatch.delattr(torch, "OutOfMemoryError")
+    known = runpy.run_path(str(ROOT / "train" / "errors.py"))["OUT_OF_MEMORY"]
+    assert known == (torch.cuda.OutOfMemoryError,)

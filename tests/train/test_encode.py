@@ -10,7 +10,7 @@ from qrlora_core import EncodedText, TrainingCache, bucket_size
 from tests.train import tiny
 from train.config import ConfigError, EncodeConfig, make_config
 from train.data import encode as module
-from train.data.encode import encode, fitted, read_picture
+from train.data.encode import encode
 from train.errors import TrainError
 
 NO_TEXT = EncodedText(torch.zeros(1, 1), torch.zeros(1))
@@ -154,54 +154,6 @@ def test_crops_and_draws_come_from_the_seed(run, tmp_path, monkeypatch):
     assert torch.equal(drawn, twice) and not torch.equal(drawn, third) and not torch.equal(drawn, centre)
 
 
-def test_camera_rotation(tmp_path):
-    image = Image.new("RGB", (40, 20), "red")
-    image.paste("blue", (0, 0, 20, 20))
-    exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned: rotate by 90 degrees clockwise to view
-    image.save(tmp_path / "a.jpg", exif=exif, quality=100)
-    turned = read_picture(tmp_path / "a.jpg")
-    assert turned.size == (20, 40)
-    assert turned.getpixel((10, 5))[2] > 200 > turned.getpixel((10, 35))[2]
-
-
-@pytest.mark.parametrize(
-    "mode, options, expected",
-    [
-        ("P", {"transparency": 0}, "RGBA"),
-        ("P", {}, "RGB"),
-        ("L", {}, "RGB"),
-        ("LA", {}, "RGBA"),
-        ("1", {}, "RGB"),
-        ("RGBA", {}, "RGBA"),
-    ],
-)
-def test_modes(tmp_path, mode, options, expected):
-    image = Image.new("RGBA" if "A" in mode else "RGB", (8, 8), (200, 100, 50))
-    image.convert(mode).save(tmp_path / "a.png", **options)
-    assert read_picture(tmp_path / "a.png").mode == expected
-
-
-def test_sixteen_bits_are_not_cut_off(tmp_path):
-    levels = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
-    Image.fromarray(levels).save(tmp_path / "a.png")
-    read = np.asarray(read_picture(tmp_path / "a.png"))
-    np.testing.assert_allclose(read[..., 0], levels / 257, atol=1)
-
-
-def test_cmyk(tmp_path):
-    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "a.jpg")
-    red, green, _ = read_picture(tmp_path / "a.jpg").getpixel((4, 4))
-    assert red > 200 and green < 60
-
-
-def test_fitted_keeps_the_place(tmp_path):
-    image = Image.new("RGB", (40, 20), "red")
-    image.paste("blue", (20, 0, 40, 20))
-    left, right = fitted(image, (20, 20), (0.0, 0.5)), fitted(image, (20, 20), (1.0, 0.5))
-    assert left.getpixel((10, 10)) == (255, 0, 0) and right.getpixel((10, 10)) == (0, 0, 255)
-
-
 BROKEN = {
     "empty.png": b"",
     "text.jpg": b"not a picture",
@@ -242,6 +194,7 @@ def test_broken_pictures_are_named(run, monkeypatch, tmp_path, name):
         (["b.png"], {}, "data", r"b\.txt cannot be read as UTF-8"),
         (["c.png"], {}, "data", r"c\.png has no caption"),
         (["d.png"], {}, "settings", "trigger is not set"),
+        (["a.png"], {"instance_prompt": "a \ud800 dog"}, "settings", "not valid Unicode"),
         (["broken.png"], {"skip_broken": True}, "data", "none of the pictures can be read"),
         (["a.png"], {"output": "a.png"}, "settings", r"a\.png exists already"),
         (["a.png"], {"device": "cuda:7"}, "settings", "cuda:7"),

@@ -2,8 +2,8 @@
 
 import gc
 import logging
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,15 +19,14 @@ from tqdm import tqdm
 from qrlora_core import CacheItem, EncodedPicture, EncodedText, bucket_size, save_cache
 
 from ..config import EncodeConfig
-from ..errors import TrainError
+from ..errors import OUT_OF_MEMORY, TrainError
 from ..model.transformer import DTYPES, require_package
 from ..tools import chosen_device
 from .batches import generator_of
-from .pictures import PICTURES, fitted, read_picture
+from .captions import DatasetError, caption_of, caption_warnings, is_dangling, picture_files, with_trigger
+from .pictures import fitted, read_picture, require_visible
 
 log = logging.getLogger(__name__)
-
-TRIGGER = "[trigger]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +58,19 @@ def encode(config: EncodeConfig) -> Path:
     if output.exists():
         raise TrainError("settings", f"{output.name} exists already; choose another output")
     require_pipeline(Path(config.pipeline))
-    sources = _readable(_sources(config), config.skip_broken)
+    with _dataset_errors():
+        sources = _readable(_sources(config), config.skip_broken)
+        prompt = with_trigger(config.instance_prompt, config.trigger)
+    own_captions = [source.caption for source in sources if not source.is_class]
+    for warning in caption_warnings(own_captions, config.trigger):
+        log.warning("%s", warning)
     device = chosen_device(config.device)
     texts = list(dict.fromkeys(["", *(source.caption for source in sources)]))
     try:
         encoded_texts = _encode_texts(config, texts, device)
-        pictures = _encode_pictures(config, sources, device)
-    except torch.OutOfMemoryError as error:
+        with _dataset_errors():
+            pictures = _encode_pictures(config, sources, device)
+    except OUT_OF_MEMORY as error:
         raise TrainError(
             "memory",
             f"{device} has too little memory to encode ({error}). Use device cpu, which is slow but needs no GPU, or a "
@@ -75,7 +80,7 @@ def encode(config: EncodeConfig) -> Path:
         CacheItem(source.path.name, texts.index(source.caption), source.caption, config.repeats, source.is_class)
         for source in sources
     ]
-    metadata = {"qrlora.trigger": config.trigger, "qrlora.prompt": _with_trigger(config.instance_prompt, config)}
+    metadata = {"qrlora.trigger": config.trigger, "qrlora.prompt": prompt}
     return save_cache(output, items, pictures, encoded_texts, empty_text=0, metadata=metadata)
 
 
@@ -96,8 +101,11 @@ def require_pipeline(path: Path) -> None:
 
 
 def _sources(config: EncodeConfig) -> list[Source]:
-    sources = [Source(path, _caption(path, config), False) for path in _files(config.pictures)]
-    class_prompt = _with_trigger(config.class_prompt, config)
+    sources = [
+        Source(path, caption_of(path, config.instance_prompt, config.trigger, source=config.captions), False)
+        for path in _files(config.pictures)
+    ]
+    class_prompt = with_trigger(config.class_prompt, config.trigger)
     return sources + [Source(path, class_prompt, True) for path in _files(config.class_pictures)]
 
 
@@ -107,53 +115,37 @@ def _readable(sources: Sequence[Source], skip_broken: bool) -> list[Source]:
     for source in sources:
         try:
             read_picture(source.path)
-        except TrainError as error:
+        except DatasetError as error:
             if not skip_broken:
-                raise
-            log.warning("%s", error)
+                raise DatasetError(f"{error}, or set skip_broken") from error
+            log.warning("%s; it is left out", error)
             continue
         kept.append(source)
     if not any(not source.is_class for source in kept):
-        raise TrainError("data", "none of the pictures can be read")
+        raise DatasetError("none of the pictures can be read")
     return kept
 
 
 def _files(names: Iterable[str]) -> list[Path]:
-    """Files as they are, and pictures of folders in order of their names, without hidden ones (macOS: `._x.jpg`)."""
-    found: list[Path] = []
+    """Files as they are, and the pictures of folders."""
+    listed: list[Path] = []
     for path in map(Path, names):
         if path.is_dir():
-            inside = sorted(one for one in path.iterdir() if one.suffix.lower() in PICTURES and one.is_file())
-            inside = [one for one in inside if not one.name.startswith(".")]
-            if not inside:
-                raise TrainError("data", f"no pictures in the folder {path.name}; known: {' '.join(sorted(PICTURES))}")
-            found += inside
-        elif path.is_file():
-            found.append(path)
+            listed += picture_files(path)
+        elif path.is_file() or is_dangling(path):
+            listed.append(path)
         else:
-            raise TrainError("data", f"{path.name} does not exist")
-    return found
+            raise DatasetError(f"{path.name} does not exist")
+    return listed
 
 
-def _caption(path: Path, config: EncodeConfig) -> str:
-    beside = path.with_suffix(".txt")
-    caption = config.instance_prompt
-    if config.captions != "prompt" and beside.is_file():
-        try:
-            caption = beside.read_text(encoding="utf-8-sig").strip()
-        except (OSError, ValueError) as error:
-            raise TrainError("data", f"the caption {beside.name} cannot be read as UTF-8: {error}") from error
-    elif config.captions == "files":
-        raise TrainError("data", f"{path.name} has no caption: write {beside.name} beside it, or set captions to auto")
-    if not caption:
-        raise TrainError("data", f"{path.name} has no caption: write {beside.name} beside it, or give instance_prompt")
-    return _with_trigger(caption, config)
-
-
-def _with_trigger(text: str, config: EncodeConfig) -> str:
-    if TRIGGER in text and not config.trigger:
-        raise TrainError("settings", f"a caption holds {TRIGGER}, but trigger is not set: {text!r}")
-    return text.replace(TRIGGER, config.trigger)
+@contextmanager
+def _dataset_errors() -> Iterator[None]:
+    """What is wrong with pictures or captions ends the command as its other errors do."""
+    try:
+        yield
+    except DatasetError as error:
+        raise TrainError(error.reason, str(error)) from error
 
 
 @torch.no_grad()
@@ -224,11 +216,9 @@ def _encode_picture(config: EncodeConfig, vae: Any, path: Path, number: int) -> 
     mask = None
     if config.mask and "A" in cut.getbands():
         small = cut.getchannel("A").resize((size[0] // factor, size[1] // factor), Image.Resampling.BOX)
-        mask = torch.from_numpy(np.asarray(small, dtype=np.float32) / 255)
-        if not mask.any():
-            raise TrainError(
-                "data", f"{path.name} is transparent everywhere: as a mask that leaves nothing to train on"
-            )
+        weights = np.asarray(small, dtype=np.float32) / 255
+        require_visible(path.name, weights)
+        mask = torch.from_numpy(weights)
     return EncodedPicture(latent(cut), latent(ImageOps.mirror(cut)) if config.flip else None, mask)
 
 
@@ -240,7 +230,7 @@ def load_part(load: Callable[[], Any], what: str) -> Any:
     """
     try:
         return load()
-    except torch.OutOfMemoryError:
+    except OUT_OF_MEMORY:
         raise
     except ImportError as error:
         raise TrainError("library", f"the pipeline folder's {what} need a package: {error}") from error

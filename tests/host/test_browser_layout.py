@@ -1,0 +1,108 @@
+"""Nothing that a training shows moves the graph: every node's rectangle before, during, after and on reload.
+
+The page, the queue and the encoders are real; a fake trainer reports steps and samples within seconds.
+"""
+
+import json
+import os
+
+import pytest
+
+from demo.workflow import editable
+from tests.host import browser, training
+from tests.host.conftest import HOST
+from tests.host.training import FakeServer, node, train_graph
+
+pytestmark = [
+    pytest.mark.skipif(browser.find_chromium() is None, reason=browser.HOW_TO),
+    pytest.mark.skipif(os.name == "nt", reason="the fake trainer is started by a shell script"),
+]
+
+STEPS = 80
+PANEL = "document.querySelector('[data-qrlora-train]')"
+# Each node's place and size as the graph knows them, and as the new renderer draws them; whole pixels.
+RECTANGLES = """
+    Object.fromEntries(app.graph.nodes.map((node) => {
+      const drawn = document.querySelector(`.lg-node[data-node-id="${node.id}"]`)?.getBoundingClientRect();
+      const box = drawn ? [drawn.x, drawn.y, drawn.width, drawn.height] : [];
+      return [`${node.id} ${node.type}`, [...node.pos, ...node.size, ...box].map(Math.round)];
+    }))
+"""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory, clip_file):
+    base = training.make_base(tmp_path_factory.mktemp("layout"), clip_file)
+    with FakeServer(HOST, base) as running:
+        running.play("ok", seconds=0.05, sample_every=20)
+        yield running
+
+
+@pytest.fixture(scope="module")
+def page(server, tmp_path_factory):
+    with browser.browser(server, tmp_path_factory.mktemp("chromium"), (2200, 1500)) as window:
+        yield window
+
+
+def graph(name):
+    """Train with what its outputs are usually wired to: its pictures and its texts, as the templates have it."""
+    made = train_graph(name, {"sample_every": 20}, steps=STEPS)
+    made["curve"] = node("PreviewImage", images=["train", 1])
+    made["samples"] = node("PreviewImage", images=["train", 2])
+    made["log"] = node("PreviewAny", source=["train", 4])
+    return made
+
+
+def settled(page):
+    """The rectangles, once they are the same for half a second."""
+    return page.driver.execute_async_script(
+        f"""
+        const done = arguments[0];
+        let before = "", since = performance.now();
+        const look = () => {{
+          const now = JSON.stringify({RECTANGLES});
+          if (now !== before) [before, since] = [now, performance.now()];
+          if (performance.now() - since > 500) return done(JSON.parse(now));
+          requestAnimationFrame(look);
+        }};
+        look();
+        """
+    )
+
+
+def watch_rectangles(page):
+    """From now on keep every state of the rectangles that is drawn, as text."""
+    page.js(
+        f"""
+        window.qrloraSeen = new Set();
+        const look = () => {{ window.qrloraSeen.add(JSON.stringify({RECTANGLES})); requestAnimationFrame(look); }};
+        look();
+        """
+    )
+
+
+@pytest.mark.parametrize("side_panel", [None, "node-library"], ids=["alone", "side-panel"])
+@pytest.mark.parametrize("vue", [False, True], ids=["classic", "vue"])
+def test_a_training_with_samples_moves_no_node(server, page, vue, side_panel):
+    browser.set_settings(server, {"Comfy.VueNodes.Enabled": vue, "Comfy.ColorPalette": "light" if vue else "dark"})
+    page.open()
+    page.load(editable(graph(f"{'vue' if vue else 'classic'} {side_panel}"), server.get("/object_info")))
+    page.js("app.extensionManager.sidebarTab.activeSidebarTabId = arguments[0]", side_panel)
+    page.js("app.canvas.ds.scale = 0.55; app.canvas.ds.offset = [700, 60]; app.canvas.setDirty(true, true)")
+    page.wait(f"return {PANEL}?.dataset.state === 'idle'")
+    before = settled(page)
+    watch_rectangles(page)
+    assert page.js("return app.queuePrompt(0, 1)")
+    page.wait(f"return {PANEL}.dataset.state === 'running' && {PANEL}.querySelectorAll('a').length >= 2", 120)
+    page.wait(f"return {PANEL}.dataset.state === 'finished'", 120)
+    page.wait("return Object.keys(app.nodeOutputs).length >= 4", 60)  # the previews have their pictures
+    assert settled(page) == before
+    seen = [json.loads(text) for text in page.js("return [...window.qrloraSeen]")]
+    assert all(one == before for one in seen), "a node moved and came back"
+    saved = page.js("return app.graph.serialize()")
+    page.open()
+    page.load(saved)
+    page.js("app.canvas.ds.scale = 0.55; app.canvas.ds.offset = [700, 60]; app.canvas.setDirty(true, true)")
+    page.wait(f"return {PANEL}?.dataset.state === 'finished'")
+    assert settled(page) == before, "saved and opened again, a node has another size"
+    assert page.errors() == []
