@@ -1,4 +1,4 @@
-"""The demo's workflow in API form: two trainings, a merge to play with, and the sheet."""
+"""The demo's workflow: two trainings, a merge to play with, and the sheet, in API form and as a page."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ from demo.workflow import input_specs, is_widget
 
 from .concepts import CONTENT, ENLARGED, FIT, MERGED_PROMPT, STYLE, Settings
 from .model import STEPS, WEIGHTS
+from .page import Group, Note, View, page
 from .toy.features import SIZE
 
 Graph = dict[str, dict[str, Any]]
@@ -68,6 +69,42 @@ def graph(settings: Settings, seed: int, grid: str, in_graph: bool = True) -> Gr
         filename_prefix="sheet",
     )
     return nodes
+
+
+def demo_page(workflow: Graph, object_info: dict[str, Any]) -> dict[str, Any]:
+    """The workflow as the page that the demo opens: it begins at the trainings."""
+    training = [["style_picture", "content_picture", "options"], ["style", "content"]]
+    groups = [
+        Group("1. The toy FLUX", [["model", "clip", "vae"]]),
+        Group("2. One picture, one adapter", training if "options" in workflow else [["style", "content"]]),
+        Group(
+            "3. Merge: turn alpha and beta, press Run",
+            [["merge", "merge_apply"], ["prompt", "noise"], ["merge_sample", "merge_decode"], ["merge_picture"]],
+        ),
+        Group(
+            "4. Every alpha and beta on one sheet",
+            [["sweep", "sweep_apply"], ["sweep_sample", "sweep_decode"], ["sweep_sheet"]],
+        ),
+    ]
+    titles = {
+        "style": "Style: <s>",
+        "content": "Content: <c>",
+        "style_picture": "The one picture of the style",
+        "content_picture": "The one picture of the content",
+        "merge_picture": "What it draws",
+        "sweep_sheet": "The sheet",
+    }
+    known = {name: title for name, title in titles.items() if name in workflow}
+    return page(workflow, object_info, groups, known, Note(NOTE, 2, (320, 320)), View(0.62, 1))
+
+
+NOTE = """**What this is.** A FLUX of 2.3 million parameters learns a *content* (`<c>`, a heart) and a *style* (`<s>`, upright
+bars in orange and violet) from one picture each. Then both are merged.
+
+The two panels on the left show the trainings. When they are done, the sheet is drawn; it is also saved in the folder
+that the terminal names.
+
+**Then play:** turn *alpha* (style) and *beta* (content) in Merge \u0394R, press Run. Nothing is trained again."""
 
 
 def trained(widgets: Settings, options: Settings) -> Graph:

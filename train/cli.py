@@ -16,6 +16,7 @@ from types import MappingProxyType
 from typing import Any
 
 from .arguments import make_parser
+from .chatter import silence
 from .config import ConfigError, EncodeConfig, FitConfig, load_settings, make_config
 from .events import EventWriter
 
@@ -29,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):  # a pipe on Windows takes few letters; better a ? than no help text at all
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+    silence()
     args = make_parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
     try:

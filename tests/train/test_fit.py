@@ -403,6 +403,13 @@ def test_what_is_refused(settings, changes, kind, message):
     assert not (Path(config.run_dir) / "adapter.safetensors").exists()
 
 
+def test_texts_of_another_width_are_refused(settings, tmp_path):
+    """Those of a CLIP that belongs to another model."""
+    data = small_cache(tmp_path / "wide.safetensors", width=768)
+    with pytest.raises(TrainError, match=r"the texts have widths \(768, 768\), the model takes \(64, 64\)"):
+        fit(settings(data=str(data)))
+
+
 def test_memory_is_estimated_first(settings, monkeypatch):
     monkeypatch.setattr("psutil.virtual_memory", lambda: type("M", (), {"available": 10_000_000})())
     with pytest.raises(TrainError, match="gradient_checkpointing true; base_storage fp8") as caught:
