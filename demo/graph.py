@@ -73,18 +73,12 @@ def graph(settings: Settings, seed: int, grid: str, in_graph: bool = True) -> Gr
 
 def demo_page(workflow: Graph, object_info: dict[str, Any]) -> dict[str, Any]:
     """The workflow as the page that the demo opens: it begins at the trainings."""
-    training = [["style_picture", "content_picture", "options"], ["style", "content"]]
+    training = [["style_picture", "content_picture"], ["style"], ["content"], ["options"]]
     groups = [
-        Group("1. The toy FLUX", [["model", "clip", "vae"]]),
+        Group("1. The toy FLUX", [["model", "clip", "vae", "prompt", "noise"]]),
         Group("2. One picture, one adapter", training if "options" in workflow else [["style", "content"]]),
-        Group(
-            "3. Merge: turn alpha and beta, press Run",
-            [["merge", "merge_apply"], ["prompt", "noise"], ["merge_sample", "merge_decode"], ["merge_picture"]],
-        ),
-        Group(
-            "4. Every alpha and beta on one sheet",
-            [["sweep", "sweep_apply"], ["sweep_sample", "sweep_decode"], ["sweep_sheet"]],
-        ),
+        Group("3. Merge: turn alpha and beta, press Run", lane("merge", "merge_picture")),
+        Group("4. Every alpha and beta on one sheet", lane("sweep", "sweep_sheet"), below=True),
     ]
     titles = {
         "style": "Style: <s>",
@@ -95,11 +89,16 @@ def demo_page(workflow: Graph, object_info: dict[str, Any]) -> dict[str, Any]:
         "sweep_sheet": "The sheet",
     }
     known = {name: title for name, title in titles.items() if name in workflow}
-    return page(workflow, object_info, groups, known, Note(NOTE, 2, (320, 320)), View(0.62, 1))
+    return page(workflow, object_info, groups, known, Note(NOTE, 1, (320, 420)), View(0.62, 1))
 
 
-NOTE = """**What this is.** A FLUX of 2.3 million parameters learns a *content* (`<c>`, a heart) and a *style* (`<s>`, upright
-bars in orange and violet) from one picture each. Then both are merged.
+def lane(name: str, last: str) -> list[list[str]]:
+    """What follows a merge, one beside the other."""
+    return [[name], [f"{name}_apply"], [f"{name}_sample"], [f"{name}_decode"], [last]]
+
+
+NOTE = """**What this is.** A FLUX of 2.3 million parameters learns a *content* (a heart) and a *style* (upright bars in
+orange and violet) from one picture each. Then both are merged.
 
 The two panels on the left show the trainings. When they are done, the sheet is drawn; it is also saved in the folder
 that the terminal names.

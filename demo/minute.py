@@ -2,11 +2,9 @@
 
     python -m demo.minute    writes example_workflows/QR-LoRA in a minute.{json,jpg}, from a run in a real ComfyUI
 
-Its note holds the sheet of that run, so that it shows what comes out before Run is pressed.
+Until it runs, its sheet shows the picture of that run.
 """
 
-import base64
-import io
 import json
 import sys
 import tempfile
@@ -18,7 +16,7 @@ from PIL import Image
 from . import server as instance
 from .concepts import ENLARGED, MERGED_PROMPT, PACK
 from .golden import installed_host
-from .graph import Graph, node, with_defaults
+from .graph import Graph, lane, node, with_defaults
 from .model import STEPS
 from .page import Group, Note, View, page
 from .story import SEED
@@ -27,17 +25,16 @@ from .toy.features import SIZE
 NAME = "QR-LoRA in a minute"
 FOLDER = PACK / "example_workflows"
 GRID = "0, 0.5, 1"
-TEXT = """**No download, no settings: press Run** (a few seconds on a CPU).
+PICTURE = "qr_lora_in_a_minute.jpg"  # in web/, where web/qrlora_example.js finds it
+TEXT = """**No download, no settings: press Run** (some seconds on a CPU).
 
-Two adapters for a toy FLUX, each trained on *one* picture, come with this pack: a style (`<s>`: upright bars in orange
-and violet) and a content (`<c>`: a heart).
+Two adapters for a toy FLUX come with this pack, each trained on *one* picture: a style (upright bars in orange and
+violet) and a content (a heart).
 
-- **alpha** turns the style, **beta** the content. Drag them in *Merge \u0394R*, press Run again.
-- Below, every alpha and beta of a list is drawn on one sheet. It comes out like this:
+- **alpha** turns the style, **beta** the content. Change them in *Merge*, press Run again.
+- On the sheet every alpha meets every beta. It shows an earlier run until you press Run.
 
-![The sheet of this workflow]({picture})
-
-With your own adapters: the template *Merge style and content*. The orange nodes stand where Load Diffusion Model,
+With adapters of your own: the template *Merge style and content*. The orange nodes stand where Load Diffusion Model,
 DualCLIPLoader, Load VAE and Load \u0394R Adapter stand there."""
 TITLES = {
     "style": "Style <s>",
@@ -95,34 +92,21 @@ def both() -> dict[str, Any]:
     return {"delta_r_style": ["style", 0], "delta_r_content": ["content", 0]}
 
 
-def template(object_info: dict[str, Any], picture: str) -> dict[str, Any]:
-    """The page; `picture` is the address of the note's picture."""
+def template(object_info: dict[str, Any]) -> dict[str, Any]:
+    """The page."""
     groups = [
-        Group("1. Press Run", [["style", "content", "model", "clip", "vae"]]),
-        Group(
-            "2. Merge: turn alpha and beta",
-            [["merge", "merge_apply"], ["prompt", "noise"], ["merge_sample", "merge_decode"], ["picture"]],
-        ),
-        Group(
-            "3. Every alpha and beta on one sheet",
-            [["sweep", "sweep_apply"], ["sweep_sample", "sweep_decode"], ["sheet"]],
-        ),
+        Group("1. A model and two adapters", [["style", "content", "model", "clip", "vae"], ["prompt", "noise"]]),
+        Group("2. Merge: turn alpha and beta, press Run", lane("merge", "picture")),
+        Group("3. Every alpha and beta on one sheet", lane("sweep", "sheet"), below=True),
     ]
-    note = Note(TEXT.format(picture=picture), 0, (420, 760))
-    made = page(graph(), object_info, groups, TITLES, note, View(0.6, 0))
+    note = Note(TEXT, 0, (360, 420))
+    made = page(graph(), object_info, groups, TITLES, note, View(0.58, 0))
     for name, one in zip(graph(), made["nodes"]):
         if name in TOY:
             one |= {"color": "#5a3d1e", "bgcolor": "#6f4c26"}
+        if name == "sheet":
+            one["properties"]["qrlora_example"] = PICTURE
     return made
-
-
-def address(sheet: Image.Image, width: int = 380) -> str:
-    """A small picture as an address of its own, so that the template is one file."""
-    small = sheet.convert("RGB")
-    small.thumbnail((width, width))
-    data = io.BytesIO()
-    small.save(data, "JPEG", quality=80, optimize=True)
-    return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
 
 
 def main() -> int:
@@ -136,9 +120,11 @@ def main() -> int:
             entry = server.queue(with_defaults(graph(), info))
             saved = entry["outputs"]["sheet"]["images"][0]
             sheet = Image.open(server.base / "output" / saved["subfolder"] / saved["filename"]).convert("RGB")
-        made = template(info, address(sheet))
+        made = template(info)
     (FOLDER / f"{NAME}.json").write_text(json.dumps(made, indent=1, ensure_ascii=True) + "\n", encoding="utf-8")
     sheet.save(FOLDER / f"{NAME}.jpg", quality=85, optimize=True)
+    sheet.thumbnail((380, 380))
+    sheet.save(PACK / "web" / PICTURE, quality=80, optimize=True)
     print(FOLDER / f"{NAME}.json")
     return 0
 

@@ -3,8 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from .workflow import COLUMN, ROW, editable
+from .workflow import ROW, editable
 
+SIDEBAR, TOOLBAR = 80, 90  # pixels of the window that the page's own buttons take
 MARGIN, HEADING = 40, 80  # around the nodes of a group, and above them
 COLOURS = ("#3f789e", "#8a6d3b", "#4a7a4a", "#7a4a7a")
 
@@ -15,14 +16,16 @@ class Group(NamedTuple):
     Attributes:
         title: what is read first.
         columns: names of nodes, from left to right and from top to bottom.
+        below: it stands below the group before it instead of to its right.
     """
 
     title: str
     columns: Sequence[Sequence[str]]
+    below: bool = False
 
 
 class Note(NamedTuple):
-    """Words in Markdown at the top of one group's first column."""
+    """Words in Markdown, as the first column of a group."""
 
     text: str
     group: int
@@ -65,41 +68,38 @@ def page(
     for name, title in titles.items():
         nodes[name]["title"] = title
     notes = _note(note, len(nodes) + 1)
-    left, corners = 0, []
+    left, top, right, bottom, corners = 0, 0, 0, 0, []
     for number, group in enumerate(groups):
+        left, top = (left, bottom + MARGIN) if group.below else (right + MARGIN, 0)
         corners.append(left)
-        top = HEADING
         columns = [[nodes[name] for name in column] for column in group.columns]
         if number == note.group:
-            columns[0].insert(0, notes)
-        bottom = 0
-        for place, column in enumerate(columns):
-            below = top
+            columns.insert(0, [notes])
+        across, bottom = left + MARGIN, 0
+        for column in columns:
+            down = top + HEADING
             for node in column:
-                node["pos"] = [left + MARGIN + sum(map(_width, columns[:place])), below]
-                below += node["size"][1] + ROW
-            bottom = max(bottom, below)
-        width = sum(map(_width, columns)) + MARGIN
+                node["pos"] = [across, down]
+                down += node["size"][1] + ROW
+            across += max(node["size"][0] for node in column) + MARGIN
+            bottom = max(bottom, down)
+        right = max(right, across)
         made["groups"].append(
             {
                 "id": number + 1,
                 "title": group.title,
-                "bounding": [left, 0, width, bottom],
+                "bounding": [left, top, across - left, bottom - top],
                 "color": COLOURS[number % len(COLOURS)],
                 "font_size": 24,
                 "flags": {},
             }
         )
-        left += width + MARGIN
     made["nodes"].append(notes)
     made["last_node_id"] = notes["id"]
-    made["extra"] = {"ds": {"scale": view.scale, "offset": [30 / view.scale - corners[view.group], 90 / view.scale]}}
+    made["extra"] = {
+        "ds": {"scale": view.scale, "offset": [SIDEBAR / view.scale - corners[view.group], 90 / view.scale]}
+    }
     return made
-
-
-def _width(column: Sequence[dict[str, Any]]) -> int:
-    """Of a column, with the gap to the next one."""
-    return max(node["size"][0] for node in column) + COLUMN // 9
 
 
 def _note(note: Note, number: int) -> dict[str, Any]:

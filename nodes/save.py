@@ -57,6 +57,7 @@ class SaveDeltaR(io.ComfyNode):
             ],
             outputs=[io.String.Output(display_name="filename", tooltip="Name of the file inside models/qrlora.")],
             is_output_node=True,
+            search_aliases=["save adapter"],
         )
 
     @classmethod
@@ -98,6 +99,7 @@ class ExportLoRA(io.ComfyNode):
             ],
             outputs=[io.String.Output(display_name="filename", tooltip="Name of the file inside models/loras.")],
             is_output_node=True,
+            search_aliases=["save lora", "export delta r", "convert adapter"],
         )
 
     @classmethod
@@ -139,6 +141,7 @@ class SaveResidual(io.ComfyNode):
             ],
             outputs=[io.String.Output(display_name="filename", tooltip="Name of the file inside models/qrlora.")],
             is_output_node=True,
+            search_aliases=["qr-lora residual"],
         )
 
     @classmethod

@@ -1,6 +1,7 @@
 """What all nodes share: socket types, the category, and schemas that older hosts understand too."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from comfy_api.latest import io
@@ -12,8 +13,19 @@ Residual = io.Custom("RESIDUAL")
 TrainOptions = io.Custom("QRLORA_TRAIN_OPTIONS")
 
 
-def schema(node_id: str, display_name: str, description: str, **fields: Any) -> io.Schema:
-    """An `io.Schema`, in our category unless another is given. Fields that this host does not know are left out."""
+def schema(
+    node_id: str, display_name: str, description: str, *, search_aliases: Sequence[str] = (), **fields: Any
+) -> io.Schema:
+    """An `io.Schema`, in our category unless another is given. Fields that this host does not know are left out.
+
+    Args:
+        node_id, display_name, description: as the host shows them.
+        search_aliases: other words that find the node. The title in letters that a keyboard has ("Merge delta R") and
+            "qr-lora" are among them for every node.
+        fields: the rest of `io.Schema`.
+    """
+    typed = display_name.replace("\u0394R", "delta R")
+    fields["search_aliases"] = list(dict.fromkeys([typed, "qr-lora delta r", *search_aliases]))
     known = {field.name for field in dataclasses.fields(io.Schema)}
     fields = {name: value for name, value in fields.items() if name in known}
     fields = {"category": CATEGORY, **fields}

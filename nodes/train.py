@@ -17,7 +17,7 @@ from .training import dataset as data
 from .training import loss_curve as pictures
 from .training.jobs import JOBS
 from .training.runs import Run
-from .training.service import Request, Result, finished_text, train
+from .training.service import Request, Result, finished_text, reporting, train
 
 _SHOWN_SAMPLES = 16
 _LOG_LINES = 60
@@ -46,20 +46,18 @@ class Train(io.ComfyNode):
             hidden=[io.Hidden.unique_id],
             is_input_list=True,
             is_output_node=True,
-            search_aliases=["qr-lora training", "train lora", "fine-tune flux"],
+            search_aliases=["train lora", "lora training", "fine-tune flux"],
         )
 
     @classmethod
-    def validate_inputs(
-        cls, model_name: Sequence[str | None], dataset: Sequence[str | None], output_name: Sequence[str | None]
-    ) -> bool | str:
+    def validate_inputs(cls, dataset: Sequence[str | None]) -> bool | str:
+        """Only of the dataset, because the host reports an answer once for each input that is asked for here.
+
+        It may lie deeper than the list goes. The host itself compares the model's name with the list.
+        """
         try:
-            if model_name and model_name[0] is not None:
-                folders.model_file(model_name[0])
             if dataset and dataset[0] not in (None, folders.NO_DATASET):
                 folders.dataset_folder(str(dataset[0]))
-            if output_name and output_name[0] is not None:
-                _checked_name(output_name[0])
         except QRLoRAError as error:
             return str(error)
         return True
@@ -81,18 +79,19 @@ class Train(io.ComfyNode):
 
     @classmethod
     def execute(cls, **inputs: Any) -> io.NodeOutput:
-        images = inputs.pop("images", None)
-        request = _request(images, **{name: value[0] for name, value in inputs.items()})
         job = JOBS.start(str(cls.hidden.unique_id), session.prompt_id(), session.send)
-        result = train(request, job)
-        _published.add(result.path)
-        name = result.path.relative_to(folders.results_folder().resolve()).as_posix()
-        curve = pictures.loss_curve(job.steps(), name)
-        samples = _samples(result.run, int(request.fit["steps"]), request.vae)
-        text = finished_text(result, job)
-        job.tell("finished", text)
-        shown = "\n".join([text, report.adapter_text(result.recipe.adapters[0])])
-        return io.NodeOutput(result.recipe, curve, samples, name, _log_tail(result), ui={"text": [shown]})
+        with reporting(job):
+            images = inputs.pop("images", None)
+            request = _request(images, **{name: value[0] for name, value in inputs.items()})
+            result = train(request, job)
+            _published.add(result.path)
+            name = result.path.relative_to(folders.results_folder().resolve()).as_posix()
+            curve = pictures.loss_curve(job.steps(), name)
+            samples = _samples(result.run, int(request.fit["steps"]), request.vae)
+            text = finished_text(result, job)
+            job.tell("finished", text)
+            shown = "\n".join([text, report.adapter_text(result.recipe.adapters[0])])
+            return io.NodeOutput(result.recipe, curve, samples, name, _log_tail(result), ui={"text": [shown]})
 
 
 def _request(

@@ -172,7 +172,8 @@ def save_basis(
             yield BASIS["q"].format(name), q
             yield BASIS["r"].format(name), r
 
-    return write_tensors(path, specs, stream(), {"qrlora.format": "basis", **metadata}, overwrite=overwrite)
+    header = {"qrlora.format": "basis", **metadata}
+    return write_tensors(path, specs, stream(), header, overwrite=overwrite, checksum=True)
 
 
 def open_basis(path: Path) -> tuple[dict[str, Callable[[], Basis]], dict[str, str]]:

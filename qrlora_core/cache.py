@@ -25,10 +25,11 @@ from torch import Tensor
 
 from .errors import FileFormatError
 from .linalg import require_finite
-from .storage import TensorFile, TensorSpec, write_tensors
+from .storage import TensorFile, TensorSpec, verify_checksum, write_tensors
 
 CACHE_VERSION = 1
 MAX_REPEATS = 10_000
+_SOURCE_KEY = "qrlora.source_key"
 _STORED = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -108,6 +109,7 @@ def save_cache(
     empty_text: int | None = None,
     metadata: dict[str, str] | None = None,
     overwrite: bool = False,
+    source_key: str = "",
 ) -> Path:
     """Write a training cache, checked by opening it before it takes its name.
 
@@ -117,6 +119,8 @@ def save_cache(
         texts: distinct captions.
         empty_text: which text is the empty caption, for caption dropout.
         metadata: more strings for the header.
+        source_key: a digest of everything that the content follows from (pixels, captions, encoders, settings). Two
+            caches with one key are the same data, although encoding twice may give other last bits.
 
     Raises:
         FileFormatError: the counts, shapes or references do not fit together.
@@ -140,6 +144,8 @@ def save_cache(
             raise FileFormatError(f"{key} holds numbers outside of 0 to 1")
     table = {"version": CACHE_VERSION, "items": [asdict(item) for item in items], "empty_text": empty_text}
     header = {"qrlora.format": "training_cache", "qrlora.cache": json.dumps(table), **(metadata or {})}
+    if source_key:
+        header[_SOURCE_KEY] = source_key
     specs = {
         key: TensorSpec(tensor.dtype if tensor.dtype in _STORED else torch.float32, tuple(tensor.shape))
         for key, tensor in tensors.items()
@@ -148,17 +154,17 @@ def save_cache(
     def check(temporary: Path) -> None:
         problem = ""
         try:
-            TrainingCache(temporary).close()
+            TrainingCache(temporary)
         except FileFormatError as error:
             problem = str(error).replace(temporary.name, Path(path).name)
-        if problem:  # outside of `except`: a traceback would keep the map open, and Windows could not delete the file
+        if problem:
             raise FileFormatError(problem)
 
-    return write_tensors(path, specs, tensors.items(), header, overwrite=overwrite, check=check)
+    return write_tensors(path, specs, tensors.items(), header, overwrite=overwrite, check=check, checksum=True)
 
 
 class TrainingCache:
-    """A training cache, memory-mapped.
+    """A training cache. Its checksum is compared when it is opened; latents and texts are read when they are used.
 
     Attributes:
         path: where it lies.
@@ -168,13 +174,14 @@ class TrainingCache:
         metadata: the header's strings.
 
     Raises:
-        FileFormatError: another kind of file, or parts that are missing or do not fit together.
+        FileFormatError: another kind of file, a damaged one, or parts that are missing or do not fit together.
     """
 
     def __init__(self, path: Path) -> None:
+        verify_checksum(path)
         file = TensorFile(path)
         self.path, self.metadata = file.path, file.metadata
-        self._file: TensorFile | None = file
+        self._file = file
         try:
             table = json.loads(file.metadata["qrlora.cache"])
             if table["version"] != CACHE_VERSION:
@@ -183,7 +190,7 @@ class TrainingCache:
             self.empty_text: int | None = table["empty_text"]
             if self.empty_text is not None and type(self.empty_text) is not int:
                 raise ValueError(f"empty_text {self.empty_text!r}")
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise FileFormatError(
                 f"{file.path.name} is not a training cache of version {CACHE_VERSION} ({error}); write one with "
                 "`python -m train encode`"
@@ -196,41 +203,38 @@ class TrainingCache:
         return self._tensor(f"latent.{index}.flip" if flipped else f"latent.{index}")
 
     def latent_shape(self, index: int) -> tuple[int, ...]:
-        return self._open().specs[f"latent.{index}"].shape
+        return self._file.specs[f"latent.{index}"].shape
 
     def has_flip(self, index: int) -> bool:
-        return f"latent.{index}.flip" in self._open().specs
+        return f"latent.{index}.flip" in self._file.specs
 
     def mask(self, index: int) -> Tensor | None:
         """(height, width), 0 to 1, or None."""
         key = f"mask.{index}"
-        return self._tensor(key) if key in self._open().specs else None
+        return self._tensor(key) if key in self._file.specs else None
 
     def text(self, index: int) -> EncodedText:
         return EncodedText(self._tensor(f"text.{index}.embeds"), self._tensor(f"text.{index}.pooled"))
 
+    def identity(self) -> str:
+        """What tells these data from others: the key of what they were made from, else the fingerprint."""
+        return self.metadata.get(_SOURCE_KEY) or self.fingerprint()
+
     def fingerprint(self) -> str:
         """Sixteen hex digits of everything in the file."""
         digest = hashlib.sha256(self.metadata["qrlora.cache"].encode())
-        for key, spec in sorted(self._open().specs.items()):
+        for key, spec in sorted(self._file.specs.items()):
             digest.update(f"{key}{spec.dtype}{spec.shape}".encode())
             digest.update(self._tensor(key).contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()[:16]
 
-    def close(self) -> None:
-        """Let go of the map: Windows cannot rename or delete a mapped file."""
-        self._file = None
-
-    def _open(self) -> TensorFile:
-        if self._file is None:
-            self._file = TensorFile(self.path)
-        return self._file
-
     def _tensor(self, key: str) -> Tensor:
-        return self._open().tensor(key)
+        tensor = self._file.tensor(key)
+        require_finite(tensor, f"{self.path.name}: {key}")
+        return tensor
 
     def _check(self) -> None:
-        specs, name = self._open().specs, self.path.name
+        specs, name = self._file.specs, self.path.name
         for index, item in enumerate(self.items):
             latent = specs.get(f"latent.{index}")
             if latent is None or len(latent.shape) != 3 or any(side % 2 for side in latent.shape[1:]):

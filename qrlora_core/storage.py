@@ -26,12 +26,24 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
-_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# What is not floating point and is not written here; exponents without a mantissa are read as the bytes that they are
+_OTHER_DTYPES = {
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F8_E8M0": torch.uint8,
+}
+_DTYPE_NAMES = {dtype: name for name, dtype in (*DTYPES.items(), *_OTHER_DTYPES.items()) if name != "F8_E8M0"}
+CHECKSUM = "qrlora.sha256"  # of the whole file, with sixty-four zeros in the place of the checksum itself
+_NO_CHECKSUM = "0" * 64
 # Windows also takes the superscripts 1, 2 and 3 for port numbers
 _PORTS = [f"{port}{n}" for port in ("COM", "LPT") for n in (*"123456789", "\u00b9", "\u00b2", "\u00b3")]
 _WINDOWS_DEVICES = {"CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$", *_PORTS}
 _LONGEST_HEADER = 100_000_000  # what the safetensors library allows
 _SAMPLE = 4096
+_BLOCK = 1 << 22
 _LONGEST_PART = 200  # file systems take 255 bytes; the ending, a number and a temporary name have to fit too
 
 
@@ -55,12 +67,15 @@ class TensorFile:
 
     Attributes:
         path: where it lies.
-        specs: key -> TensorSpec of every tensor.
+        specs: key -> TensorSpec of every tensor that is floating point.
+        other: the same of tensors that are not, where they are allowed; one whose dtype is not known here counts as a
+            row of bytes.
         metadata: the header's strings.
 
     Args:
         path: where it lies.
-        skip_other: leave tensors out that are not floating point, as the text encoders of a whole checkpoint have.
+        skip_other: allow tensors that are not floating point, as the text encoders of a whole checkpoint and packed
+            weights are.
 
     Raises:
         FileFormatError: missing, truncated, not safetensors, or with tensors that are not floating point.
@@ -81,7 +96,9 @@ class TensorFile:
                 "being downloaded"
             ) from error
         odd = {key: name for key, (name, _) in raw.items() if name not in DTYPES}
+        self.other: dict[str, TensorSpec] = {}
         if skip_other:
+            self.other = {key: _other_spec(entries[key]) for key in odd}
             raw = {key: value for key, value in raw.items() if key not in odd}
         elif odd:
             key, name = next(iter(odd.items()))
@@ -94,14 +111,32 @@ class TensorFile:
         Raises:
             FileFormatError: no such tensor, or the file was changed or removed since it was opened.
         """
-        if key not in self.specs:
+        return self._read(key, self._spec(key), 0)
+
+    def rows(self, key: str, start: int, count: int) -> Tensor:
+        """`count` rows (of the first dimension) of a tensor from `start` on; nothing else of it is read.
+
+        Raises:
+            FileFormatError: see `tensor`; or the tensor has no such rows.
+        """
+        spec = self._spec(key)
+        if not spec.shape or start < 0 or count < 0 or start + count > spec.shape[0]:
+            raise FileFormatError(f"{self.path.name}: {key} {spec.shape} has no rows {start} to {start + count}")
+        part = TensorSpec(spec.dtype, (count, *spec.shape[1:]))
+        return self._read(key, part, start * (spec.nbytes // spec.shape[0] if spec.shape[0] else 0))
+
+    def _spec(self, key: str) -> TensorSpec:
+        spec = self.specs.get(key, self.other.get(key))
+        if spec is None:
             raise FileFormatError(f"{self.path.name} has no tensor {key}")
-        spec = self.specs[key]
+        return spec
+
+    def _read(self, key: str, spec: TensorSpec, offset: int) -> Tensor:
         tensor = torch.empty(spec.shape, dtype=spec.dtype)
         try:
             with self.path.open("rb", buffering=0) as file:
                 self._require_unchanged(os.fstat(file.fileno()))
-                file.seek(self._offsets[key])
+                file.seek(self._offsets[key] + offset)
                 if spec.nbytes:
                     _read_into(file, tensor.reshape(-1).view(torch.uint8).numpy().data)
                 self._require_unchanged(os.fstat(file.fileno()))
@@ -164,6 +199,7 @@ def write_tensors(
     *,
     overwrite: bool = False,
     check: Callable[[Path], None] | None = None,
+    checksum: bool = False,
 ) -> Path:
     """Write a safetensors file one tensor at a time; it appears whole or not at all.
 
@@ -177,6 +213,7 @@ def write_tensors(
         metadata: strings for the header.
         overwrite: replace an existing file; otherwise it is an error, raised before anything is written.
         check: called with the temporary file before it takes its name; what it raises ends the writing.
+        checksum: keep a SHA-256 of everything in the header, for `verify_checksum`.
 
     Returns:
         The path.
@@ -186,7 +223,7 @@ def write_tensors(
         FileFormatError: `tensors` does not yield what `specs` announced.
     """
     path = Path(path)
-    header = header_bytes(specs, metadata)
+    header = header_bytes(specs, {CHECKSUM: _NO_CHECKSUM, **metadata} if checksum else metadata)
     total = len(header) + sum(spec.nbytes for spec in specs.values())
     temporary = None
     try:
@@ -194,11 +231,15 @@ def write_tensors(
         _require_absent(path, overwrite)
         free = shutil.disk_usage(path.parent).free
         if free < total:
-            raise PathError(f"{path.name} needs {total / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free")
+            raise PathError(f"{path.name} needs {size_text(total)}, the disk has {size_text(free)} free")
         temporary = path.parent / f".qrlora-{uuid.uuid4().hex}.tmp"
         with temporary.open("xb") as file:
             file.write(header)
-            written = _write_stream(file, specs, tensors)
+            digest = hashlib.sha256(header)
+            written = _write_stream(file, specs, tensors, digest.update if checksum else lambda data: None)
+            if checksum:
+                file.seek(header.index(_NO_CHECKSUM.encode()))
+                file.write(digest.hexdigest().encode())
             file.flush()
             os.fsync(file.fileno())
         if written != list(specs):
@@ -213,6 +254,42 @@ def write_tensors(
             with suppress(FileNotFoundError):
                 temporary.unlink()
     return path
+
+
+def verify_checksum(path: Path) -> bool:
+    """Read a file from end to end and compare it with the checksum that it was written with.
+
+    Returns:
+        Whether it has one; files that were written without are taken as they are.
+
+    Raises:
+        FileFormatError: the content is not what was written, or the file cannot be read.
+    """
+    path = Path(path)
+    try:
+        metadata = TensorFile(path, skip_other=True).metadata
+        stated = metadata.get(CHECKSUM, "").encode()
+        if not stated:
+            return False
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            file.seek(0)
+            digest.update(file.read(8 + length).replace(stated, _NO_CHECKSUM.encode(), 1))
+            while block := file.read(_BLOCK):
+                digest.update(block)
+    except OSError as error:
+        raise FileFormatError(f"{path.name} cannot be read ({error})") from error
+    if digest.hexdigest().encode() != stated:
+        raise FileFormatError(f"{path.name} is damaged: its content does not match its checksum")
+    return True
+
+
+def size_text(count: float) -> str:
+    """A number of bytes in words, never rounded to nothing."""
+    if count >= 1e8:
+        return f"{count / 1e9:.2f} GB"
+    return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
 
 
 def free_name(folder: Path, name: str) -> Path:
@@ -284,6 +361,14 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
     return entries, 8 + length
 
 
+def _other_spec(entry: Mapping[str, Any]) -> TensorSpec:
+    dtype = _OTHER_DTYPES.get(str(entry["dtype"]))
+    if dtype is not None:
+        return TensorSpec(dtype, tuple(entry["shape"]))
+    start, end = entry["data_offsets"]
+    return TensorSpec(torch.uint8, (int(end) - int(start),))
+
+
 def _read_into(file: FileIO, buffer: memoryview) -> None:
     """Fill a buffer; one system call gives at most 2 GB."""
     while buffer:
@@ -309,14 +394,21 @@ def header_bytes(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -
     return struct.pack("<Q", len(text)) + text
 
 
-def _write_stream(file: BinaryIO, specs: Mapping[str, TensorSpec], tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
+def _write_stream(
+    file: BinaryIO,
+    specs: Mapping[str, TensorSpec],
+    tensors: Iterable[tuple[str, Tensor]],
+    on_data: Callable[[memoryview], None],
+) -> list[str]:
     written: list[str] = []
     expected = iter(specs)
     for key, tensor in tensors:
         if key != next(expected, None) or tuple(tensor.shape) != specs[key].shape:
             raise FileFormatError(f"tensor {key} {tuple(tensor.shape)} was not announced at this place")
         data = tensor.detach().to("cpu", specs[key].dtype).contiguous()
-        file.write(data.reshape(-1).view(torch.uint8).numpy().data)
+        content = data.reshape(-1).view(torch.uint8).numpy().data
+        file.write(content)
+        on_data(content)
         written.append(key)
     return written
 

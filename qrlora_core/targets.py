@@ -5,6 +5,7 @@ MLP of a single block) in one weight; a layer is then a slice of its rows.
 """
 
 import difflib
+import itertools
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -56,6 +57,10 @@ _SINGLE = {
 }
 _NAME = re.compile(r"(single_)?transformer_blocks\.(0|[1-9]\d{0,3})\.(.+)")
 _FUSED_NAME = re.compile(r"(double|single)_blocks\.(0|[1-9]\d{0,3})\.(.+)\.weight")
+
+# of a file's names that a hint looks through: real models have some hundred layers
+_MOST_CANDIDATES = 1000
+_LONGEST_NAME = 200
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,12 @@ Storage = Literal["bf16", "fp16", "fp32", "fp8", "int8", "nf4"]
 Resume = Literal["auto", "never", "require"]
 
 
-_RULES = re.compile(r"(\d+(\.\d+)?:\d+,)+\d+(\.\d+)?")
+# Raised whenever equal settings and data would give another adapter than before (another order of draws, another loss):
+# runs that began before are then not gone on with. A new version of the pack alone changes nothing of a run.
+TRAJECTORY_VERSION = 1
+
+_RULES = re.compile(r"(\d{1,9}(\.\d{1,9})?:\d{1,9},)+\d{1,9}(\.\d{1,9})?")
+_LONGEST_SHOWN = 200
 
 
 class ConfigError(ValueError):
@@ -168,7 +173,7 @@ class FitConfig:
             )
         if self.scheduler == "piecewise_constant" and not _RULES.fullmatch(self.scheduler_rules):
             raise ConfigError(
-                f"scheduler_rules is {self.scheduler_rules!r}: piecewise_constant needs factor:step pairs and a last "
+                f"scheduler_rules is {_shown(self.scheduler_rules)}: piecewise_constant needs factor:step pairs and a last "
                 'factor, such as "1:100,0.1:500,0.01"'
             )
         if self.method == "qr" and self.init == "random":
@@ -274,9 +279,9 @@ def make_config(kind: type[Config], *sources: Mapping[str, Any]) -> Config:
     for source in sources:
         for key, value in source.items():
             if key not in known:
-                close = difflib.get_close_matches(key, known, n=1)
+                close = difflib.get_close_matches(key[:_LONGEST_SHOWN], known, n=1)
                 hint = f"; did you mean {close[0]!r}?" if close else ""
-                raise ConfigError(f"unknown setting {key!r}{hint}")
+                raise ConfigError(f"unknown setting {_shown(key)}{hint}")
             values[key] = _converted(known[key], value)
     missing = [name for name, one in known.items() if one.default is MISSING and name not in values]
     if missing:
@@ -306,19 +311,28 @@ def _check(config: FitConfig | EncodeConfig) -> None:
         allowed = choices(one)
         if allowed is not None:
             if value not in allowed:
-                raise ConfigError(f"{one.name} is {value!r}, expected one of {', '.join(allowed)}")
+                raise ConfigError(f"{one.name} is {_shown(value)}, expected one of {', '.join(allowed)}")
             continue
         wanted: Any = tuple if get_origin(one.type) is tuple else one.type
         if not isinstance(value, wanted) or (wanted is not bool and isinstance(value, bool)):
-            raise ConfigError(f"{one.name} is {value!r}, expected {wanted.__name__}")
+            raise ConfigError(f"{one.name} is {_shown(value)}, expected {wanted.__name__}")
         if isinstance(value, str) and ("\0" in value or (one.default is MISSING and not value)):
-            raise ConfigError(f"{one.name} is {value!r}, expected a path")
+            raise ConfigError(f"{one.name} is {_shown(value)}, expected a path")
         if isinstance(value, tuple) and not all(isinstance(item, str) and item for item in value):
-            raise ConfigError(f"{one.name} is {value!r}, expected a list of names")
+            raise ConfigError(f"{one.name} is {_shown(value)}, expected a list of names")
         if isinstance(value, int | float) and not isinstance(value, bool):
             low, high = one.metadata["low"], one.metadata["high"]
             if not low <= value <= high:  # NaN is in no range
-                raise ConfigError(f"{one.name} is {value!r}, expected {low:g} to {high:g}")
+                raise ConfigError(f"{one.name} is {_shown(value)}, expected {low:g} to {high:g}")
+
+
+def _shown(value: Any) -> str:
+    """A value as a message shows it. A number of 5000 digits, as TOML's 0xfff... gives one, cannot be printed."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):
+        return f"a {type(value).__name__} of {value.bit_length()} bits" if isinstance(value, int) else "too deep"
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}... ({len(text)} characters)"
 
 
 def _converted(one: "Field[Any]", value: Any) -> Any:

@@ -160,7 +160,7 @@ def _write(recipe: MergeRecipe, args: argparse.Namespace) -> None:
 
 def _own_basis(adapter: Adapter, name: str, weight: Tensor, source: BaseModel) -> Basis:
     """Q and R of an adapter's layer, on the weight's device, once it is sure that they are this weight's."""
-    stored = storage_tolerance(source.specs[f"{name}.weight"].dtype, adapter.layers[name].dtype)
+    stored = storage_tolerance(source.stored_dtype(f"{name}.weight"), adapter.layers[name].dtype)
     return own_basis(adapter, name, weight, stored)
 
 

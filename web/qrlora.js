@@ -1,5 +1,7 @@
 // Colours for our sockets, and the few lines that a node shows about what it did.
+import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
+import { everyNode, nodeById, openWorkflow, workflowOf } from "./qrlora_graph.js";
 
 // Two hues that none of ComfyUI's own types beside them in a FLUX graph has.
 const COLORS = { DELTA_R: "#1FBFA8", RESIDUAL: "#B07D52" };
@@ -8,6 +10,12 @@ const WIDGET = "qrlora_report";
 const HEIGHT = 96;
 // What the canvas keeps free above and below such an element; without it a picture below would begin under the text.
 const MARGIN = 10;
+const TEXT = "var(--input-text, #ddd)";
+const ERROR_TEXT = "var(--error-text, #ff6b6b)";
+const [MUTED, BYPASSED] = [2, 4];
+
+// Nodes that failed, by the server's id, until they run again: {text, workflow}. The text is "" once a run has begun.
+const failures = new Map();
 
 function paint() {
   Object.assign(app.canvas?.default_connection_color_byType ?? {}, COLORS);
@@ -31,7 +39,7 @@ function reportWidget(node) {
     whiteSpace: "pre-wrap",
     overflowWrap: "anywhere",
     font: "12px/1.4 monospace",
-    color: "var(--input-text, #ddd)",
+    color: TEXT,
     background: "var(--comfy-input-bg, #222)",
     borderRadius: "4px",
     userSelect: "text",
@@ -58,24 +66,81 @@ function summary(reports) {
   return [...counts].map(([report, count]) => (count > 1 ? `${count} times: ${report}` : report)).join("\n");
 }
 
+function put(node, text, color = TEXT) {
+  if (!text && !node.widgets?.some((widget) => widget.name === WIDGET)) return; // nothing to clear
+  const { element } = reportWidget(node);
+  element.textContent = text;
+  element.style.color = color;
+  node.setDirtyCanvas?.(true, true);
+}
+
 function show(node, output) {
   if (!output?.text?.length) return;
   const text = summary(output.text);
   if (node.qrloraReport) return node.qrloraReport(text); // a node with a view of its own
-  reportWidget(node).element.textContent = text;
-  node.setDirtyCanvas?.(true, true);
+  put(node, text);
+}
+
+function isOurs(node) {
+  return !!node?.type?.startsWith("QRLoRA");
 }
 
 // Undo and a change of tab make every node anew, and a node that the server has cached does not report again.
 function restore() {
-  const root = app.rootGraph ?? app.graph;
-  const outputs = app.nodeOutputs ?? {};
-  for (const graph of [root, ...(root?.subgraphs?.values() ?? [])]) {
-    for (const node of graph?.nodes ?? []) {
-      if (!node.type?.startsWith("QRLoRA")) continue;
-      show(node, outputs[graph === root ? String(node.id) : `${graph.id}:${node.id}`]);
-    }
+  for (const place of everyNode()) if (isOurs(place.node) && !isSilent(place.node)) show(place.node, output(place));
+  showFailures();
+}
+
+function output({ node, graph, inRoot }) {
+  return app.nodeOutputs?.[inRoot ? String(node.id) : `${graph.id}:${node.id}`];
+}
+
+function isSilent({ mode }) {
+  return [MUTED, BYPASSED].includes(mode);
+}
+
+function showFailures() {
+  for (const [id, { text, workflow }] of failures) {
+    const node = nodeById(id);
+    if (isOurs(node) && !node.qrloraReport && isOpen(workflow)) put(node, text, ERROR_TEXT);
   }
+}
+
+function isOpen(workflow) {
+  return !workflow || !openWorkflow() || workflow === openWorkflow();
+}
+
+// "custom_nodes.qr-lora.nodes.host.places.PlaceError" is for the log; the last word is for the node.
+function sentence({ exception_type: type, exception_message: message }) {
+  return [String(type ?? "").split(".").pop(), String(message ?? "").trim()].filter(Boolean).join(": ");
+}
+
+async function failed({ detail }) {
+  if (!detail?.node_type?.startsWith("QRLoRA")) return;
+  failures.set(String(detail.node_id), { text: sentence(detail), workflow: await workflowOf(detail.prompt_id) });
+  showFailures();
+}
+
+// What the last run said of a node that failed, or that this run leaves out, is no longer true.
+async function began({ detail }) {
+  const places = [...everyNode()].filter(({ node }) => isOurs(node) && !node.qrloraReport);
+  if (!failures.size && !places.some(({ node }) => isSilent(node) || node.qrloraSilenced)) return;
+  if (!isOpen(await workflowOf(detail?.prompt_id))) return;
+  for (const place of places) {
+    const { node } = place;
+    if (isSilent(node)) put(node, "");
+    else if (node.qrloraSilenced) show(node, output(place)); // the server may have it cached: it would not report
+    node.qrloraSilenced = isSilent(node);
+  }
+  for (const failure of failures.values()) if (isOpen(failure.workflow)) failure.text = "";
+  showFailures();
+}
+
+// A node that failed before and did not run now is one whose former result the server still has.
+async function succeeded({ detail }) {
+  if (!failures.size || !isOpen(await workflowOf(detail?.prompt_id))) return;
+  for (const [id, { text, workflow }] of failures) if (!text && isOpen(workflow)) failures.delete(id);
+  restore();
 }
 
 app.registerExtension({
@@ -84,6 +149,9 @@ app.registerExtension({
     paint();
     // A change of the palette clears the colours of types that it does not know.
     app.ui?.settings?.addEventListener?.("Comfy.ColorPalette.change", () => setTimeout(paint, 0));
+    api.addEventListener("execution_error", failed);
+    api.addEventListener("execution_start", began);
+    api.addEventListener("execution_success", succeeded);
   },
   afterConfigureGraph() {
     paint(); // the first palette is applied after setup; a workflow is loaded after that
@@ -94,6 +162,7 @@ app.registerExtension({
     const onExecuted = nodeType.prototype.onExecuted;
     nodeType.prototype.onExecuted = function (output, ...rest) {
       onExecuted?.call(this, output, ...rest);
+      for (const id of failures.keys()) if (nodeById(id) === this) failures.delete(id);
       show(this, output);
     };
   },

@@ -1,6 +1,7 @@
 // The Train node's own view of its run: from the server's messages, and after a reload from what it still knows.
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
+import { nodeById, openWorkflow, workflowOf } from "./qrlora_graph.js";
 import { Job } from "./qrlora_train_job.js";
 import { HEIGHT, Panel } from "./qrlora_train_panel.js";
 
@@ -14,13 +15,8 @@ let early = []; // messages that came before the state was known
 let asking = false;
 let drawing = 0;
 
-// The node of this id in the graph that is open. The server's id is the way through the subgraphs.
 function find(id) {
-  let graph = app.rootGraph ?? app.graph;
-  const way = String(id).split(":");
-  const last = way.pop();
-  for (const part of way) graph = graph?.getNodeById?.(part)?.subgraph;
-  const node = graph?.getNodeById?.(last);
+  const node = nodeById(id);
   return node?.type === NODE ? node : null;
 }
 
@@ -28,23 +24,10 @@ function find(id) {
 // but its node still asks for the adapter that is trained.
 function here(job, node) {
   if (job.workflow === undefined) return false; // asked for
-  const open = (app.rootGraph ?? app.graph)?.id;
+  const open = openWorkflow();
   if (!job.workflow || !open || job.workflow === open) return true;
   const name = node.widgets?.find((widget) => widget.name === "output_name")?.value;
   return !!name && job.run.startsWith(`${String(name).split(/[\\/]/).pop()}-`);
-}
-
-// The id of the workflow that a queue entry was made from, "" where the host does not say.
-async function workflowOf(prompt) {
-  const json = async (path) => (await api.fetchApi(path)).json();
-  try {
-    const { queue_running: running = [], queue_pending: pending = [] } = await json("/queue");
-    const entry = [...running, ...pending].find((one) => one[1] === prompt);
-    const found = entry ?? (await json(`/history/${encodeURIComponent(prompt)}`))[prompt]?.prompt;
-    return found?.[3]?.extra_pnginfo?.workflow?.id ?? "";
-  } catch {
-    return ""; // then the run is shown in every workflow that has the node
-  }
 }
 
 function take(message, caughtUp) {

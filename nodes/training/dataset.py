@@ -23,7 +23,6 @@ from ...qrlora_core import (
     bucket_size,
     save_cache,
 )
-from ...qrlora_core import __version__ as pack_version
 from ...train.config import EncodeConfig
 from .. import host
 from ..host import encoders
@@ -100,7 +99,7 @@ def cache_key(pictures: Sequence[Picture], settings: EncodeConfig, clip: Any, va
         pixels = picture.load().contiguous()
         digest.update(json.dumps([picture.caption, list(pixels.shape)]).encode())
         digest.update(pixels.numpy().data)
-    rest = [encoders.weights_identity(clip), encoders.weights_identity(vae), empty_caption, _RECIPE, pack_version]
+    rest = [encoders.weights_identity(clip), encoders.weights_identity(vae), empty_caption, _RECIPE]
     rest += [settings.resolution, settings.bucket_step, settings.buckets, settings.flip, settings.mask]
     digest.update(json.dumps(rest).encode())
     return digest.hexdigest()[:16]
@@ -124,7 +123,7 @@ def encode(
     """
     if path.is_file():
         try:
-            TrainingCache(path).close()
+            TrainingCache(path)
             return path
         except FileFormatError as error:
             log.warning("QR-LoRA: the cache is encoded again: %s", error)
@@ -142,7 +141,7 @@ def encode(
     broken = path.is_file()
     empty_text = texts.index("") if "" in texts else None
     try:
-        save_cache(path, items, encoded, encoded_texts, empty_text=empty_text, overwrite=broken)
+        save_cache(path, items, encoded, encoded_texts, empty_text=empty_text, overwrite=broken, source_key=path.stem)
     except PathError:
         if broken or not path.is_file():  # otherwise another ComfyUI wrote the same meanwhile
             raise

@@ -23,7 +23,7 @@ class Job:
         prompt_id: of the queue entry, None where the host does not say.
         run: name of the run folder.
         state: one of STATES.
-        text: one line for people.
+        text: for people; one line, but for the reason of a failure.
     """
 
     def __init__(self, node: str, prompt_id: str | None, send: Callable[[str, dict[str, Any]], None]) -> None:

@@ -1,8 +1,9 @@
 """One training, from pictures to a published adapter: find out whether it was done, prepare, run, verify, name."""
 
+import contextlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,8 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ...qrlora_core import MergeRecipe, PathError, QRLoRAError, model_fingerprint, open_adapter
-from ...qrlora_core import __version__ as pack_version
-from ...train.config import EncodeConfig, FitConfig, as_table, make_config
+from ...train.config import TRAJECTORY_VERSION, EncodeConfig, FitConfig, as_table, make_config
 from ...train.events import TrainEvent
 from ..host import folders, session
 from ..train_options import TrainOptions
@@ -24,6 +24,7 @@ from .watch import Ending, EventFeed, TrainingError, duration, earlier_events, f
 log = logging.getLogger(__name__)
 
 CACHES = "_cache"
+_LONGEST_REASON = 8000  # characters: a page shows them, and the log has the rest
 _ORPHAN_SECONDS = 15.0  # a trainer whose ComfyUI died ends by itself within five
 
 
@@ -72,36 +73,39 @@ class Result(NamedTuple):
     recipe: MergeRecipe
 
 
+@contextlib.contextmanager
+def reporting(job: Job) -> Iterator[None]:
+    """Whatever ends the block early is told to the pages, in the words that the host shows, and raised again.
+
+    Raises:
+        Interrupted: Cancel or the stop button; the run can be gone on with.
+    """
+    try:
+        yield
+    except (preflight.Cancelled, session.Interrupted) as error:
+        if job.active:
+            job.tell("stopped", "stopped before the first step; queue again to go on")
+        raise session.Interrupted() from error
+    except Exception as error:
+        if job.active:
+            job.tell("failed", f"{type(error).__name__}: {error}"[:_LONGEST_REASON])
+        raise
+
+
 def train(request: Request, job: Job) -> Result:
     """Train, or find what the same inputs gave before.
 
     Raises:
-        Interrupted: Cancel or the stop button; the run can be gone on with.
+        Interrupted, Cancelled: Cancel or the stop button.
         TrainingError, PreflightError, QRLoRAError, ConfigError: with the reason and what to do.
     """
-    try:
-        return _train(request, job)
-    except preflight.Cancelled:
-        job.tell("stopped", "stopped before the first step; queue again to go on")
-        raise session.Interrupted() from None
-    except session.Interrupted:
-        if job.active:
-            job.tell("stopped", "stopped before the first step; queue again to go on")
-        raise
-    except Exception as error:
-        if job.active:
-            job.tell("failed", str(error).split("\n", 1)[0])
-        raise
-
-
-def _train(request: Request, job: Job) -> Result:
     job.tell("preparing", "comparing with earlier runs")
     root, steps = folders.runs_folder(), int(request.fit["steps"])
     config = request.config(root, root)  # refuses wrong settings first
     empty_caption = config.caption_dropout > 0
     cache = dataset.cache_key(request.pictures, request.encode, request.clip, request.vae, empty_caption)
     identity = {**config.key_fields(), **config.trajectory(), "steps": None}
-    key = key_of([identity, cache, model_fingerprint(request.model), request.options.processes, pack_version])
+    key = key_of([identity, cache, model_fingerprint(request.model), request.options.processes, TRAJECTORY_VERSION])
     while True:
         found = _finished(root, key, steps)
         if found is not None:
@@ -200,8 +204,9 @@ class _Reporter:
 
     def _show(self, events: Sequence[TrainEvent]) -> None:
         """The bar alone: a picture beside it would make the node grow, and the panel shows the samples already."""
-        last = events[-1]
-        if last.kind in ("step", "sample"):
+        steps = [event for event in events if event.kind in ("step", "sample")]
+        last = (steps or events)[-1]  # what comes after the last step in the same batch would hide it
+        if steps:
             self._bar.show(last.data["step"], self._steps)
         elif last.kind == "phase" and last.data["total"]:
             self._bar.show(last.data["done"], last.data["total"])

@@ -59,12 +59,22 @@ def test_dtypes_are_kept_and_parts_are_optional(path):
     assert cache.mask(0) is None and not cache.has_flip(0) and cache.empty_text is None
 
 
-def test_close_lets_go_and_opens_again(path):
+def test_a_damaged_cache_is_refused(path):
+    """One bit of a latent; without the checksum nothing would tell."""
     save_cache(path, **parts())
-    cache = TrainingCache(path)
-    before = cache.latent(0).clone()
-    cache.close()
-    assert torch.equal(cache.latent(0), before)
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(core.FileFormatError, match="is damaged: its content does not match its checksum"):
+        TrainingCache(path)
+
+
+def test_the_key_of_the_source_is_the_identity(path, tmp_path):
+    save_cache(path, **parts(), source_key="0123456789abcdef")
+    assert TrainingCache(path).identity() == "0123456789abcdef" != TrainingCache(path).fingerprint()
+    other = tmp_path / "other.safetensors"
+    save_cache(other, **parts())
+    assert TrainingCache(other).identity() == TrainingCache(other).fingerprint()
 
 
 def test_fingerprint_is_of_the_content(path, tmp_path):
@@ -200,7 +210,7 @@ def test_a_good_header_is_read(path):
 @pytest.mark.parametrize("key", ["latent.0", "text.0.embeds", "text.0.pooled", "text.1.pooled"])
 def test_missing_tensors(path, key):
     save_cache(path, **parts())
-    metadata = TrainingCache(path).metadata
+    metadata = {"qrlora.cache": TrainingCache(path).metadata["qrlora.cache"]}  # without the checksum
     tensors = {name: value.clone() for name, value in load_file(path).items() if name != key}
     path.unlink()
     save_file(tensors, path, metadata=metadata)

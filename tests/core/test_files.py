@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import qrlora_core as core
 from qrlora_core import storage
-from qrlora_core.storage import TensorSpec, write_tensors
+from qrlora_core.storage import CHECKSUM, TensorFile, TensorSpec, size_text, verify_checksum, write_tensors
 from tests.core.test_merge import NAMES, make
 
 LAYER = "transformer.transformer_blocks.0.attn.to_q"
@@ -253,7 +253,7 @@ def test_what_was_not_announced_is_not_written(tmp_path):
 def test_full_disk(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(storage.shutil, "disk_usage", lambda _: usage._replace(free=10))
-    with pytest.raises(core.PathError, match="needs .* GB"):
+    with pytest.raises(core.PathError, match="needs .* kB"):
         core.save_adapter(make(1), tmp_path / "x.safetensors")
     monkeypatch.undo()
 
@@ -426,3 +426,39 @@ def test_slices_fill_the_fused_weights(doubles, singles, hidden, ratio):
     for key, parts in rows.items():
         fused = "qkv" in key or "linear1" in key
         assert parts == ([(i * hidden, hidden) for i in range(3)] if fused else [(None, None)])
+
+
+def test_checksum(tmp_path):
+    """Over header and data; a file without one is taken as it is."""
+    path, spec = tmp_path / "a.safetensors", {"x": TensorSpec(torch.float32, (64,))}
+    tensors = [("x", torch.arange(64.0))]
+    write_tensors(path, spec, tensors, {"name": "one", f"{CHECKSUM}x": "0" * 64}, checksum=True)
+    assert verify_checksum(path)
+    assert torch.equal(TensorFile(path).tensor("x"), tensors[0][1])
+    whole = path.read_bytes()
+    for place in (whole.index(b'"one"') + 1, len(whole) - 1):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1
+        path.write_bytes(damaged)
+        with pytest.raises(core.FileFormatError, match="does not match its checksum"):
+            verify_checksum(path)
+    write_tensors(path, spec, tensors, {}, overwrite=True)
+    assert not verify_checksum(path)
+    path.write_bytes(b"")
+    with pytest.raises(core.FileFormatError, match="not a readable safetensors file"):
+        verify_checksum(path)
+
+
+def test_rows_of_a_tensor(tmp_path):
+    path, value = tmp_path / "a.safetensors", torch.arange(24.0).reshape(6, 4)
+    write_tensors(path, {"x": TensorSpec(torch.bfloat16, (6, 4))}, [("x", value)], {})
+    file = TensorFile(path)
+    assert torch.equal(file.rows("x", 2, 3).float(), value[2:5])
+    assert file.rows("x", 6, 0).shape == (0, 4)
+    for start, count in ((5, 2), (-1, 1), (0, 7)):
+        with pytest.raises(core.FileFormatError, match="has no rows"):
+            file.rows("x", start, count)
+
+
+def test_size_text():
+    assert [size_text(n) for n in (2_000, 2_500_000, 3.2e8, 4e9)] == ["2.0 kB", "2.5 MB", "0.32 GB", "4.00 GB"]

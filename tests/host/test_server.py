@@ -75,7 +75,7 @@ def test_saved_and_exported_files(server, golden):
     graph = workflow(
         save=node("QRLoRASaveDeltaR", delta_r=["4", 0], filename="sub/mine", format="portable"),
         public=node("QRLoRASaveDeltaR", delta_r=["4", 0], filename="public", format="published"),
-        export=node("QRLoRAExportLoRA", delta_r=["4", 0], filename="mine"),
+        export=node("QRLoRAExportLoRA", delta_r=["4", 0], filename="mine", dtype="as it is"),
         rest=node("QRLoRASaveResidual", model=["1", 0], rank=8, delta_r=["2", 0], dtype="float32", filename="rest"),
         exact=node("QRLoRASaveResidual", model=["1", 0], rank=8, dtype="float32", filename="exact"),
     )
@@ -144,9 +144,9 @@ def test_numbers_out_of_range_are_refused(server, alpha):
 def test_bad_files_fail_with_the_reason_and_leave_the_server_usable(server, golden):
     folder = server.base / "models" / "qrlora"
     good = (folder / "official_style.safetensors").read_bytes()
-    (folder / "cut.safetensors").write_bytes(good[:5000])
+    (folder / "damaged.safetensors").write_bytes(good[:5000])
     (folder / "lora.safetensors").write_bytes((server.base / "models" / "vae" / "test_vae.safetensors").read_bytes())
-    for name, words in (("cut", "not a readable safetensors"), ("lora", "is not an adapter")):
+    for name, words in (("damaged", "not a readable safetensors"), ("lora", "is not an adapter")):
         graph = workflow()
         graph["2"]["inputs"]["delta_r_name"] = f"{name}.safetensors"
         with pytest.raises(WorkflowError, match=words):

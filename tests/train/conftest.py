@@ -21,7 +21,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def small_cache(path, *, class_pictures=0, mask=False, flip=False, seed=0, width=64):
+def small_cache(path, *, class_pictures=0, mask=False, flip=False, seed=0, source_key="", width=64):
     """Three pictures in two buckets and one caption; sizes that the golden model takes."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -38,7 +38,7 @@ def small_cache(path, *, class_pictures=0, mask=False, flip=False, seed=0, width
         EncodedText(torch.randn(5, width, generator=generator), torch.randn(width, generator=generator))
         for _ in range(2)
     ]
-    return save_cache(path, items, [picture(*size) for size in sizes], texts, empty_text=0)
+    return save_cache(path, items, [picture(*size) for size in sizes], texts, empty_text=0, source_key=source_key)
 
 
 @pytest.fixture(scope="session")
@@ -49,27 +49,27 @@ def shared(tmp_path_factory):
     return folder
 
 
+def base_settings(shared, run_dir):
+    """A table of settings that train the golden model on a CPU in a second."""
+    return {
+        "model": str(GOLDEN / "base_bfl.safetensors"),
+        "data": str(shared / "data.safetensors"),
+        "run_dir": str(run_dir),
+        "basis_cache": str(shared / "basis"),
+        "rank": 8,
+        "alpha": 8.0,
+        "steps": 4,
+        "gradient_accumulation": 2,
+        "learning_rate": 1e-3,
+        "checkpoint_every": 0,
+        "device": "cpu",
+        "precision": "fp32",
+        "base_storage": "fp32",
+        "gradient_checkpointing": False,
+    }
+
+
 @pytest.fixture
 def settings(shared, tmp_path):
-    """Settings of a small run as a table; keyword arguments change some."""
-
-    def make(**changes) -> FitConfig:
-        base = {
-            "model": str(GOLDEN / "base_bfl.safetensors"),
-            "data": str(shared / "data.safetensors"),
-            "run_dir": str(tmp_path / "run"),
-            "basis_cache": str(shared / "basis"),
-            "rank": 8,
-            "alpha": 8.0,
-            "steps": 4,
-            "gradient_accumulation": 2,
-            "learning_rate": 1e-3,
-            "checkpoint_every": 0,
-            "device": "cpu",
-            "precision": "fp32",
-            "base_storage": "fp32",
-            "gradient_checkpointing": False,
-        }
-        return make_config(FitConfig, base, changes)
-
-    return make
+    """Settings of a small run; keyword arguments change some."""
+    return lambda **changes: make_config(FitConfig, base_settings(shared, tmp_path / "run"), changes)

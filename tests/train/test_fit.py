@@ -1,7 +1,9 @@
 """Whole runs: exact resume however a run ended, what is refused, what is written. In this process where possible."""
 
+import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,19 +13,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from demo.small_flux import GOLDEN
-from qrlora_core import PathError, WeightError, open_adapter
-from tests.train.conftest import small_cache
+from qrlora_core import PathError, WeightError, open_adapter, storage
+from tests.train.conftest import base_settings, small_cache
 from train.cli import main
-from train.config import as_table
+from train.config import FitConfig, as_table, make_config
 from train.errors import TrainError
 from train.events import EventWriter, parse, read_events
 from train.model.source import BaseModel
-from train.run import checkpoint
+from train.run import checkpoint, lock
 from train.run import fit as fit_module
 from train.run.fit import fit
+from train.run.lock import held_run_folder
 from train.run.prepare import make_accelerator
 from train.run.stop import Stopped, StopWatch
 
@@ -311,20 +315,181 @@ def test_what_a_resumed_run_must_share(settings, tmp_path):
         fit(replace(config, run_dir=str(tmp_path / "empty"), resume="require"))
 
 
-def test_a_damaged_checkpoint_is_passed_over(settings, elsewhere):
-    whole = settings(checkpoint_every=1)
-    fit(whole)
-    broken = elsewhere(whole)
+def rewritten(path, change=lambda tensors: None, state=None, metadata=None):
+    """A checkpoint written again without its checksum, as by hand, or by an earlier version of the pack."""
+    with safe_open(path, "pt") as file:
+        table = json.loads(file.metadata()["qrlora.checkpoint"])
+    tensors = load_file(path)
+    change(tensors)
+    text = state(table) if state else json.dumps(table)
+    save_file(tensors, path, metadata={"qrlora.checkpoint": text} if metadata is None else metadata)
+
+
+def flipped(path):
+    content = bytearray(path.read_bytes())
+    content[-1000] ^= 4
+    path.write_bytes(content)
+
+
+def without(prefix):
+    return lambda tensors: [tensors.pop(key) for key in list(tensors) if key.startswith(prefix)]
+
+
+def spoilt(prefix, make):
+    """The first tensor of such a name becomes what `make` makes of it."""
+
+    def change(tensors):
+        key = min(key for key in tensors if key.startswith(prefix))
+        tensors[key] = make(tensors[key].clone()).contiguous()
+
+    return change
+
+
+DAMAGES = {
+    "cut off": lambda path: path.write_bytes(path.read_bytes()[:-100]),
+    "empty": lambda path: path.write_bytes(b""),
+    "one bit": flipped,
+    "no metadata": lambda path: rewritten(path, metadata={}),
+    "a list": lambda path: rewritten(path, state=lambda table: "[]"),
+    "infinity": lambda path: rewritten(path, state=lambda t: json.dumps(t | {"smoothed_loss": float("inf")})),
+    "deep": lambda path: rewritten(path, state=lambda t: "[" * 100_000),
+    "no identity": lambda path: rewritten(path, state=lambda t: json.dumps(t | {"identity": None})),
+    "no groups": lambda path: rewritten(
+        path, state=lambda t: json.dumps(t | {"optimizer": {"state": {}, "groups": []}})
+    ),
+    "another step": lambda path: rewritten(path, state=lambda t: json.dumps(t | {"step": 77})),
+    "no optimizer": lambda path: rewritten(path, without("optimizer.")),
+    "part of the optimizer": lambda path: rewritten(path, without("optimizer.3.exp_avg")),
+    "a parameter less": lambda path: rewritten(path, without("param.single")),
+    "another shape": lambda path: rewritten(path, spoilt("param.", lambda t: t[:, :-1])),
+    "another shape of the optimizer": lambda path: rewritten(path, spoilt("optimizer.0.exp_avg", lambda t: t[:, :-1])),
+    "NaN": lambda path: rewritten(path, spoilt("param.", lambda t: t.fill_(float("nan")))),
+    "NaN in the optimizer": lambda path: rewritten(path, spoilt("optimizer.", lambda t: t.fill_(float("nan")))),
+}
+
+
+@pytest.fixture(scope="module")
+def stopped_at_two(shared, tmp_path_factory):
+    """Two checkpoints of a run of three steps, and what the whole run ends in."""
+    folder = tmp_path_factory.mktemp("two")
+    config = make_config(FitConfig, base_settings(shared, folder / "whole"), {"checkpoint_every": 1, "steps": 3})
+    fit(config)
+    broken = replace(config, run_dir=str(folder / "broken"))
     with pytest.raises(Stopped):
         fit(broken, watch=StopAt(LOADING + 6))
-    folder = Path(broken.run_dir) / "checkpoints"
+    return broken, tensors(config)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over(stopped_at_two, tmp_path, caplog, damage):
+    config, whole = stopped_at_two
+    shutil.copytree(config.run_dir, tmp_path / "run")
+    config = replace(config, run_dir=str(tmp_path / "run"))
+    folder = tmp_path / "run" / "checkpoints"
     newest = sorted(folder.iterdir())[-1]
     assert len(list(folder.iterdir())) == 2
-    newest.write_bytes(newest.read_bytes()[:-100])
+    DAMAGES[damage](newest)
     (folder / ".qrlora-dead.tmp").write_bytes(b"x")
-    fit(broken)
+    fit(config)
+    assert f"{newest.name} is damaged" in caplog.text and "learning_rate" not in caplog.text
     assert not list(folder.glob("*.tmp"))
-    same(tensors(whole), tensors(broken))
+    assert newest.with_suffix(".damaged").is_file()
+    same(whole, tensors(config))
+
+
+def test_an_old_checkpoint_without_a_checksum_is_gone_on_from(stopped_at_two, tmp_path):
+    config, whole = stopped_at_two
+    shutil.copytree(config.run_dir, tmp_path / "run")
+    rewritten(sorted((tmp_path / "run" / "checkpoints").iterdir())[-1], without("basis."))
+    events = run_events(replace(config, run_dir=str(tmp_path / "run")))
+    assert next(event.data["first_step"] for event in events if event.kind == "started") == 2
+    same(whole, tensors(replace(config, run_dir=str(tmp_path / "run"))))
+
+
+def test_a_run_without_a_whole_checkpoint_begins_anew(stopped_at_two, tmp_path):
+    config, whole = stopped_at_two
+    shutil.copytree(config.run_dir, tmp_path / "run")
+    config = replace(config, run_dir=str(tmp_path / "run"))
+    for path in (tmp_path / "run" / "checkpoints").iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(TrainError, match="no checkpoint"):
+        fit(replace(config, resume="require"))
+    fit(config)
+    same(whole, tensors(config))
+
+
+def test_another_basis_is_no_way_to_go_on(stopped_at_two, tmp_path):
+    config, _ = stopped_at_two
+    shutil.copytree(config.run_dir, tmp_path / "run")
+    (path,) = Path(config.basis_cache).glob("*-r8-*")
+    layers = load_file(path)
+    layers = {key: value.flip(0).contiguous() if value.shape[1] == 8 else value for key, value in layers.items()}
+    with safe_open(path, "pt") as file:
+        metadata = {key: value for key, value in file.metadata().items() if key != storage.CHECKSUM}
+    (tmp_path / "bases").mkdir()
+    save_file(layers, tmp_path / "bases" / path.name, metadata=metadata)
+    with pytest.raises(TrainError, match="began on another basis of transformer_blocks.0.attn.to_q"):
+        fit(replace(config, run_dir=str(tmp_path / "run"), basis_cache=str(tmp_path / "bases")))
+
+
+@pytest.mark.parametrize("damage", ["zeros", "nan", "bit", "cut"])
+def test_a_damaged_basis_is_computed_anew(stopped_at_two, tmp_path, damage, caplog):
+    config, whole = stopped_at_two
+    (path,) = Path(config.basis_cache).glob("*-r8-*")
+    (tmp_path / "bases").mkdir()
+    copy = tmp_path / "bases" / path.name
+    layers = load_file(path)
+    if damage in ("zeros", "nan"):
+        for value in layers.values():
+            value.fill_(0.0 if damage == "zeros" else float("nan"))
+        save_file(layers, copy, metadata={"qrlora.format": "basis", "qrlora.rank": "8"})
+    else:
+        copy.write_bytes(path.read_bytes()[: -8 if damage == "cut" else None])
+        if damage == "bit":
+            flipped(copy)
+    config = replace(config, run_dir=str(tmp_path / "run"), basis_cache=str(tmp_path / "bases"))
+    fit(config)
+    assert "is computed again" in caplog.text
+    same(whole, tensors(config))
+
+
+def test_two_trainings_in_one_folder(settings):
+    config = settings()
+    with held_run_folder(Path(config.run_dir)), pytest.raises(TrainError, match="another training runs in run"):
+        fit(config)
+    fit(config)
+
+
+def test_a_drive_without_locks_is_told(settings, monkeypatch, caplog):
+    def unsupported(descriptor):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(lock, "_lock", unsupported)
+    fit(settings(steps=1))
+    assert "drive without locks" in caplog.text
+
+
+def test_encoding_again_is_the_same_data(settings, tmp_path):
+    """A cache that was deleted and encoded anew has other last bits, and is no reason for another run."""
+    first, second, other = (tmp_path / f"{name}.safetensors" for name in ("first", "second", "other"))
+    small_cache(first, source_key="a" * 16)
+    small_cache(second, source_key="a" * 16, seed=1)
+    small_cache(other, source_key="b" * 16)
+    config = settings(data=str(first), steps=1)
+    fit(config)
+    fit(replace(config, data=str(second), steps=2))
+    with pytest.raises(TrainError, match="other pictures or captions"):
+        fit(replace(config, data=str(other), steps=3))
+
+
+def test_a_version_of_the_pack_does_not_abandon_a_run(settings, monkeypatch):
+    config = settings(steps=1)
+    fit(config)
+    monkeypatch.setattr(fit_module, "__version__", "99.0")
+    fit(replace(config, steps=2))
+    monkeypatch.setattr("train.run.prepare.TRAJECTORY_VERSION", 99)
+    with pytest.raises(TrainError, match="version 1 -> 99"):
+        fit(replace(config, steps=3))
 
 
 def test_a_loss_that_is_not_finite_stops(settings, monkeypatch):
@@ -340,16 +505,15 @@ def test_a_loss_that_is_not_finite_stops(settings, monkeypatch):
 
 def test_a_full_disk_keeps_what_is_there(settings, monkeypatch, tmp_path):
     config = settings(steps=4, checkpoint_every=1)
-    real = checkpoint.save_file
+    real = storage._write_stream
 
-    def full(tensors, path, metadata):
-        if json.loads(metadata["qrlora.checkpoint"])["step"] == 3:
-            Path(path).write_bytes(b"half")
+    def full(file, specs, *more):
+        if b'\\"step\\": 3' in Path(file.name).read_bytes():
             raise OSError(28, "No space left on device")
-        real(tensors, path, metadata=metadata)
+        return real(file, specs, *more)
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(TrainError, match="cannot be written") as caught:
+    monkeypatch.setattr(storage, "_write_stream", full)
+    with pytest.raises(TrainError, match="cannot be written.*No space left") as caught:
         fit(config)
     assert caught.value.reason == "disk"
     assert sorted(p.name for p in (Path(config.run_dir) / "checkpoints").iterdir()) == [

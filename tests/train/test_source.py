@@ -110,13 +110,6 @@ def test_scaled_fp8_under_diffusers_names(tmp_path):
     assert model.targets() == BaseModel(SINGLE).targets()
 
 
-def test_factors_that_fit_nothing(tmp_path):
-    changes = {f"{FUSED}.weight_scale": torch.ones(7)}
-    model = BaseModel(saved(tmp_path / "x.safetensors", changes))
-    with pytest.raises(TrainError, match=r"7 numbers for 384 rows.*bf16"):
-        model.weight(Q)
-
-
 def fill(path):
     saved(path, {"img_in.weight": torch.ones(128, 384)})
 
@@ -133,10 +126,6 @@ def chroma(path):
 
 def nvfp4(path):
     saved(path, {f"{FUSED}.weight": torch.zeros(384, 64, dtype=torch.uint8)})
-
-
-def part_packed(path):
-    saved(path, {"double_blocks.0.img_mlp.0.weight": torch.zeros(4, 4, dtype=torch.uint8)})
 
 
 def plain(state):
@@ -165,7 +154,8 @@ REFUSED = {
     "flux2.safetensors": (flux2, r"but FLUX\.2.*Use FLUX\.1-dev"),
     "chroma.safetensors": (chroma, r"but Chroma.*Use FLUX\.1-dev"),
     "fill.safetensors": (fill, r"takes 384 channels.*Train on FLUX\.1-dev"),
-    "nvfp4.safetensors": (nvfp4, "packed.*use fp8 or bf16"),
+    "nvfp4.safetensors": (nvfp4, "img_attn.qkv is stored as uint8, and nothing says how.*Use the bf16 or fp8"),
+    "svdq.safetensors": (plain({"transformer_blocks.0.qkv_proj.qweight": torch.ones(4)}), "but one packed by SVDQuant"),
     "cut.safetensors": (truncated, r"cut\.safetensors is not a readable.*truncated"),
     "flux1-dev-Q4_K_S.gguf": (lambda path: path.write_bytes(b"GGUF"), r"not \.gguf\. Use the bf16 or fp8"),
     "flux1-dev.pt": (lambda path: path.write_bytes(b"x"), r"only safetensors.*not \.pt"),
@@ -185,13 +175,13 @@ def test_refused(tmp_path, name):
 
 
 def test_a_block_that_is_packed_or_missing(tmp_path):
-    """What is missing in one block only is found when another block has it."""
+    """What is missing in one block only is found when another block has it; what is packed is refused wherever."""
     two = {
         key.replace("_blocks.0.", "_blocks.1."): value for key, value in base_weights().items() if "_blocks.0." in key
     }
     gone = "double_blocks.1.img_mlp.0.weight"
     two[gone] = torch.zeros(4, 4, dtype=torch.uint8)
-    with pytest.raises(TrainError, match=r"transformer_blocks\.1\.ff\.net\.0\.proj\.weight is missing, or packed"):
+    with pytest.raises(TrainError, match=r"double_blocks\.1\.img_mlp\.0 is stored as uint8"):
         BaseModel(saved(tmp_path / "x.safetensors", two))
     del two[gone]
     with pytest.raises(TrainError, match=r"transformer_blocks\.1\.ff\.net\.0\.proj\.weight is missing"):

@@ -83,17 +83,33 @@ def test_residual_of_a_full_qr_file_is_refused(tmp_path, caplog):
     assert not list(tmp_path.iterdir())
 
 
-def test_residual_of_a_stacked_merge_is_refused(tmp_path, caplog):
-    style = open_adapter(STYLE)
-    layers = {}
-    for name, info in style.layers.items():
-        q = torch.linalg.qr(torch.randn(info.shape[0], 4)).Q
-        layers[name] = AdapterLayer(q, torch.randn(4, info.shape[1]))
-    other = save_adapter(Adapter.from_tensors("other", layers, 4.0), tmp_path / "other.safetensors")
-    stacked = tmp_path / "stacked.safetensors"
-    assert run("merge", "--style", other, "--content", CONTENT, "--output", stacked) == 0
-    assert open_adapter(stacked).rank == 12
-    assert run("residual", "--model", BASE, "--adapter", stacked, "--output", tmp_path / "r.safetensors") == 1
+def foreign_adapter(path, orthonormal):
+    """Another adapter of the same layers on a random basis."""
+    layers, generator = {}, torch.Generator().manual_seed(0)
+    for name, info in open_adapter(STYLE).layers.items():
+        q = torch.randn(info.shape[0], 4, generator=generator)
+        q = torch.linalg.qr(q).Q if orthonormal else q
+        layers[name] = AdapterLayer(q, torch.randn(4, info.shape[1], generator=generator))
+    return save_adapter(Adapter.from_tensors("other", layers, 4.0), path)
+
+
+def test_residual_of_a_merge_of_two_bases(tmp_path):
+    """Its joint basis is orthonormal, so the residual is what every other is: W - scaling * Q Q^T W."""
+    other = foreign_adapter(tmp_path / "other.safetensors", orthonormal=True)
+    joint, path = tmp_path / "joint.safetensors", tmp_path / "r.safetensors"
+    assert run("merge", "--style", other, "--content", CONTENT, "--output", joint) == 0
+    assert open_adapter(joint).rank == 12
+    assert run("residual", "--model", BASE, "--adapter", joint, "--output", path) == 0
+    residual, merged, source = Residual(path), open_adapter(joint), BaseModel(BASE)
+    for name in residual.layers:
+        weight, q = source.weight(name), merged.layer(name).up.float()
+        expected = weight - merged.layers[name].scaling * q @ (q.T @ weight)
+        torch.testing.assert_close(residual.weight(name), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_residual_of_a_basis_that_is_not_orthonormal_is_refused(tmp_path, caplog):
+    other = foreign_adapter(tmp_path / "other.safetensors", orthonormal=False)
+    assert run("residual", "--model", BASE, "--adapter", other, "--output", tmp_path / "r.safetensors") == 1
     assert "not orthonormal" in caplog.text and not (tmp_path / "r.safetensors").exists()
 
 
@@ -125,8 +141,8 @@ def test_merge_of_different_bases(tmp_path, caplog):
     assert run(*arguments, "--output", tmp_path / "b.safetensors") == 0
     assert run(*arguments, "--on-basis-mismatch", "align", "--output", tmp_path / "c.safetensors") == 0
     stacked, aligned = open_adapter(tmp_path / "b.safetensors"), open_adapter(tmp_path / "c.safetensors")
-    assert (stacked.rank, aligned.rank) == (16, 8)
-    for name in style.layers:  # one span, so that aligning loses nothing
+    assert (stacked.rank, aligned.rank) == (8, 8)  # one span: the joint basis needs no more columns
+    for name in style.layers:  # and aligning loses nothing
         expected = change_of(style, name) + change_of(open_adapter(other), name)
         for found in (stacked, aligned):
             assert float((change_of(found, name) - expected).norm() / expected.norm()) < 1e-5

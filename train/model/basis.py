@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from qrlora_core import Basis, FileFormatError, LayerTarget, WeightError, basis_name, decompose, open_basis, save_basis
-from qrlora_core.storage import TensorSpec
+from qrlora_core.storage import TensorSpec, verify_checksum
 
 from .source import BaseModel
 
@@ -46,7 +46,7 @@ def cached_basis(
         on_progress: called with (layers done, layers in all); what it raises ends the work and leaves no file.
 
     Returns:
-        Layer name -> Basis (float32, memory-mapped), and the file.
+        Layer name -> Basis (float32, read when asked for), and the file.
 
     Raises:
         WeightError: the rank does not fit a layer, or a weight holds NaN or Inf.
@@ -83,12 +83,23 @@ def cached_basis(
 
 
 def _opened(path: Path, targets: Sequence[LayerTarget]) -> dict[str, Callable[[], Basis]] | None:
-    """Readers of a basis file, None when there is none that can be used; it is then made anew."""
+    """Readers of a basis file, None when there is none that can be used; it is then made anew.
+
+    Its checksum is compared, and every layer looked at once: shapes, finite numbers, orthonormal columns, and an R that
+    is not nothing. A basis that was damaged on disk would otherwise be trained on in silence.
+    """
     if not path.is_file():
         return None
     try:
+        verify_checksum(path)
         readers, _ = open_basis(path)
-    except FileFormatError as error:
+        if readers.keys() != {target.name for target in targets}:
+            return None
+        for target in targets:
+            q, r = readers[target.name]()
+            if (q.shape[0], r.shape[1]) != target.shape or not bool(r.any()):
+                raise FileFormatError(f"{path.name}: {target.name} is {tuple(q.shape)} and {tuple(r.shape)}, or empty")
+    except (FileFormatError, WeightError) as error:
         log.warning("the cached basis cannot be used and is computed again: %s", error)
         return None
-    return readers if readers.keys() == {target.name for target in targets} else None
+    return readers

@@ -132,6 +132,18 @@ def inject(
     return layers
 
 
+def parameter_shapes(targets: Iterable[LayerTarget], method: Method, rank: int) -> dict[str, tuple[int, ...]]:
+    """What `trained_parameters` will hold, before there is a model: name -> shape, in network order."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for target in targets:
+        name, (out, width) = target.name, target.shape
+        if method == "qr":
+            shapes[f"{name}.trained_q"], shapes[f"{name}.trained_r"] = (out, rank), (rank, width)
+        else:
+            shapes[f"{name}.delta_r"] = (rank, width)
+    return shapes
+
+
 def trained_parameters(layers: Mapping[str, QRLinear]) -> dict[str, nn.Parameter]:
     """`<layer>.delta_r` (or `.trained_q`, `.trained_r`) -> parameter, in network order."""
     return {

@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,9 +15,17 @@ from qrlora_core.targets import DOUBLE_TARGETS, SINGLE_TARGETS, network_order
 
 from ..errors import TrainError
 from .backbones.flux import diffusers_name
+from .quantized import (
+    Quantization,
+    dequantized,
+    is_beside_a_weight,
+    is_config,
+    logical_shape,
+    quantization_configs,
+    quantization_of,
+)
 
 _PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "model.", "transformer.")
-_SCALES = (".scale_weight", ".weight_scale")  # what ComfyUI's scaled fp8 files call a weight's factor
 # keys that tell a model of another family which is often taken for FLUX.1
 _OTHERS = {
     "double_stream_modulation_img.lin.weight": "FLUX.2",
@@ -31,23 +39,22 @@ _OTHERS = {
 
 
 class Part(NamedTuple):
-    """Where one tensor lies: a key of a file, rows of it, whether its halves change places, and its factor's key."""
+    """Where one parameter lies: a key, rows of it, whether its halves change places, and how it is quantised."""
 
-    file: int
     key: str
     shape: tuple[int, ...]
     start: int = 0
     swap: bool = False
-    scale: str = ""
+    quantization: Quantization | None = None
 
 
 class BaseModel:
-    """A FLUX transformer on disk, memory-mapped.
+    """A FLUX transformer on disk, read tensor by tensor.
 
     Attributes:
         path: the file or folder.
         config: arguments of diffusers' FluxTransformer2DModel, read off the weights (or the folder's config.json).
-        specs: diffusers' parameter name -> dtype and shape.
+        specs: diffusers' parameter name -> shape, and the dtype that `tensor` gives.
 
     Raises:
         TrainError: reason "model": missing, unreadable, not FLUX.1, or stored in a way that cannot be read as numbers.
@@ -57,25 +64,29 @@ class BaseModel:
         self.path = _located(Path(path))
         try:
             files = sorted(self.path.glob("*.safetensors")) if self.path.is_dir() else [self.path]
-            self._files = [TensorFile(file, skip_other=True) for file in files]
+            opened = [TensorFile(file, skip_other=True) for file in files]
         except FileFormatError as error:
             raise TrainError("model", str(error)) from error
         _require_all_files(self.path)
-        keys: dict[str, int] = {}
-        for index, file in enumerate(self._files):
-            twice = next((key for key in file.specs if key in keys), None)
-            if twice is not None:
-                names = f"{files[keys[twice]].name} and {files[index].name}"
-                raise TrainError(
-                    "model",
-                    f"{names} in {self.path.name} both hold {twice}: they are two models. Name one file, or leave one "
-                    "model in the folder",
-                )
-            keys |= dict.fromkeys(file.specs, index)
-        spec_of = {key: self._files[index].specs[key] for key, index in keys.items()}
-        self._parts = _parts(spec_of, keys, self.path.name)
-        self.specs = {name: TensorSpec(spec_of[part.key].dtype, part.shape) for name, part in self._parts.items()}
-        self.config = _config(self.specs, self.path, _other(keys))
+        self._file_of = _files_by_key(opened, self.path.name)
+        stored = {key: _spec(file, key) for key, file in self._file_of.items()}
+        configs: dict[str, Any] = {}
+        for file in opened:
+            tensors = {key: file.tensor(key).numpy().tobytes() for key in file.other if is_config(key)}
+            configs |= quantization_configs(file.metadata, tensors, file.path.name)
+        self._parts = _parts(stored, configs, self.path.name)
+        self._rows = {part.key: stored[part.key].shape[0] for part in self._parts.values()}
+        self.specs = {
+            name: TensorSpec(torch.float32 if part.quantization else stored[part.key].dtype, part.shape)
+            for name, part in self._parts.items()
+        }
+        self.formats = sorted(
+            {
+                part.quantization.format if part.quantization else str(stored[part.key].dtype).removeprefix("torch.")
+                for part in self._parts.values()
+            }
+        )
+        self.config = _config(self.specs, self.path, _other(self._file_of))
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -88,14 +99,21 @@ class BaseModel:
         return self.config["num_layers"], self.config["num_single_layers"]
 
     def tensor(self, name: str) -> Tensor:
-        """One parameter: in the file's dtype, or in float32 where the file scales its fp8 weights."""
+        """One parameter: in the file's dtype, or in float32 where it is stored quantised."""
         part = self._parts[name]
-        tensor = self._files[part.file].tensor(part.key)
-        if tuple(tensor.shape) != part.shape:
-            tensor = tensor.narrow(0, part.start, part.shape[0])
+        file, rows = self._file_of[part.key], part.shape[0]
+        tensor = file.rows(part.key, part.start, rows)
+        if part.quantization is not None:
+            scales = tuple(self._file_of[key].tensor(key) for key in part.quantization.scales)
+            tensor = dequantized(part.quantization, tensor, scales, part.start, self._rows[part.key])
         if part.swap:  # ComfyUI has shift before scale, diffusers scale before shift
             tensor = torch.cat(tensor.chunk(2)[::-1])
-        return tensor.float() * self._scale(part) if part.scale else tensor
+        return tensor
+
+    def stored_dtype(self, name: str) -> torch.dtype | None:
+        """The floating dtype that a parameter is stored in, None for 4- and 8-bit formats with scales."""
+        part = self._parts[name]
+        return None if part.quantization is not None else self.specs[name].dtype
 
     def targets(self, wanted: Iterable[str] = ()) -> tuple[LayerTarget, ...]:
         """The layers to adapt: `wanted` names or dotted suffixes, by default the published ones.
@@ -111,48 +129,77 @@ class BaseModel:
         """(out, in) of a layer, as `tensor` gives it."""
         return self.tensor(f"{layer}.weight")
 
-    def _scale(self, part: Part) -> Tensor:
-        """A weight's factor: one number, or one for each of its rows, as a column."""
-        file = next(file for file in self._files if part.scale in file.specs)
-        scale = file.tensor(part.scale).float()
-        if scale.numel() == 1:
-            return scale.reshape(())
-        rows = self._files[part.file].specs[part.key].shape[0]
-        if scale.numel() != rows:
+
+def _files_by_key(files: Sequence[TensorFile], title: str) -> dict[str, TensorFile]:
+    """Which file holds which tensor.
+
+    Raises:
+        TrainError: two files hold the same one: they are two models.
+    """
+    file_of: dict[str, TensorFile] = {}
+    for file in files:
+        keys = [*file.specs, *file.other]
+        twice = next((key for key in keys if key in file_of), None)
+        if twice is not None:
+            names = f"{file_of[twice].path.name} and {file.path.name}"
             raise TrainError(
                 "model",
-                f"{self.path.name}: {part.scale} has {scale.numel()} numbers for {rows} rows; this packing cannot be "
-                "read. Use the bf16 or plain fp8 file of this model",
+                f"{names} in {title} both hold {twice}: they are two models. Name one file, or leave one model in the "
+                "folder",
             )
-        return scale.reshape(-1, 1).narrow(0, part.start, part.shape[0])
+        file_of |= dict.fromkeys(keys, file)
+    return file_of
 
 
-def _parts(specs: Mapping[str, TensorSpec], files: Mapping[str, int], title: str) -> dict[str, Part]:
+def _spec(file: TensorFile, key: str) -> TensorSpec:
+    return file.specs[key] if key in file.specs else file.other[key]
+
+
+def _parts(stored: Mapping[str, TensorSpec], configs: Mapping[str, Any], title: str) -> dict[str, Part]:
     """Diffusers' name -> Part, whichever of the two layouts a file has."""
     for prefix in _PREFIXES:
-        own = {key.removeprefix(prefix): key for key in specs if key.startswith(prefix)}
+        own = {key.removeprefix(prefix): key for key in stored if key.startswith(prefix)}
         native = "transformer_blocks.0.attn.to_q.weight" in own
         if not native and "double_blocks.0.img_attn.qkv.weight" not in own:
             continue
-        found: dict[str, Part] = {}
+        siblings = _siblings(own.values(), stored)
+        parts: dict[str, Part] = {}
         for plain, key in own.items():
-            shape = specs[key].shape
-            if not shape or plain.endswith(_SCALES):
+            shape, quantization = stored[key].shape, None
+            if not shape or is_beside_a_weight(plain):
                 continue
-            scale = ""
             if plain.endswith(".weight"):
-                scale = next((s for s in (key.removesuffix(".weight") + end for end in _SCALES) if s in specs), "")
+                layer = key.removesuffix(".weight")
+                config = configs.get(layer, configs.get(plain.removesuffix(".weight")))
+                names = [(plain, 0, shape[0])] if native else diffusers_name(plain, shape[0])
+                quantization = quantization_of(layer, siblings[layer], config, title) if names else None
+                shape = logical_shape(quantization, shape)
             for name, start, rows in [(plain, 0, shape[0])] if native else diffusers_name(plain, shape[0]):
                 swap = not native and name.startswith("norm_out.")
-                found[name] = Part(files[key], key, (rows, *shape[1:]), start, swap, scale)
-        return found
-    first = ", ".join(list(specs)[:3]) or "nothing that is stored as plain floating point"
+                parts[name] = Part(key, (rows, *shape[1:]), start, swap, quantization)
+        return parts
+    first = ", ".join(list(stored)[:3]) or "nothing"
     raise TrainError(
         "model",
-        f"{title} is not a FLUX.1 transformer{_other(specs)}: it begins with {first}. Expected a ComfyUI file with "
-        "double_blocks.0.img_attn.qkv.weight (a GGUF, NF4 or other packed file cannot be trained on; use fp8 or bf16), "
-        "or a diffusers folder with transformer_blocks",
+        f"{title} is not a FLUX.1 transformer{_other(stored)}: it begins with {first}. Expected a ComfyUI file with "
+        "double_blocks.0.img_attn.qkv.weight, or a diffusers folder with transformer_blocks",
     )
+
+
+def _siblings(keys: Iterable[str], stored: Mapping[str, TensorSpec]) -> dict[str, dict[str, TensorSpec]]:
+    """Layer (a key without `.weight`) -> everything that lies under its name."""
+    keys = list(keys)
+    siblings: dict[str, dict[str, TensorSpec]] = {
+        key.removesuffix(".weight"): {} for key in keys if key.endswith(".weight")
+    }
+    for key in keys:
+        layer = key
+        while "." in layer:
+            layer = layer.rpartition(".")[0]
+            if layer in siblings:
+                siblings[layer][key.removeprefix(f"{layer}.")] = stored[key]
+                break
+    return siblings
 
 
 def _other(keys: Iterable[str]) -> str:
@@ -161,7 +208,7 @@ def _other(keys: Iterable[str]) -> str:
     for mark, family in _OTHERS.items():
         if any(f"{prefix}{mark}" in known for prefix in _PREFIXES):
             return f" but {family}"
-    return ""
+    return " but one packed by SVDQuant (Nunchaku) or AWQ" if any(key.endswith(".qweight") for key in known) else ""
 
 
 def _config(specs: Mapping[str, TensorSpec], path: Path, other: str = "") -> dict[str, Any]:
@@ -253,7 +300,7 @@ def _count(specs: Mapping[str, TensorSpec], blocks: str) -> int:
     for name in specs:
         kind, _, rest = name.partition(".")
         number, _, suffix = rest.partition(".")
-        if kind == blocks and number.isdecimal():
+        if kind == blocks and number.isdecimal() and len(number) < 5:
             held.setdefault(int(number), set()).add(suffix)
     if set(held) != set(range(len(held))):
         raise TrainError("model", f"{blocks} are numbered {sorted(held)}: some are missing")
@@ -261,9 +308,7 @@ def _count(specs: Mapping[str, TensorSpec], blocks: str) -> int:
     for block, suffixes in held.items():
         if suffixes != whole:
             lacking = f"{blocks}.{block}.{min(whole - suffixes)}"
-            raise TrainError(
-                "model", f"{lacking} is missing, or packed in a way that cannot be read (NF4, NVFP4); use fp8 or bf16"
-            )
+            raise TrainError("model", f"{lacking} is missing: the file is not complete")
     return len(held)
 
 

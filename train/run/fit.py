@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from ..config import FitConfig
 from ..data.batches import generator_of
 from ..errors import TrainError
 from ..events import EventWriter
-from .checkpoint import newest_checkpoint, save_checkpoint
+from .checkpoint import BASIS, OPTIMIZER, PARAMETER, basis_sketch, newest_checkpoint, save_checkpoint
 from .flow import flow_loss, sample_latents
+from .lock import held_run_folder
 from .optim import optimizer_state
 from .output import save
 from .prepare import Run, make_accelerator, prepare
@@ -43,11 +45,13 @@ def fit(config: FitConfig, events: EventWriter | None = None, watch: StopWatch |
     accelerator = make_accelerator(config)
     with Reporter(events or EventWriter(None), accelerator.device, accelerator.is_main_process) as reporter:
         run = None
+        folder_lock = held_run_folder(Path(config.run_dir)) if accelerator.is_main_process else nullcontext()
         try:
-            run = prepare(config, accelerator, reporter, watch)
-            reporter.emit("started", **_started(run))
-            train(run)
-            return save(run)
+            with folder_lock:
+                run = prepare(config, accelerator, reporter, watch)
+                reporter.emit("started", **_started(run))
+                train(run)
+                return save(run)
         except Stopped:
             reporter.emit("stopped", **_stopped(run, Path(config.run_dir)))
             raise
@@ -134,8 +138,9 @@ def checkpoint(run: Run) -> None:
     """Write the state of the run; the main process does."""
     if run.accelerator.is_main_process:
         tensors, values = optimizer_state(run.optimizer)
-        held = {f"param.{name}": parameter.detach() for name, parameter in run.parameters.items()}
-        held |= {f"optimizer.{name}": tensor for name, tensor in tensors.items()}
+        held = {f"{PARAMETER}{name}": parameter.detach() for name, parameter in run.parameters.items()}
+        held |= {f"{OPTIMIZER}{name}": tensor for name, tensor in tensors.items()}
+        held |= {f"{BASIS}{name}": basis_sketch(layer.q) for name, layer in run.layers.items()}
         state: Mapping[str, Any] = {
             "identity": run.identity,
             "optimizer": values,

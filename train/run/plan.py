@@ -37,11 +37,10 @@ def look_at_files(config: FitConfig, found: dict[str, Any], problems: Problems, 
     try:
         source = BaseModel(Path(config.model))
         double, single = source.blocks
-        dtypes = sorted({str(spec.dtype).removeprefix("torch.") for spec in source.specs.values()})
         found["model"] = {
             "is_flux": True,
             "blocks": f"{double}+{single}",
-            "dtype": "/".join(dtypes),
+            "dtype": "/".join(source.formats),
             "fingerprint": source.fingerprint,
         }
         targets = source.targets(config.targets)

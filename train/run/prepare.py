@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import uuid
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,20 +16,31 @@ from torch import Tensor, nn
 
 from qrlora_core import FileFormatError, LayerTarget, TensorFile, TrainingCache
 
-from ..config import FitConfig, as_table
+from ..config import TRAJECTORY_VERSION, FitConfig, as_table
 from ..data.batches import Sampler, generator_of
 from ..errors import TrainError
 from ..model.basis import BasisOf, cached_basis
-from ..model.layer import QRLinear, inject, trained_parameters
+from ..model.layer import QRLinear, inject, parameter_shapes, trained_parameters
 from ..model.source import BaseModel
 from ..model.transformer import DTYPES, load_transformer
-from .checkpoint import Checkpoint, newest_checkpoint, remove_leftovers
+from .checkpoint import (
+    BASIS,
+    OPTIMIZER,
+    PARAMETER,
+    Checkpoint,
+    basis_sketch,
+    newest_checkpoint,
+    remove_leftovers,
+    set_damaged_aside,
+)
 from .estimate import estimate_memory, require_memory
 from .optim import make_optimizer, make_scheduler, restore_optimizer
 from .reporter import Reporter
 from .stop import StopWatch
 
 log = logging.getLogger(__name__)
+
+SAME_SKETCH = 1e-2  # a basis computed again differs by rounding; another one by as much as its own length
 
 
 @dataclass(slots=True)
@@ -77,21 +89,21 @@ def prepare(config: FitConfig, accelerator: Any, reporter: Reporter, watch: Stop
     _check_data(sampler, source, cache)
     targets = source.targets(config.targets)
     identity = {
+        "version": TRAJECTORY_VERSION,
         "base": source.fingerprint,
-        "data": cache.fingerprint(),
+        "data": cache.identity(),
         "processes": accelerator.num_processes,
         **config.trajectory(),
     }
     run_id = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-    output = output_path(config)
-    _require_own_output(output, run_id)
-    checkpoint = _resumed(config, identity)
+    checkpoint = _resumed(config, identity, parameter_shapes(targets, config.method, config.rank))
+    _require_own_output(output_path(config), run_id)
     if config.memory_check:
         shapes = sampler.shapes + class_sampler.shapes
         require_memory(estimate_memory(config, source, targets, shapes), accelerator.device)
     if main:
-        run_dir.mkdir(parents=True, exist_ok=True)
         remove_leftovers(run_dir)
+        set_damaged_aside(run_dir, checkpoint)
         _write_settings(config)
 
     def on_basis(done: int, total: int) -> None:
@@ -107,6 +119,7 @@ def prepare(config: FitConfig, accelerator: Any, reporter: Reporter, watch: Stop
     device = torch.device("cpu") if accelerator.device.type == "mps" else accelerator.device
     with accelerator.local_main_process_first():  # the others find the file
         basis_of, _ = cached_basis(folder, source, targets, config.rank, config.decomposition, device, on_basis)
+    _require_same_basis(checkpoint, targets, basis_of)
     model = load_transformer(
         source, config.base_storage, config.precision, accelerator.device, config.offload, on_model
     )
@@ -229,17 +242,22 @@ def _require_own_output(path: Path, run_id: str) -> None:
             raise TrainError("settings", f"{path.name} exists and is not of this run; choose another output or run_dir")
 
 
-def _resumed(config: FitConfig, identity: dict[str, Any]) -> Checkpoint | None:
+def _resumed(
+    config: FitConfig, identity: dict[str, Any], parameters: Mapping[str, tuple[int, ...]]
+) -> Checkpoint | None:
     """The checkpoint to go on from, once it is sure that it belongs to these settings, model and data."""
-    checkpoint = newest_checkpoint(Path(config.run_dir))
+    run_dir = Path(config.run_dir)
+    # of other settings every tensor has other shapes; that is a mistake of the user and no damage
+    checkpoint = newest_checkpoint(run_dir)
+    if checkpoint is not None and not _different(checkpoint, identity):
+        checkpoint = newest_checkpoint(run_dir, parameters)
     if checkpoint is None:
         if config.resume == "require":
             raise TrainError("resume", "there is no checkpoint in run_dir to resume from")
         return None
     if config.resume == "never":
         raise TrainError("resume", "run_dir holds checkpoints of an earlier run; resume it, or choose another folder")
-    then = checkpoint.state["identity"]
-    different = [key for key in identity if json.dumps(then.get(key)) != json.dumps(identity[key])]
+    then, different = checkpoint.state["identity"], _different(checkpoint, identity)
     if "base" in different:
         raise TrainError("resume", f"this run began with another base model ({then['base']}, now {identity['base']})")
     if "data" in different:
@@ -252,19 +270,40 @@ def _resumed(config: FitConfig, identity: dict[str, Any]) -> Checkpoint | None:
     return checkpoint
 
 
+def _different(checkpoint: Checkpoint, identity: Mapping[str, Any]) -> list[str]:
+    """In what a checkpoint's run differs from this one."""
+    then = checkpoint.state["identity"]
+    return [key for key in identity if json.dumps(then.get(key)) != json.dumps(identity[key])]
+
+
+def _require_same_basis(checkpoint: Checkpoint | None, targets: Sequence[LayerTarget], basis_of: BasisOf) -> None:
+    """Whether the basis is the one that a checkpoint's tensors were trained on.
+
+    Raises:
+        TrainError: reason "resume": a dR means nothing on another Q.
+    """
+    sketches = checkpoint.tensors(BASIS) if checkpoint is not None else {}
+    for target in targets if sketches else ():
+        then, now = sketches.get(target.name), basis_sketch(basis_of(target.name).q)
+        if then is None or float((then - now).norm()) > SAME_SKETCH * float(now.norm()):
+            raise TrainError(
+                "resume",
+                f"this run began on another basis of {target.name}: put the file back into the folder of bases, or use "
+                "another run_dir",
+            )
+
+
 def _restore(
     checkpoint: Checkpoint | None, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> int:
     """Put a checkpoint's tensors in place; how many steps it has."""
     if checkpoint is None:
         return 0
-    held = checkpoint.tensors("param.")
-    if held.keys() != parameters.keys():
-        raise TrainError("resume", f"{checkpoint.path.name} holds {len(held)} tensors, expected {len(parameters)}")
+    held = checkpoint.tensors(PARAMETER)
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(held[name])
-    restore_optimizer(optimizer, checkpoint.tensors("optimizer."), checkpoint.state["optimizer"])
+    restore_optimizer(optimizer, checkpoint.tensors(OPTIMIZER), checkpoint.state["optimizer"])
     return checkpoint.step
 
 
