@@ -19,12 +19,12 @@ from .golden import installed_host
 from .graph import Graph, lane, node, with_defaults
 from .model import STEPS
 from .page import Group, Note, View, page
-from .story import SEED
 from .toy.features import SIZE
 
 NAME = "QR-LoRA in a minute"
 FOLDER = PACK / "example_workflows"
 GRID = "0, 0.5, 1"
+SEED = 9  # of 32 the one from which the merge is drawn clearest, by eye
 PICTURE = "qr_lora_in_a_minute.jpg"  # in web/, where web/qrlora_example.js finds it
 TEXT = """**No download, no settings: press Run** (some seconds on a CPU).
 
@@ -100,7 +100,7 @@ def template(object_info: dict[str, Any]) -> dict[str, Any]:
         Group("3. Every alpha and beta on one sheet", lane("sweep", "sheet"), below=True),
     ]
     note = Note(TEXT, 0, (360, 420))
-    made = page(graph(), object_info, groups, TITLES, note, View(0.58, 0))
+    made = page(graph(), object_info, groups, TITLES, note, View(0.52, 0))
     for name, one in zip(graph(), made["nodes"]):
         if name in TOY:
             one |= {"color": "#5a3d1e", "bgcolor": "#6f4c26"}

@@ -9,7 +9,9 @@ from .demo import ToyAdapter, ToyModel, ToyTextEncoder, ToyVAE
 from .host import folders
 from .load import LoadDeltaR, LoadResidual
 from .merge import Merge
+from .prompt import PromptNode
 from .save import ExportLoRA, SaveDeltaR, SaveResidual
+from .schedule import ScheduleNode
 from .similarity import Similarity
 from .sweep import ContactSheetNode, ScaleSweep
 from .train import Train
@@ -31,6 +33,8 @@ NODES: list[type[io.ComfyNode]] = [
     ContactSheetNode,
     BlockScaleNode,
     CreateHook,
+    ScheduleNode,
+    PromptNode,
     ToyModel,
     ToyAdapter,
     ToyTextEncoder,

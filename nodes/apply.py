@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..qrlora_core import NOTHING, MergeRecipe, Residual
 from . import sockets
-from .host.application import patch_model
+from .host.application import MODES, Mode, apply_recipe
 
 
 class Apply(io.ComfyNode):
@@ -28,6 +28,15 @@ class Apply(io.ComfyNode):
                     optional=True,
                     tooltip="Not needed. With one, the adapted layers are restored from W_res + Q R, in its precision.",
                 ),
+                io.Combo.Input(
+                    "mode",
+                    options=list(MODES),
+                    default="auto",
+                    optional=True,
+                    tooltip="patch: changes weights when they are loaded. live: computes beside them at every step; "
+                    "turning a strength costs nothing, and quantised weights are not rounded again. auto: live where "
+                    "weights are quantised, the model does not fit, or strengths follow a schedule or the prompt.",
+                ),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The patched model, for a sampler.")],
             search_aliases=["qr-lora apply", "apply delta r"],
@@ -35,7 +44,12 @@ class Apply(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model: Any, strength: float, delta_r: MergeRecipe = NOTHING, residual: Residual | None = None
+        cls,
+        model: Any,
+        strength: float,
+        delta_r: MergeRecipe = NOTHING,
+        residual: Residual | None = None,
+        mode: Mode = "auto",
     ) -> io.NodeOutput:
-        patched, text = patch_model(model, delta_r, strength, residual)
+        patched, text = apply_recipe(model, delta_r, strength, residual, mode)
         return io.NodeOutput(patched, ui={"text": [text]})

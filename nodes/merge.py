@@ -1,9 +1,24 @@
 """Merge: two adapters or merges become one."""
 
+from collections.abc import Callable
+
 from comfy_api.latest import io
 
-from ..qrlora_core import NOTHING, MergeRecipe, OnMismatch, merge, merge_report
+from ..qrlora_core import (
+    NOTHING,
+    Adapter,
+    Gate,
+    MergeRecipe,
+    OnMismatch,
+    content_gate,
+    merge,
+    merge_report,
+    style_gate,
+    triggers_of,
+)
 from . import report, sockets
+
+ACTS = ("always", "by prompt", "by prompt, content first")
 
 
 class Merge(io.ComfyNode):
@@ -22,6 +37,42 @@ class Merge(io.ComfyNode):
                 sockets.delta_r_input("delta_r_content", "The content adapter (or any second one)."),
                 sockets.strength_input("beta", "How much content. 0.9 to 1.0 is usual; 0 switches it off."),
                 sockets.mismatch_input(),
+                io.Combo.Input(
+                    "act",
+                    options=list(ACTS),
+                    default=ACTS[0],
+                    optional=True,
+                    tooltip="always: both act everywhere. by prompt: each acts only on prompts that hold its trigger. "
+                    "by prompt, content first: and where both are asked for, content acts first and style after it.",
+                ),
+                io.Float.Input(
+                    "switch",
+                    default=0.5,
+                    min=0.01,
+                    max=0.99,
+                    step=0.01,
+                    optional=True,
+                    tooltip="For 'content first': the sigma (1 noise, 0 picture) at which style takes over.",
+                ),
+                io.String.Input(
+                    "style_trigger",
+                    default="",
+                    optional=True,
+                    tooltip="Words that call the style, separated by commas. Empty: those that its file states.",
+                ),
+                io.String.Input(
+                    "content_trigger",
+                    default="",
+                    optional=True,
+                    tooltip="Words that call the content, separated by commas. Empty: those that its file states.",
+                ),
+                io.String.Input(
+                    "prompt",
+                    optional=True,
+                    force_input=True,
+                    tooltip="The positive prompt's text, where it is not encoded by QR-LoRA Prompt. The negative "
+                    "prompt is then taken to hold no trigger.",
+                ),
             ],
             outputs=[sockets.DeltaR.Output(display_name="delta_r", tooltip="The merge, for Apply, Save or Merge.")],
             search_aliases=["qr-lora merge", "style content merge"],
@@ -35,7 +86,39 @@ class Merge(io.ComfyNode):
         on_basis_mismatch: OnMismatch,
         delta_r_style: MergeRecipe = NOTHING,
         delta_r_content: MergeRecipe = NOTHING,
+        act: str = ACTS[0],
+        switch: float = 0.5,
+        style_trigger: str = "",
+        content_trigger: str = "",
+        prompt: str | None = None,
     ) -> io.NodeOutput:
+        if act != ACTS[0]:
+            moment = switch if act == ACTS[2] else None
+            style_words = _triggers(delta_r_style, style_trigger)
+            content_words = _triggers(delta_r_content, content_trigger)
+            delta_r_style = delta_r_style.gated(_gates(style_gate, style_trigger, content_words, moment, prompt))
+            delta_r_content = delta_r_content.gated(_gates(content_gate, content_trigger, style_words, moment, prompt))
         merged = merge(delta_r_style, alpha, delta_r_content, beta, on_basis_mismatch)
         missing = [name for name, one in (("style", delta_r_style), ("content", delta_r_content)) if not one.terms]
         return io.NodeOutput(merged, ui={"text": [report.merge_text(merged, merge_report(merged), missing)]})
+
+
+def _triggers(recipe: MergeRecipe, given: str) -> tuple[str, ...]:
+    """Every trigger of a recipe's adapters once."""
+    return tuple(dict.fromkeys(word for adapter in recipe.adapters for word in triggers_of(adapter, given)))
+
+
+def _gates(
+    make: Callable[[tuple[str, ...], tuple[str, ...], float | None, str | None], Gate],
+    given: str,
+    rivals: tuple[str, ...],
+    switch: float | None,
+    prompt: str | None,
+) -> Callable[[Adapter], Gate | None]:
+    """The gate of each adapter; one without a trigger keeps acting everywhere, and the report says so."""
+
+    def gate_of(adapter: Adapter) -> Gate | None:
+        words = triggers_of(adapter, given)
+        return make(words, rivals, switch, prompt) if words else None
+
+    return gate_of

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 
-from ..qrlora_core import Adapter, BlockScale, MergeRecipe, MergeReport, Residual, SimilarityReport, SweepCell
+from ..qrlora_core import Adapter, BlockScale, MergeRecipe, MergeReport, Residual, Schedule, SimilarityReport, SweepCell
 from ..qrlora_plots import ContactSheet, head_lines
 
 
@@ -31,6 +31,9 @@ def merge_text(recipe: MergeRecipe, done: MergeReport, missing: Sequence[str] = 
     if not recipe.terms:
         return "\n".join([*absent, "nothing to merge: the model will stay as it is"])
     lines = [*absent, " + ".join(map(str, recipe.terms))]
+    if any(term.gate for term in recipe.terms):
+        free = [term.adapter.name for term in recipe.terms if not term.gate]
+        lines += [f"{name} has no trigger: it acts on every prompt" for name in dict.fromkeys(free)]
     lines.append(f"{done.layers} layers, rank {done.rank}")
     if done.joint:
         dropped = f"; {done.dropped} columns that add nothing left out" if done.dropped else ""
@@ -57,6 +60,15 @@ def block_text(scale: BlockScale, recipe: MergeRecipe) -> str:
     for factor, count in sorted(counts.items(), reverse=True):
         lines.append(f"{count} layers " + ("off" if factor == 0 else f"x {factor:g}"))
     return "\n".join(lines)
+
+
+def schedule_text(schedule: Schedule, recipe: MergeRecipe) -> str:
+    """The points, and what they act on."""
+    if not recipe.terms:
+        return "no adapter is connected, or it is bypassed"
+    place = "sigma" if schedule.over == "sigma" else "part of the steps"
+    points = ", ".join(f"{position:g}: {value:g}" for position, value in schedule.points)
+    return f"{place} {points}\n" + " + ".join(term.adapter.name for term in recipe.terms)
 
 
 def hook_text(recipe: MergeRecipe, strength: float, hooks: int) -> str:

@@ -8,19 +8,20 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..qrlora_core import PathError, QRLoRAError, TensorFile, contained_path
-from ..train.config import EncodeConfig, make_config
+from ..qrlora_core import QRLoRAError, TensorFile
+from ..train.data.captions import DEFAULT_PROMPT, folder_version
 from . import report, sockets
 from .host import encoders, folders, session
-from .train_options import TrainOptions, combo_input, number_input
-from .training import dataset as data
+from .train_options import combo_input, number_input
 from .training import loss_curve as pictures
 from .training.jobs import JOBS
-from .training.runs import Run
-from .training.service import Request, Result, finished_text, reporting, train
+from .training.request import from_widgets
+from .training.runs import RunFolder
+from .training.service import finished_text, reporting, train
 
 _SHOWN_SAMPLES = 16
 _LOG_LINES = 60
+_AS_RANK = {"default": 0.0, "min": 0.0, "step": 0.5}
 _published: set[Path] = set()  # by this process; one that vanished has to be made again
 
 
@@ -72,8 +73,8 @@ class Train(io.ComfyNode):
                 status = folders.model_file(model_name).stat()
                 parts += [status.st_size, status.st_mtime_ns]
             if data_name not in (None, folders.NO_DATASET):
-                parts.append(data.folder_version(folders.dataset_folder(data_name)))
-        except QRLoRAError as error:
+                parts.append(folder_version(folders.dataset_folder(data_name)))
+        except (QRLoRAError, OSError) as error:
             parts.append(str(error))
         return repr(parts)
 
@@ -82,82 +83,20 @@ class Train(io.ComfyNode):
         job = JOBS.start(str(cls.hidden.unique_id), session.prompt_id(), session.send)
         with reporting(job):
             images = inputs.pop("images", None)
-            request = _request(images, **{name: value[0] for name, value in inputs.items()})
-            result = train(request, job)
-            _published.add(result.path)
-            name = result.path.relative_to(folders.results_folder().resolve()).as_posix()
+            request = from_widgets(images, **{name: value[0] for name, value in inputs.items()})
+            trained = train(request, job)
+            _published.add(trained.path)
+            name = trained.path.relative_to(folders.results_folder().resolve()).as_posix()
             curve = pictures.loss_curve(job.steps(), name)
-            samples = _samples(result.run, int(request.fit["steps"]), request.vae)
-            text = finished_text(result, job)
+            samples = _samples(trained.run, request.steps, request.vae)
+            text = finished_text(trained, job)
             job.tell("finished", text)
-            shown = "\n".join([text, report.adapter_text(result.recipe.adapters[0])])
-            return io.NodeOutput(result.recipe, curve, samples, name, _log_tail(result), ui={"text": [shown]})
+            shown = "\n".join([*request.warnings, text, report.adapter_text(trained.recipe.adapters[0])])
+            log = _log_tail(trained.run.log)
+            return io.NodeOutput(trained.recipe, curve, samples, name, log, ui={"text": [shown]})
 
 
-def _request(
-    images: Sequence[Tensor] | None,
-    *,
-    model_name: str,
-    clip: Any,
-    vae: Any,
-    dataset: str,
-    instance_prompt: str,
-    trigger: str,
-    resolution: int,
-    output_name: str,
-    options: TrainOptions | None = None,
-    **fit: Any,
-) -> Request:
-    """The widgets' values, checked.
-
-    Raises:
-        DataError, PathError, ConfigError: one of them is wrong.
-    """
-    options = options or TrainOptions()
-    trigger = trigger.strip()
-    prompt = data.with_trigger(instance_prompt.strip(), trigger)
-    encode = make_config(
-        EncodeConfig,
-        {"pipeline": "-", "pictures": ("-",), "output": "-", "resolution": resolution, "flip": options.flip},
-        {"buckets": options.keep_aspect, "mask": bool(options.fit.get("use_mask", True)), "trigger": trigger},
-    )
-    return Request(
-        model=folders.model_file(model_name),
-        pictures=_pictures(images, dataset, prompt, trigger),
-        clip=clip,
-        vae=vae,
-        output_name=_checked_name(output_name),
-        fit={**fit, "trigger": trigger, "prompt": prompt},
-        encode=encode,
-        options=options,
-    )
-
-
-def _pictures(images: Sequence[Tensor] | None, name: str, prompt: str, trigger: str) -> list[data.Picture]:
-    given = [batch for batch in images or () if batch is not None]
-    if given and name != folders.NO_DATASET:
-        raise data.DataError("both images and a dataset are given; disconnect the images or set dataset to 'none'")
-    if given:
-        return data.graph_pictures(given, prompt)
-    if name == folders.NO_DATASET:
-        raise data.DataError("there is nothing to train on: connect images, or choose a dataset folder")
-    return data.folder_pictures(folders.dataset_folder(name), prompt, trigger)
-
-
-def _checked_name(name: str) -> str:
-    """The adapter's name as it was given, without spaces around and the ending.
-
-    Raises:
-        PathError: it leaves its folder, or lies among the runs.
-    """
-    name = name.strip().removesuffix(".safetensors").replace("\\", "/")
-    contained_path(folders.results_folder(), name + ".safetensors")
-    if name.split("/")[0].lower() == folders.RUNS:
-        raise PathError(f"the name {name!r} is refused: {folders.RUNS}/ belongs to the run folders")
-    return name
-
-
-def _samples(run: Run, steps: int, vae: Any) -> Tensor:
+def _samples(run: RunFolder, steps: int, vae: Any) -> Tensor:
     """The newest samples as one batch, decoded by the graph's VAE."""
     latents = [TensorFile(path).tensor("latent") for step, path in run.samples().items() if step <= steps]
     latents = [latent for latent in latents if latent.shape[-2:] == latents[-1].shape[-2:]]
@@ -166,13 +105,13 @@ def _samples(run: Run, steps: int, vae: Any) -> Tensor:
     return torch.cat([encoders.decode_latent(vae, latent) for latent in latents[-_SHOWN_SAMPLES:]])
 
 
-def _log_tail(result: Result) -> str:
+def _log_tail(path: Path) -> str:
     try:
-        with result.run.log.open("rb") as file:
-            file.seek(max(0, result.run.log.stat().st_size - 32_768))
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - 32_768))
             text = file.read().decode("utf-8", errors="replace")
     except OSError as error:
-        return f"{result.run.log.name} cannot be read: {error}"
+        return f"{path.name} cannot be read: {error.strerror or error}"
     lines = [line.rsplit("\r", 1)[-1] for line in text.replace("\r\n", "\n").split("\n")]
     return "\n".join([line for line in lines if line.strip()][-_LOG_LINES:])
 
@@ -196,7 +135,7 @@ def _inputs() -> list[Any]:
         ),
         io.String.Input(
             "instance_prompt",
-            default="a photo of a <c> dog",
+            default=DEFAULT_PROMPT,
             multiline=True,
             tooltip="Caption of every picture without a .txt. [trigger] stands for the trigger word.",
         ),
@@ -208,7 +147,9 @@ def _inputs() -> list[Any]:
 def _numbers() -> list[Any]:
     return [
         number_input("rank", "Columns of Q. Adapters that will be merged need the same rank to share a basis."),
-        number_input("alpha", "The update is scaled by alpha / rank.", step=0.5),
+        number_input(
+            "alpha", "The update is scaled by alpha / rank. 0: as rank, so that it is scaled by 1.", **_AS_RANK
+        ),
         number_input("steps", "Optimizer steps. Raising it later continues a finished run."),
         number_input("learning_rate", "1e-4 as published; 1 for prodigy.", step=1e-6),
         io.Int.Input(

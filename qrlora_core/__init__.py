@@ -26,11 +26,23 @@ from .errors import (
     WeightError,
 )
 from .formats import file_kind, open_adapter
+from .gate import Gate, content_gate, holds, style_gate, triggers_of
 from .linalg import Basis, base_r, core_energy, decompose, residual_weight, restored_weight
-from .merge import LayerSum, MergeReport, OnMismatch, Product, layer_sum, merge, merge_report, merged_adapter
+from .merge import (
+    LayerSum,
+    MergeReport,
+    OnMismatch,
+    Product,
+    layer_sum,
+    merge,
+    merge_report,
+    merged_adapter,
+    term_products,
+)
 from .recipe import NOTHING, MergeRecipe, Term
 from .residual import Residual, match_residual, storage_tolerance, value_dtype, write_residual
 from .save import save_adapter
+from .schedule import PRESETS, Schedule, content_first, parse_schedule
 from .similarity import similarity_report
 from .similarity_schema import SimilarityReport
 from .storage import TensorFile, contained_path, free_name, model_fingerprint
@@ -51,6 +63,7 @@ __all__ = [
     "MAX_COMBINATIONS",
     "METHODS",
     "NOTHING",
+    "PRESETS",
     "Adapter",
     "AdapterLayer",
     "Basis",
@@ -61,6 +74,7 @@ __all__ = [
     "EncodedPicture",
     "EncodedText",
     "FileFormatError",
+    "Gate",
     "JointBasis",
     "LayerInfo",
     "LayerKind",
@@ -73,6 +87,7 @@ __all__ = [
     "Product",
     "QRLoRAError",
     "Residual",
+    "Schedule",
     "SettingError",
     "SimilarityReport",
     "SweepCell",
@@ -88,11 +103,14 @@ __all__ = [
     "bucket_size",
     "comfy_slice",
     "contained_path",
+    "content_first",
+    "content_gate",
     "core_energy",
     "decompose",
     "file_kind",
     "flux_targets",
     "free_name",
+    "holds",
     "initial_basis",
     "joint_basis",
     "layer_kind",
@@ -110,6 +128,7 @@ __all__ = [
     "own_basis",
     "parse_ranges",
     "parse_scales",
+    "parse_schedule",
     "residual_weight",
     "restored_weight",
     "same_basis",
@@ -118,7 +137,10 @@ __all__ = [
     "save_cache",
     "similarity_report",
     "storage_tolerance",
+    "style_gate",
     "sweep",
+    "term_products",
+    "triggers_of",
     "truncated",
     "value_dtype",
     "write_residual",

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .adapter import Adapter, AdapterLayer, LayerInfo
 from .basis import joint_basis, orthonormal, same_basis
-from .errors import BasisMismatchError, TargetError
+from .errors import BasisMismatchError, SettingError, TargetError
 from .formats import few
 from .linalg import Basis, product_norm, reexpress
 from .recipe import MergeRecipe, Term
@@ -141,7 +141,9 @@ def layer_sum(
     Raises:
         BasisMismatchError: a full-QR term has no initial Q and R, and neither argument says where they are.
         WeightError: a tensor holds NaN or Inf.
+        SettingError: a strength changes in a sampling.
     """
+    _require_fixed(recipe)
     parts = [term for term in recipe.terms if term.changes(name)]
     return _sum(parts, name, initial_of, core_in_residual) if parts else None
 
@@ -162,8 +164,9 @@ def merged_adapter(
     Raises:
         BasisMismatchError: a full-QR term has no initial Q and R, and neither argument says where they are.
         WeightError: a tensor holds NaN or Inf.
-        SettingError: the recipe is empty.
+        SettingError: the recipe is empty, or its strengths change in a sampling.
     """
+    _require_fixed(recipe)
     active = recipe.require_terms().active
     terms = active or recipe.terms  # of nothing but zeros, the zeros: an adapter has layers
     open_core = [term.adapter for term in terms if term.adapter.method == "qr" and not term.adapter.has_initial]
@@ -255,6 +258,34 @@ def _require_one_model(recipe: MergeRecipe) -> None:
                     f"the adapters were made for different models: {name} has shape {shape} in {other.name} and "
                     f"{info.shape} in {adapter.name}"
                 )
+
+
+def _require_fixed(recipe: MergeRecipe) -> None:
+    """Raise SettingError when a strength follows the sampling or the prompt: one pair of factors cannot hold that."""
+    if recipe.needs_live:
+        moving = next(term for term in recipe.terms if term.needs_live)
+        raise SettingError(
+            f"{moving.adapter.name} has a schedule or acts by the prompt, which only Apply QR-LoRA in live mode can "
+            "follow; take the schedule or the prompt away to save, export, compare or hook it"
+        )
+
+
+def term_products(term: Term, name: str, *, initial_of: InitialOf | None = None) -> tuple[Product, ...]:
+    """What one term adds to a layer at strength 1, whatever its strength is; scaling and block factor are in it.
+
+    One product: the two of a full-QR adapter cancel almost entirely and are written on their joint basis first, which
+    leaves nothing large to cancel in the few bits of an activation.
+
+    Raises:
+        BasisMismatchError: a full-QR term has no initial Q and R, and `initial_of` does not say where they are.
+        WeightError: a tensor holds NaN or Inf.
+    """
+    factor = term.block_factor(name) * term.adapter.layers[name].scaling
+    products = _products(term, name, factor, initial_of, False)
+    if len(products) == 1:
+        return products
+    layer = joined(products)
+    return (Product(layer.up, ((layer.down, 1.0),)),)
 
 
 def _sum(parts: list[Term], name: str, initial_of: InitialOf | None, core_in_residual: bool) -> LayerSum:

@@ -1,11 +1,14 @@
 """What is to be merged, as data: adapters and their strengths. `merge.py` makes tensors of it, one layer at a time."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from .adapter import Adapter
 from .blocks import BlockScale
 from .errors import SettingError
+from .gate import Gate
+from .schedule import Schedule
 from .targets import network_order
 
 
@@ -18,12 +21,21 @@ class Term:
         strength: its factor; the product of all alpha, beta and strengths on the way here.
         onto: re-express this adapter's layers on the basis of that one, where they differ.
         scales: further factors, by block, part and stream; all of them multiply.
+        schedules: further factors over the sampling; all of them multiply. Only live application follows them.
+        gate: on which prompts the term acts; None: on all. Only live application can tell prompts apart.
     """
 
     adapter: Adapter
     strength: float
     onto: Adapter | None = None
     scales: tuple[BlockScale, ...] = ()
+    schedules: tuple[Schedule, ...] = ()
+    gate: Gate | None = None
+
+    @property
+    def needs_live(self) -> bool:
+        """Whether its strength changes in a sampling, or differs between prompts."""
+        return bool(self.gate or self.schedules)
 
     def block_factor(self, name: str) -> float:
         """What the scales make of one layer, without the strength."""
@@ -38,8 +50,10 @@ class Term:
         return name in self.adapter.layers and self.factor(name) != 0
 
     def __str__(self) -> str:
-        scales = "".join(f" [{scale}]" for scale in self.scales)
-        return f"{self.strength:g} x {self.adapter.name}{scales}"
+        notes = [*map(str, self.scales), *map(str, self.schedules)]
+        if self.gate:
+            notes.append(str(self.gate))
+        return f"{self.strength:g} x {self.adapter.name}" + "".join(f" [{note}]" for note in notes)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,7 +69,7 @@ class MergeRecipe:
     def __post_init__(self) -> None:
         joined: dict[object, Term] = {}
         for term in self.terms:
-            key = (id(term.adapter), id(term.onto), term.scales)
+            key = (id(term.adapter), id(term.onto), term.scales, term.schedules, term.gate)
             known = joined.get(key)
             joined[key] = replace(known, strength=known.strength + term.strength) if known else term
         object.__setattr__(self, "terms", tuple(joined.values()))
@@ -99,6 +113,21 @@ class MergeRecipe:
         if not all(math.isfinite(strength * term.strength) for term in self.terms):
             raise SettingError(f"strength {strength:g} is no usable factor here; use a number from -4 to 4")
         return MergeRecipe(tuple(replace(term, strength=term.strength * strength) for term in self.terms))
+
+    @property
+    def needs_live(self) -> bool:
+        """Whether any term's strength changes in a sampling, or differs between prompts."""
+        return any(term.needs_live for term in self.terms)
+
+    def scheduled(self, schedule: Schedule) -> "MergeRecipe":
+        """The same recipe with one more factor over the sampling on every term; a constant one scales it."""
+        if schedule.constant is not None:
+            return self.scaled(schedule.constant)
+        return MergeRecipe(tuple(replace(term, schedules=(*term.schedules, schedule)) for term in self.terms))
+
+    def gated(self, gate_of: Callable[[Adapter], Gate | None]) -> "MergeRecipe":
+        """The same recipe, whose terms act by the prompt; a gate that a term has already stays."""
+        return MergeRecipe(tuple(replace(term, gate=term.gate or gate_of(term.adapter)) for term in self.terms))
 
     def block_scaled(self, scale: BlockScale) -> "MergeRecipe":
         """The same recipe with one more factor per block, part and stream on every term.

@@ -304,7 +304,7 @@ def free_name(folder: Path, name: str) -> Path:
     """
     path = contained_path(folder, name.strip().removesuffix(".safetensors") + ".safetensors")
     number, candidate = 1, path
-    while candidate.exists():
+    while candidate.exists() or candidate.is_symlink():  # a link that leads nowhere takes its name, too
         number += 1
         candidate = path.with_name(f"{path.stem}_{number:05}.safetensors")
     return candidate

@@ -195,11 +195,11 @@ def match_targets(targets: Iterable[str], names: Iterable[str]) -> tuple[str, ..
 
 def nearest(name: str, candidates: Iterable[str], count: int = 3) -> str:
     """`; did you mean 'a', 'b'?` with the candidates (and their suffixes) closest to `name`, or an empty string."""
-    pool = dict.fromkeys(candidates)
+    pool = dict.fromkeys(itertools.islice(candidates, _MOST_CANDIDATES))
     for candidate in list(pool):
         parts = candidate.split(".")
         pool.update(dict.fromkeys(".".join(parts[index:]) for index in range(1, len(parts) - 1)))
-    close = difflib.get_close_matches(name, pool, n=count, cutoff=0.5)
+    close = difflib.get_close_matches(name[:_LONGEST_NAME], pool, n=count, cutoff=0.5)
     return f"; did you mean {', '.join(map(repr, close))}?" if close else ""
 
 

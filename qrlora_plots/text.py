@@ -34,8 +34,8 @@ def font_for(text: str, size: int) -> Font:
 
 def text_size(text: str, size: int) -> tuple[int, int]:
     """Width and height of one line in pixels; the height does not depend on its letters."""
-    font = font_for(text, size)
-    left, _, right, _ = font.getbbox(text)
+    text = one_line(text)
+    left, _, right, _ = font_for(text, size).getbbox(text)
     return round(right - left), round(1.35 * size)
 
 

@@ -4,9 +4,9 @@ import argparse
 import math
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any
 
-from .config import EncodeConfig, FitConfig, choices
+from .config import AUTO, EncodeConfig, FitConfig, choices, may_be_auto, plain_type
 
 _MISMATCH = (
     "when the two were trained on different bases: stack is exact and adds the ranks; align keeps the style's basis "
@@ -110,19 +110,36 @@ def _add_settings(parser: argparse.ArgumentParser, kind: Any) -> None:
             text += f" (default: {one.default})"
         text = text.replace("%", "%%")
         options: dict[str, Any] = {"dest": one.name, "default": None, "help": text}
-        allowed = choices(one)
-        if one.type is bool:
+        allowed, kind = choices(one), plain_type(one)
+        if kind is bool and may_be_auto(one):
+            # alone it is switched on, as ever; --no-... switches it off
+            parser.add_argument(flag, type=_switch, nargs="?", const=True, metavar="{auto,on,off}", **options)
+            parser.add_argument(
+                f"--no-{flag[2:]}", dest=one.name, action="store_false", default=None, help=f"the same as {flag} off"
+            )
+        elif kind is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
         elif one.name == "resume":  # alone it means what it says: there has to be something to go on from
             parser.add_argument(flag, choices=allowed, nargs="?", const="require", **options)
         elif allowed is not None:
             parser.add_argument(flag, choices=allowed, **options)
-        elif get_origin(one.type) is tuple:
+        elif kind is tuple:
             parser.add_argument(flag, nargs="+", metavar="NAME", **options)
+        elif may_be_auto(one):
+            parser.add_argument(flag, type=_auto_or_number, metavar="{auto,0..1}", **options)
         else:
-            parser.add_argument(
-                flag, type=one.type, metavar=str(getattr(one.type, "__name__", one.type)).upper(), **options
-            )
+            parser.add_argument(flag, type=kind, metavar=kind.__name__.upper(), **options)
+
+
+def _switch(text: str) -> bool | str:
+    values: dict[str, bool | str] = {"on": True, "true": True, "off": False, "false": False, AUTO: AUTO}
+    if text.lower() not in values:
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of auto, on, off")
+    return values[text.lower()]
+
+
+def _auto_or_number(text: str) -> float | str:
+    return AUTO if text.lower() == AUTO else float(text)
 
 
 def _add_channel(parser: argparse.ArgumentParser) -> None:

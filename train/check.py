@@ -37,7 +37,8 @@ def check(config: FitConfig, data: bool = True) -> dict[str, Any]:
 
     Returns:
         JSON-ready: `python`, `versions`, `device`, `vram_free`, `ram_free`, `disk_free`, `model`, `estimate` (bytes,
-        None where unknown), and `problems`: a list of {"what", "fix"}.
+        None where unknown), `chosen` and `memory` (what "auto" became, and in words), `scaling`, and `problems`: a list
+        of {"what", "fix"}.
     """
     found: dict[str, Any] = {
         "python": f"{platform.python_version()} {sys.executable}",
@@ -48,6 +49,9 @@ def check(config: FitConfig, data: bool = True) -> dict[str, Any]:
         "disk_free": _disk_free(Path(config.run_dir)),
         "model": None,
         "estimate": None,
+        "chosen": None,
+        "memory": None,
+        "scaling": config.scaling,
         "problems": [],
     }
     problems: list[dict[str, str]] = found["problems"]
@@ -80,7 +84,7 @@ def readable(found: Mapping[str, Any]) -> str:
             lines.append(f"{key:<10} {found[key] / 1e9:.1f} GB")
     if found["estimate"]:
         parts = ", ".join(f"{k} {v / 1e9:.1f} GB" for k, v in found["estimate"].items())
-        lines.append(f"needs      {parts}")
+        lines += [f"needs      {parts}", f"memory     {found['memory']}"]
     lines += [f"PROBLEM    {one['what']}\n           fix: {one['fix']}" for one in found["problems"]]
     return "\n".join(lines if found["problems"] else [*lines, "ready to train"])
 

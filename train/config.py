@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 Method = Literal["delta_r", "delta_r_triangular", "qr"]
 Optimizer = Literal["adamw", "adamw8bit", "prodigy"]
@@ -28,12 +28,15 @@ LossWeighting = Literal["none", "sigma_sqrt", "cosmap"]
 Precision = Literal["bf16", "fp16", "fp32"]
 Storage = Literal["bf16", "fp16", "fp32", "fp8", "int8", "nf4"]
 Resume = Literal["auto", "never", "require"]
+Auto = Literal["auto"]
+AUTO = "auto"
 
 
 # Raised whenever equal settings and data would give another adapter than before (another order of draws, another loss):
 # runs that began before are then not gone on with. A new version of the pack alone changes nothing of a run.
 TRAJECTORY_VERSION = 1
 
+_TEXTS = ("name", "trigger", "prompt", "instance_prompt", "class_prompt")
 _RULES = re.compile(r"(\d{1,9}(\.\d{1,9})?:\d{1,9},)+\d{1,9}(\.\d{1,9})?")
 _LONGEST_SHOWN = 200
 
@@ -90,7 +93,7 @@ class FitConfig:
         "delta_r_triangular", "delta_r, delta_r_triangular (upper trapezoidal like R), or qr (Q and R)"
     )
     rank: int = _setting(64, "columns of Q: how much the adapter can hold, and how large it is", low=1, high=3072)
-    alpha: float = _setting(64.0, "scaling is alpha / rank", low=1e-3, high=1e5)
+    alpha: float = _setting(0.0, "scaling is alpha / rank; 0: as rank, so that scaling is 1", low=0.0, high=1e5)
     targets: tuple[str, ...] = _setting((), "layers by name or dotted suffix (default: the published ones)")
     init: Literal["zero", "random"] = _setting("zero", "what \u0394R starts as")
     delta_scale: float = _setting(1e-3, "standard deviation of a random start", low=0.0, high=1.0)
@@ -132,12 +135,22 @@ class FitConfig:
     # memory
     device: str = _setting("auto", "auto, cpu, cuda, cuda:1, mps", trajectory=False, key=False)
     precision: Precision = _setting("bf16", "arithmetic of the forward pass; trained tensors are always fp32")
-    base_storage: Storage = _setting("bf16", "how the base is held; int8 needs torchao, nf4 bitsandbytes")
-    gradient_checkpointing: bool = _setting(
-        True, "recompute blocks in the backward pass: far less memory", trajectory=False, key=False
+    base_storage: Storage | Auto = _setting(
+        "auto", "how the base is held; int8 needs torchao, nf4 bitsandbytes; auto: as exact as memory allows"
     )
-    offload: float = _setting(
-        0.0, "share of the blocks' weights that waits in RAM", low=0.0, high=1.0, trajectory=False, key=False
+    gradient_checkpointing: bool | Auto = _setting(
+        "auto",
+        "recompute blocks in the backward pass: far less memory, a third slower; auto: where memory asks for it",
+        trajectory=False,
+        key=False,
+    )
+    offload: float | Auto = _setting(
+        "auto",
+        "share of the blocks' weights that waits in RAM; auto: as little as memory allows",
+        low=0.0,
+        high=1.0,
+        trajectory=False,
+        key=False,
     )
     memory_check: bool = _setting(True, "refuse to start when the estimate does not fit", trajectory=False, key=False)
 
@@ -173,17 +186,22 @@ class FitConfig:
             )
         if self.scheduler == "piecewise_constant" and not _RULES.fullmatch(self.scheduler_rules):
             raise ConfigError(
-                f"scheduler_rules is {_shown(self.scheduler_rules)}: piecewise_constant needs factor:step pairs and a last "
-                'factor, such as "1:100,0.1:500,0.01"'
+                f"scheduler_rules is {_shown(self.scheduler_rules)}: piecewise_constant needs factor:step "
+                'pairs and a last factor, such as "1:100,0.1:500,0.01"'
             )
         if self.method == "qr" and self.init == "random":
             raise ConfigError("init random is about \u0394R; method qr has none and starts from Q and R")
-        if self.offload and self.base_storage in ("int8", "nf4"):
+        if self.offload not in (AUTO, 0.0) and self.base_storage in ("int8", "nf4"):
             raise ConfigError("offload works with base_storage bf16, fp16, fp32 and fp8")
 
     @property
+    def adapter_alpha(self) -> float:
+        """The alpha that the adapter gets: as stated, or the rank."""
+        return self.alpha or float(self.rank)
+
+    @property
     def scaling(self) -> float:
-        return self.alpha / self.rank
+        return self.adapter_alpha / self.rank
 
     def trajectory(self) -> dict[str, Any]:
         """The settings that a resumed run must share with the run that it goes on from."""
@@ -295,29 +313,47 @@ def as_table(config: FitConfig | EncodeConfig) -> dict[str, Any]:
 
 
 def choices(one: "Field[Any]") -> tuple[str, ...] | None:
-    """The allowed strings of a setting, None when it is free."""
-    return get_args(one.type) if get_origin(one.type) is Literal else None
+    """The allowed strings of a setting, "auto" first where it is one; None when it is free."""
+    if get_origin(one.type) is Literal:
+        return get_args(one.type)
+    if may_be_auto(one) and plain_type(one) is str:
+        return (AUTO, *(name for part in get_args(one.type) for name in get_args(part) if name != AUTO))
+    return None
+
+
+def may_be_auto(one: "Field[Any]") -> bool:
+    """Whether a setting may be left to the trainer."""
+    return one.default == AUTO and get_origin(one.type) is Union
+
+
+def plain_type(one: "Field[Any]") -> Any:
+    """What a setting's value is when it is not "auto": bool, int, float, str or tuple."""
+    kind: Any = one.type
+    if may_be_auto(one):
+        kind = next((part for part in get_args(one.type) if get_origin(part) is not Literal), str)
+    return tuple if get_origin(kind) is tuple else str if get_origin(kind) is Literal else kind
 
 
 def _selected(config: FitConfig, mark: str) -> dict[str, Any]:
-    table = as_table(config)
+    table = as_table(config) | {"alpha": config.adapter_alpha}
     return {one.name: table[one.name] for one in fields(config) if one.metadata[mark]}
 
 
 def _check(config: FitConfig | EncodeConfig) -> None:
     """Types, choices and ranges of every field; a value of the wrong type never gets further."""
     for one in fields(config):
-        value = getattr(config, one.name)
-        allowed = choices(one)
+        value, wanted, allowed = getattr(config, one.name), plain_type(one), choices(one)
         if allowed is not None:
             if value not in allowed:
                 raise ConfigError(f"{one.name} is {_shown(value)}, expected one of {', '.join(allowed)}")
             continue
-        wanted: Any = tuple if get_origin(one.type) is tuple else one.type
+        if value == AUTO and may_be_auto(one):
+            continue
         if not isinstance(value, wanted) or (wanted is not bool and isinstance(value, bool)):
-            raise ConfigError(f"{one.name} is {_shown(value)}, expected {wanted.__name__}")
-        if isinstance(value, str) and ("\0" in value or (one.default is MISSING and not value)):
-            raise ConfigError(f"{one.name} is {_shown(value)}, expected a path")
+            alternative = " or auto" if may_be_auto(one) else ""
+            raise ConfigError(f"{one.name} is {_shown(value)}, expected {wanted.__name__}{alternative}")
+        if isinstance(value, str):
+            _check_text(one, value)
         if isinstance(value, tuple) and not all(isinstance(item, str) and item for item in value):
             raise ConfigError(f"{one.name} is {_shown(value)}, expected a list of names")
         if isinstance(value, int | float) and not isinstance(value, bool):
@@ -335,11 +371,20 @@ def _shown(value: Any) -> str:
     return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}... ({len(text)} characters)"
 
 
+def _check_text(one: "Field[Any]", value: str) -> None:
+    if "\0" in value or (one.default is MISSING and not value):
+        raise ConfigError(f"{one.name} is {_shown(value)}, expected a path")
+    # a path may hold whatever its system gave it; a text that no tokenizer and no file takes would fail at the end
+    if one.name in _TEXTS and any(0xD800 <= ord(letter) < 0xE000 for letter in value):
+        raise ConfigError(f"{one.name} is {_shown(value)}, which is not valid Unicode text: retype it")
+
+
 def _converted(one: "Field[Any]", value: Any) -> Any:
     """JSON and TOML know no tuples and write 1 for 1.0; nothing else is converted."""
-    if get_origin(one.type) is tuple and isinstance(value, Sequence) and not isinstance(value, str):
+    kind = plain_type(one)
+    if kind is tuple and isinstance(value, Sequence) and not isinstance(value, str):
         return tuple(value)
-    if one.type is float and isinstance(value, int) and not isinstance(value, bool):
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
         with suppress(OverflowError):  # the range check says what is wrong with a number of 400 digits
             return float(value)
         return math.inf

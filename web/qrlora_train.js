@@ -133,6 +133,38 @@ function zoom(event, { element, message, samples }) {
   app.canvas?.processMouseWheel?.(event);
 }
 
+// Rank and alpha as they stand on the node; null for one that is wired to another node.
+function showSettings(node) {
+  const value = (name) => {
+    const linked = node.inputs?.find((input) => input.name === name)?.link != null;
+    return linked ? null : Number(node.widgets?.find((widget) => widget.name === name)?.value);
+  };
+  const alpha = value("alpha");
+  panel(node).settings(value("rank"), alpha ?? NaN);
+}
+
+// Again whenever one of the two is changed, by hand or by loading a workflow.
+function followSettings(node) {
+  for (const widget of node.widgets ?? []) {
+    if (!["rank", "alpha"].includes(widget.name)) continue;
+    const { callback } = widget;
+    widget.callback = function (...args) {
+      const result = callback?.apply(this, args);
+      showSettings(node);
+      return result;
+    };
+  }
+  for (const name of ["onConfigure", "onConnectionsChange"]) {
+    const before = node[name];
+    node[name] = function (...args) {
+      const result = before?.apply(this, args);
+      showSettings(node);
+      return result;
+    };
+  }
+  showSettings(node);
+}
+
 function draw() {
   if (drawing) return;
   drawing = requestAnimationFrame(() => {
@@ -169,6 +201,7 @@ app.registerExtension({
       const result = onNodeCreated?.apply(this, args);
       const made = panel(this);
       this.qrloraReport = (lines) => made.report(lines); // qrlora.js: the panel instead of its own few lines
+      followSettings(this);
       draw();
       return result;
     };

@@ -104,6 +104,7 @@ export class Job {
     this.former = null; // the node's run before, while this one has no name
     this.state = "preparing";
     this.text = "";
+    this.warnings = [];
     this.reset();
   }
 
@@ -118,7 +119,7 @@ export class Job {
     this.seconds = null;
     this.peak = null;
     this.rate = null; // learning rate
-    this.told = ""; // kind of the last event
+    this.lastEvent = ""; // its kind
     this.reason = "";
   }
 
@@ -129,11 +130,12 @@ export class Job {
   // `caughtUp`: events of a run that began before this page did. They come by kind, so they are put in order first.
   take(message, caughtUp = false) {
     const events = Array.isArray(message.events) ? [...message.events] : [];
-    if (caughtUp) events.sort((one, other) => (one.time ?? 0) - (other.time ?? 0));
+    if (caughtUp) events.sort((before, after) => (before.time ?? 0) - (after.time ?? 0));
     for (const event of events) this.#event(event);
-    this.told = events.at(-1)?.event ?? this.told;
+    this.lastEvent = events.at(-1)?.event ?? this.lastEvent;
     if (typeof message.state === "string") this.state = message.state;
     if (typeof message.text === "string") this.text = message.text;
+    if (Array.isArray(message.warnings)) this.warnings = message.warnings.map(String);
     if (this.state === "preparing") [this.phase, this.reason] = [null, ""]; // those of an earlier start
     for (const name of message.samples ?? []) this.#sample(Number(String(name).match(/(\d+)(?!.*\d)/)?.[1]));
   }

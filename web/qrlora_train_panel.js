@@ -37,6 +37,7 @@ export class Panel {
   constructor({ stop, picture }) {
     this.picture = picture;
     this.job = null;
+    this.scaling = "";
     this.element = make(null, "div", {
       boxSizing: "border-box",
       display: "flex",
@@ -114,7 +115,7 @@ export class Panel {
       flex: "0 0 auto",
       minHeight: "1.35em",
     });
-    this.eta = make(this.facts, "span", {}, { title: "Time left" });
+    this.eta = make(this.facts, "span");
     this.speed = make(this.facts, "span", {}, { title: "Duration of one step" });
     this.memory = make(this.facts, "span", {}, { title: "Highest memory use of the trainer so far" });
   }
@@ -163,6 +164,12 @@ export class Panel {
     this.show(this.job);
   }
 
+  // What the widgets say now; null where another node decides.
+  settings(rank, alpha) {
+    this.scaling = rank > 0 && Number.isFinite(alpha) ? scalingText(rank, alpha) : "";
+    this.show(this.job);
+  }
+
   // lines: what the node said when it was executed; also without a run, when the adapter was there already.
   report(lines) {
     this.lines = lines;
@@ -186,13 +193,15 @@ export class Panel {
     put(this.steps, job?.steps ? `step ${count(job.step)} / ${count(job.steps)}` : "");
     this.#progress(shown, job);
     const live = shown === "running" || shown === "stopping";
-    put(this.eta, live && Number.isFinite(job.eta) ? `${duration(job.eta)} left` : "");
+    put(this.eta, live && Number.isFinite(job.eta) ? `${duration(job.eta)} left` : live ? "" : this.scaling);
+    this.eta.title = live ? "Time left" : "The update is scaled by alpha / rank; alpha 0 means as rank";
     put(this.speed, Number.isFinite(job?.seconds) ? speed(job.seconds) : "");
     put(this.memory, job?.peak > 0 ? `peak ${(job.peak / 1e9).toFixed(1)} GB` : "");
     this.chart.draw(job);
     this.#pictures(job);
     put(this.message, this.refused || this.#message(state, job));
-    this.message.style.height = state === "failed" ? "6.75em" : "2.7em"; // an error is read, not watched
+    const read = state === "failed" || job?.warnings.length; // not watched
+    this.message.style.height = read ? "6.75em" : "2.7em";
     this.button.disabled = !(shown === "running" || shown === "preparing");
     this.button.style.opacity = this.button.disabled ? "0.45" : "1";
     this.button.style.cursor = this.button.disabled ? "default" : "pointer";
@@ -203,8 +212,9 @@ export class Panel {
   #message(state, job) {
     if (state === "finished" && this.lines) return this.lines;
     // Of a step the server's line says what stands above already.
-    if (state === "running" && job.told === "step" && job.curve.last) return losses(job);
-    return job ? job.text || job.reason : IDLE;
+    const stepping = state === "running" && job.lastEvent === "step" && job.curve.last;
+    const text = stepping ? losses(job) : job ? job.text || job.reason : IDLE;
+    return [...(job?.warnings ?? []), text].join("\n");
   }
 
   #progress(state, job) {
@@ -293,6 +303,11 @@ function hint(state, job) {
     return job.step ? `Queue again to go on from step ${count(job.step)}.` : "Queue again to start.";
   if (state === "failed") return job.step ? "Queue again to go on from the last checkpoint." : "";
   return "";
+}
+
+function scalingText(rank, alpha) {
+  const scaling = alpha ? alpha / rank : 1;
+  return `scaling ${Number(scaling.toPrecision(3))} (${alpha ? `alpha ${alpha} / rank ${rank}` : "alpha as rank"})`;
 }
 
 function speed(seconds) {

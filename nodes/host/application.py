@@ -2,8 +2,9 @@
 
 import logging
 import weakref
-from typing import Any
+from typing import Any, Literal, get_args
 
+import comfy.model_management
 import torch
 
 from ...qrlora_core import (
@@ -12,6 +13,7 @@ from ...qrlora_core import (
     LayerSum,
     MergeRecipe,
     Residual,
+    SettingError,
     WeightSlice,
     base_r,
     layer_sum,
@@ -23,7 +25,8 @@ from ...qrlora_core.linalg import ORTHONORMAL, orthonormality_error
 from ...qrlora_core.residual import Restored
 from . import patches
 from .initial_basis import initial_bases
-from .places import load_device, own_weight, place_layers
+from .live import live_clone
+from .places import load_device, own_weight, place_layers, quantised
 from .restore import RestoredWeight, add_restored, plain_clone
 from .session import interruptible, with_progress
 
@@ -37,8 +40,70 @@ _TRAINED_DRIFT = 0.1
 _checked: weakref.WeakKeyDictionary[torch.nn.Module, dict[tuple[Any, ...], Restored]] = weakref.WeakKeyDictionary()
 
 
+Mode = Literal["auto", "patch", "live"]
+MODES: tuple[str, ...] = get_args(Mode)
+
+
+def apply_recipe(
+    model: Any, recipe: MergeRecipe, strength: float, residual: Residual | None = None, mode: Mode = "auto"
+) -> tuple[Any, str]:
+    """Add `strength * recipe` to a clone of a model, in its weights or beside them.
+
+    Args:
+        model: ComfyUI's MODEL; it is not changed.
+        recipe: what to add.
+        strength: a factor for all of it.
+        residual: see `patch_model`.
+        mode: "patch" changes weights when they are loaded; "live" computes beside them at every step; "auto" takes
+            live where patching rounds once more (quantised weights), reloads much (a model that does not fit on the
+            card), or cannot follow (schedules, gates).
+
+    Returns:
+        The clone, and a summary to show.
+
+    Raises:
+        SettingError: the mode does not go with the recipe or the residual.
+        QRLoRAError: see `patch_model`.
+    """
+    full = recipe.scaled(strength)
+    if not recipe.terms:
+        return model.clone(), "no adapter is connected, or all are bypassed: the model stays as it is"
+    if residual is not None and (mode == "live" or full.needs_live):
+        raise SettingError(
+            "a residual restores weights, which live mode never touches (schedules and prompts need live mode): "
+            "disconnect the residual, or set mode to 'patch' without schedules"
+        )
+    if mode == "patch" and full.needs_live:
+        raise SettingError("a schedule, or acting by the prompt, needs live mode: set mode to 'live' or 'auto'")
+    places = _places(model, recipe)
+    reason = "" if mode == "patch" or residual is not None else _reason_for_live(model, full, places, mode)
+    if not reason:
+        return patch_model(model, recipe, strength, residual)
+    if not full.active:
+        return model.clone(), f"strength 0: none of {len(places)} layers changed"
+    clone = live_clone(model, full, places)
+    ranks = [info.rank for adapter in full.adapters for info in adapter.layers.values()]
+    text = f"{len(places)} layers live at strength {strength:g}, rank {max(ranks)} ({reason}): no weight is touched"
+    log.info("QR-LoRA: %s", text)
+    return clone, text
+
+
+def _reason_for_live(model: Any, recipe: MergeRecipe, places: dict[str, WeightSlice], mode: Mode) -> str:
+    """Why a recipe is applied live, "" when it is not."""
+    if mode == "live":
+        return "as chosen"
+    if recipe.needs_live:
+        return "strengths follow the sampling or the prompt"
+    if any(quantised(model, place) for place in places.values()):
+        return "the weights are quantised"
+    total = comfy.model_management.get_total_memory(load_device(model))
+    if model.model_size() > total and not comfy.model_management.is_device_cpu(load_device(model)):
+        return "the model does not fit on the card"
+    return ""
+
+
 def patch_model(model: Any, recipe: MergeRecipe, strength: float, residual: Residual | None = None) -> tuple[Any, str]:
-    """Add `strength * recipe` to a clone of a model.
+    """Add `strength * recipe` to a clone of a model, in its weights.
 
     Without a residual each layer gets one low-rank patch, exactly a LoRA. With one, the layer's weight is restored
     from `W_res + scaling * Q R` first, which gives a quantised base the residual's precision on those layers.

@@ -114,6 +114,13 @@ def patch_key(place: WeightSlice) -> Place:
     return key if place.start is None or place.length is None else (key, (0, place.start, place.length))
 
 
+def quantised(model: Any, place: WeightSlice) -> bool:
+    """Whether a weight is stored in fewer bits than 16, or packed; a patch of it is rounded once more."""
+    weight = _weight(model, place.key)
+    packed = type(weight) not in (Tensor, torch.nn.Parameter)
+    return packed or weight.dtype.itemsize < 2 or not weight.dtype.is_floating_point
+
+
 def load_device(model: Any) -> torch.device:
     """Where this model will run; heavy work on its weights goes there."""
     device: torch.device = model.load_device

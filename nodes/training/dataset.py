@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from ...qrlora_core import (
@@ -18,23 +17,19 @@ from ...qrlora_core import (
     EncodedText,
     FileFormatError,
     PathError,
-    QRLoRAError,
     TrainingCache,
     bucket_size,
     save_cache,
 )
 from ...train.config import EncodeConfig
+from ...train.data.captions import DEFAULT_PROMPT, DatasetError, caption_of, picture_files
+from ...train.data.pictures import read_picture, require_visible
 from .. import host
 from ..host import encoders
 
 log = logging.getLogger(__name__)
 
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-_RECIPE = 1  # raised when the same pictures would be encoded otherwise
-
-
-class DataError(QRLoRAError):
-    """There are no pictures, one cannot be read, or one has no caption."""
+_RECIPE = 2  # raised when the same pictures would be encoded otherwise
 
 
 class Picture(NamedTuple):
@@ -48,7 +43,7 @@ class Picture(NamedTuple):
 def graph_pictures(batches: Sequence[Tensor], caption: str) -> list[Picture]:
     """Every picture of every batch (n, height, width, channels)."""
     if not caption.strip():
-        raise DataError('instance_prompt is empty; pictures from the graph need one, such as "a photo of a <c> dog"')
+        raise DatasetError(f"instance_prompt is empty; pictures from the graph need one, such as {DEFAULT_PROMPT!r}")
     pictures = [picture for batch in batches for picture in batch]
     return [
         Picture(f"image {number}", caption, lambda picture=picture: picture.detach().float().cpu())
@@ -60,36 +55,12 @@ def folder_pictures(folder: Path, prompt: str, trigger: str) -> list[Picture]:
     """The pictures of a folder, not deeper; the caption is in a .txt beside each, or else the instance prompt.
 
     Raises:
-        DataError: no picture, a caption that is not UTF-8 text, or neither caption nor prompt.
+        DatasetError: no picture, a caption that is not UTF-8 text, or neither caption nor prompt.
     """
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in ENDINGS and path.is_file())
-    if not files:
-        raise DataError(f"the dataset {folder.name!r} holds no pictures ({', '.join(ENDINGS)})")
-    pictures = []
-    for path in files:
-        caption = prompt
-        beside = path.with_suffix(".txt")
-        if beside.is_file():
-            try:
-                caption = with_trigger(beside.read_text(encoding="utf-8-sig").strip(), trigger)
-            except (OSError, UnicodeError) as error:
-                raise DataError(f"the caption {beside.name} cannot be read ({error}); save it as UTF-8 text") from error
-        if not caption.strip():
-            raise DataError(f"{path.name} has no caption: write {beside.name} beside it, or an instance_prompt")
-        pictures.append(Picture(path.name, caption, lambda path=path: _read(path)))
-    return pictures
-
-
-def folder_version(folder: Path) -> str:
-    """Changes when a picture or caption of the folder does."""
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in (*ENDINGS, ".txt"))
-    status = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    return hashlib.sha256(repr(status).encode()).hexdigest()[:16]
-
-
-def with_trigger(text: str, trigger: str) -> str:
-    """`[trigger]` in a prompt or caption is the trigger word."""
-    return text.replace("[trigger]", trigger)
+    return [
+        Picture(path.name, caption_of(path, prompt, trigger), lambda path=path: _pixels(path))
+        for path in picture_files(folder)
+    ]
 
 
 def cache_key(pictures: Sequence[Picture], settings: EncodeConfig, clip: Any, vae: Any, empty_caption: bool) -> str:
@@ -99,9 +70,9 @@ def cache_key(pictures: Sequence[Picture], settings: EncodeConfig, clip: Any, va
         pixels = picture.load().contiguous()
         digest.update(json.dumps([picture.caption, list(pixels.shape)]).encode())
         digest.update(pixels.numpy().data)
-    rest = [encoders.weights_identity(clip), encoders.weights_identity(vae), empty_caption, _RECIPE]
-    rest += [settings.resolution, settings.bucket_step, settings.buckets, settings.flip, settings.mask]
-    digest.update(json.dumps(rest).encode())
+    settings_used = [encoders.weights_identity(clip), encoders.weights_identity(vae), empty_caption, _RECIPE]
+    settings_used += [settings.resolution, settings.bucket_step, settings.buckets, settings.flip, settings.mask]
+    digest.update(json.dumps(settings_used).encode())
     return digest.hexdigest()[:16]
 
 
@@ -118,7 +89,7 @@ def encode(
         empty_caption: also encode "", for caption dropout.
 
     Raises:
-        DataError: a picture cannot be read.
+        DatasetError: a picture cannot be read, or its mask leaves nothing to train on.
         EncodeError: the CLIP or VAE is not FLUX's.
     """
     if path.is_file():
@@ -137,7 +108,7 @@ def encode(
         if isinstance(one, str):
             encoded_texts.append(encoders.encode_text(clip, one))
         else:
-            encoded.append(_encoded(one.load(), settings, vae))
+            encoded.append(_encoded(one, settings, vae))
     broken = path.is_file()
     empty_text = texts.index("") if "" in texts else None
     try:
@@ -148,7 +119,8 @@ def encode(
     return path
 
 
-def _encoded(pixels: Tensor, settings: EncodeConfig, vae: Any) -> EncodedPicture:
+def _encoded(picture: Picture, settings: EncodeConfig, vae: Any) -> EncodedPicture:
+    pixels = picture.load()
     height, width = pixels.shape[:2]
     size = bucket_size(width, height, settings.resolution, settings.bucket_step, settings.buckets)
     pixels = encoders.resized(pixels, *size)
@@ -158,20 +130,10 @@ def _encoded(pixels: Tensor, settings: EncodeConfig, vae: Any) -> EncodedPicture
     mask = None
     if settings.mask and alpha is not None:
         mask = torch.nn.functional.interpolate(alpha[None, None], size=latent.shape[1:], mode="area")[0, 0]
+        require_visible(picture.name, mask.numpy())
     return EncodedPicture(latent, flipped, mask)
 
 
-def _read(path: Path) -> Tensor:
-    """(height, width, 3 or 4), 0 to 1, turned as its EXIF says."""
-    try:
-        with Image.open(path) as file:
-            picture = ImageOps.exif_transpose(file)
-            transparent = "A" in picture.getbands() or "transparency" in picture.info
-            if picture.mode.startswith("I"):  # 16 bits of grey, which PIL's own conversion would clip to 8
-                grey = np.asarray(picture, dtype=np.float32) / 65535.0
-                pixels = np.repeat(grey[..., None], 3, axis=2)
-            else:
-                pixels = np.asarray(picture.convert("RGBA" if transparent else "RGB"), dtype=np.float32) / 255.0
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path.name} cannot be read as a picture ({error}); repair it or take it out") from error
-    return torch.from_numpy(pixels)
+def _pixels(path: Path) -> Tensor:
+    """(height, width, 3 or 4), 0 to 1."""
+    return torch.from_numpy(np.asarray(read_picture(path), dtype=np.float32) / 255.0)

@@ -24,11 +24,13 @@ class Job:
         run: name of the run folder.
         state: one of STATES.
         text: for people; one line, but for the reason of a failure.
+        warnings: what is probably not meant, in sentences.
     """
 
     def __init__(self, node: str, prompt_id: str | None, send: Callable[[str, dict[str, Any]], None]) -> None:
         self.node, self.prompt_id, self.run = node, prompt_id, ""
         self.state, self.text = "preparing", ""
+        self.warnings: list[str] = []
         self._send = send
         self._stop = threading.Event()
         self._lock = threading.Lock()
@@ -95,6 +97,7 @@ class Job:
             "state": state,
             "events": raw,
             "text": text,
+            "warnings": self.warnings,
         }
         self._send(MESSAGE, message)
 
@@ -114,6 +117,7 @@ class Job:
             "run": self.run,
             "state": self.state,
             "text": self.text,
+            "warnings": self.warnings,
             "events": sorted(thinned + others, key=lambda one: one["time"]),
             "samples": samples,
         }

@@ -15,7 +15,7 @@ from server import PromptServer
 from ...qrlora_core import QRLoRAError, TensorFile, contained_path
 from ..host import encoders, folders
 from .jobs import JOBS, Jobs
-from .runs import Run
+from .runs import RunFolder
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ def sample_png(run: str, step: int) -> bytes:
         FileFormatError: no such sample, or one that is still being written.
     """
     folder: Path = contained_path(folders.runs_folder(), run)
-    path = Run(folder).folder / "samples" / f"step-{step:08}.safetensors"
+    path = RunFolder(folder).folder / "samples" / f"step-{step:08}.safetensors"
     picture = encoders.preview(TensorFile(path).tensor("latent"))
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")

@@ -14,20 +14,24 @@
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import re
-import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 
-from ...qrlora_core import PathError, free_name
+from ...qrlora_core import PathError
+from .locks import try_lock
+from .process import still_runs
+
+log = logging.getLogger(__name__)
 
 _CHECKPOINT = re.compile(r"step-(\d+)\.safetensors")
-_SHA_BLOCK = 1 << 20
+_LARGEST_PID = 1 << 31
 
 
 def key_of(parts: Any) -> str:
@@ -36,16 +40,14 @@ def key_of(parts: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def sha256(path: Path) -> str:
-    """The file's SHA-256 in hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_SHA_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+class Result(NamedTuple):
+    """A trained adapter that was checked: its SHA-256, and {wanted name: file name inside output/qrlora}."""
+
+    sha256: str
+    published: Mapping[str, str]
 
 
-class Run:
+class RunFolder:
     """One run folder; making the object makes nothing on disk."""
 
     def __init__(self, folder: Path) -> None:
@@ -82,21 +84,20 @@ class Run:
         finally:
             temporary.unlink(missing_ok=True)
 
-    def results(self) -> dict[str, Any]:
-        """Steps as text -> {"sha256", "published": {output name: file name}}."""
-        return _read_json(self.folder / "result.json")
+    def results(self) -> dict[int, Result]:
+        """Steps -> the checked result after so many steps. What is damaged in the file was never vouched for."""
+        table = _read_json(self.folder / "result.json")
+        return {
+            int(steps): result for steps, entry in table.items() if steps.isdecimal() and (result := _result(entry))
+        }
 
-    def record(self, steps: int, digest: str, published: Mapping[str, str] | None = None) -> None:
+    def record(self, steps: int, sha256: str, published: Mapping[str, str] | None = None) -> None:
         """Remember a checked result, and perhaps {wanted name: file name} that it got."""
         results = self.results()
-        entry = results.get(str(steps), {})
-        names = entry.get("published", {}) if entry.get("sha256") == digest else {}
-        results[str(steps)] = {"sha256": digest, "published": {**names, **(published or {})}}
-        self.write(self.folder / "result.json", results)
-
-    def finished(self, steps: int) -> str:
-        """SHA-256 of the checked result after `steps` steps, "" when there is none."""
-        return str(self.results().get(str(steps), {}).get("sha256", ""))
+        earlier = results.get(steps)
+        names = dict(earlier.published) if earlier is not None and earlier.sha256 == sha256 else {}
+        results[steps] = Result(sha256, {**names, **(published or {})})
+        self.write(self.folder / "result.json", {str(key): result._asdict() for key, result in results.items()})
 
     def set_aside(self, steps: int) -> None:
         """Rename an adapter that no run vouched for: nothing of an earlier run may pass for the next one's."""
@@ -109,12 +110,20 @@ class Run:
         """Hold the folder's lock; yields its descriptor, or None when another process has it.
 
         The system lets go of it when its holder dies. The trainer inherits the descriptor where that is possible, so
-        that a folder stays locked while the trainer of a killed ComfyUI still writes its checkpoint.
+        that a folder stays locked while the trainer of a killed ComfyUI still writes its checkpoint. On a disk without
+        locks only a trainer of this machine that still runs keeps others out.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            yield descriptor if _lock(descriptor) else None
+            state = try_lock(descriptor)
+            if state == "unsupported":
+                log.warning(
+                    "QR-LoRA: the disk of %s has no file locks; do not train the same in two ComfyUIs", self.name
+                )
+                noted = self.earlier_trainer()
+                state = "busy" if noted is not None and still_runs(*noted) else "held"
+            yield descriptor if state == "held" else None
         finally:
             os.close(descriptor)
 
@@ -126,19 +135,20 @@ class Run:
     def earlier_trainer(self) -> tuple[int, float] | None:
         """Process id and start of the trainer noted last."""
         noted = _read_json(self.trainer)
-        with contextlib.suppress(KeyError, TypeError, ValueError):
-            return int(noted["pid"]), float(noted["created"])
-        return None
+        pid, created = noted.get("pid"), noted.get("created")
+        if type(pid) is not int or not 0 < pid < _LARGEST_PID or not isinstance(created, int | float):
+            return None
+        return pid, float(created)
 
 
-def find_runs(root: Path, key: str) -> list[Run]:
+def find_runs(root: Path, key: str) -> list[RunFolder]:
     """The run folders of a key, whatever the adapter is called; the one that got furthest comes first."""
     ending = re.compile(rf".*-{key}(-\d+)?")
     folders = [path for path in sorted(root.glob(f"*-{key}*")) if path.is_dir() and ending.fullmatch(path.name)]
-    return sorted(map(Run, folders), key=lambda run: -run.checkpoint_step())
+    return sorted(map(RunFolder, folders), key=lambda run: -run.checkpoint_step())
 
 
-def choose_run(root: Path, name: str, key: str, steps: int, resume: str) -> Run:
+def choose_run(root: Path, name: str, key: str, steps: int, resume: str) -> RunFolder:
     """Where to train: a run that can be gone on with, otherwise a new folder.
 
     Args:
@@ -166,67 +176,22 @@ def choose_run(root: Path, name: str, key: str, steps: int, resume: str) -> Run:
     while folder.exists():
         number += 1
         folder = root / f"{stem}-{key}-{number}"
-    return Run(folder)
+    return RunFolder(folder)
 
 
-def publish(source: Path, folder: Path, name: str) -> Path:
-    """Give a finished adapter its name in `folder`; a name that is taken gets a number, nothing is overwritten.
-
-    A hard link where the disk has them: no second copy. Otherwise a copy under a temporary name first.
-
-    Raises:
-        PathError: the name is refused, or the folder cannot be written.
-    """
-    temporary = None
-    try:
-        while True:
-            target = free_name(folder, name)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                os.link(source, target)
-                return target
-            except FileExistsError:
-                continue  # another ComfyUI was faster
-            except OSError:  # no hard links here
-                pass
-            if temporary is None:
-                temporary = folder / f".qrlora-{uuid.uuid4().hex}.tmp"
-                shutil.copyfile(source, temporary)
-            try:
-                with target.open("xb"):  # takes the name; empty for a moment
-                    pass
-            except FileExistsError:
-                continue
-            temporary.replace(target)
-            return target
-    except OSError as error:
-        raise PathError(f"{name} cannot be written in {folder.name}: {error.strerror or error}") from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+def _result(entry: Any) -> Result | None:
+    """A checked entry of result.json."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("sha256"), str):
+        return None
+    published = entry.get("published", {})
+    names = published.items() if isinstance(published, dict) else ()
+    return Result(entry["sha256"], {name: file for name, file in names if isinstance(file, str)})
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     """A table, empty when the file is missing or broken: then nothing was vouched for."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return values if isinstance(values, dict) else {}
-
-
-def _lock(descriptor: int) -> bool:
-    """Take an exclusive lock without waiting; whether that worked."""
-    try:
-        if os.name == "nt":
-            import msvcrt
-
-            os.lseek(descriptor, 0, os.SEEK_SET)
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
-        else:
-            import fcntl
-
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True

@@ -81,10 +81,16 @@ def probe(tmp_path_factory):
     return result
 
 
-def run_probe(host, folder):
+@pytest.fixture(scope="session")
+def live_probe(tmp_path_factory):
+    """What live_probe.py found out inside the host's own process: check name -> numbers."""
+    return run_probe(HOST, instance.make_base(tmp_path_factory.mktemp("live") / "base"), "live_probe.py")
+
+
+def run_probe(host, folder, script="probe.py"):
     command = [
         instance.interpreter(host),
-        instance.PACK / "tests" / "host" / "probe.py",
+        instance.PACK / "tests" / "host" / script,
         host,
         folder,
         folder / "result.json",

@@ -177,6 +177,41 @@ def test_a_run_from_start_to_end_moves_nothing(train, vue):
 
 
 @RENDERERS
+def test_the_scaling_stands_on_the_node(train, vue):
+    """Of the widgets as they are: alpha 0, the default, follows rank."""
+    assert "scaling 1 (alpha as rank)" in panel(train)["text"]
+    change = """
+        const widget = app.graph.getNodeById(1).widgets.find((one) => one.name === arguments[0]);
+        widget.value = arguments[1];
+        widget.callback?.(widget.value);
+    """
+    train.js(change, "rank", 16)
+    assert "scaling 1 (alpha as rank)" in panel(train)["text"]
+    train.js(change, "alpha", 64)
+    assert "scaling 4 (alpha 64 / rank 16)" in panel(train)["text"]
+    saved = train.js("return app.graph.serialize()")
+    train.load(saved)
+    train.wait(f"return {PANEL}?.innerText.includes('scaling 4 (alpha 64 / rank 16)')")
+    send(train, "running", started(), step(5))
+    assert "scaling" not in panel(train)["text"] and "left" in panel(train)["text"]
+    assert train.errors() == []
+
+
+def test_a_warning_is_read_while_it_trains(train):
+    message = {
+        "node": "1",
+        "prompt_id": None,
+        "run": "n-0123456789ab",
+        "state": "running",
+        "events": [started(), step(3)],
+    }
+    message |= {"text": "step", "warnings": ["no caption holds the trigger '<c>'"]}
+    train.js("window.comfyAPI.api.api.dispatchCustomEvent('qrlora.train', arguments[0])", message)
+    train.wait(f"return {PANEL}.innerText.includes(\"no caption holds the trigger '<c>'\")")
+    assert "smoothed loss" in panel(train)["text"]
+
+
+@RENDERERS
 def test_stop_by_keyboard_and_a_refused_stop(train, vue):
     send(train, "running", started(), step(1))
     button = train.driver.find_element("css selector", "[data-qrlora-train] button")

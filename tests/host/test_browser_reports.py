@@ -144,12 +144,12 @@ def test_an_error_before_the_trainer_starts_is_on_the_panel(server, page, vue):
     run(page)
     page.wait(f"return {PANEL}.dataset.state === 'failed'")
     text = page.js(f"return {PANEL}.innerText")
-    assert "DataError: a.png cannot be read as a picture" in text and "nodes.training" not in text
+    assert "DatasetError: the picture a.png cannot be read" in text and "nodes.training" not in text
 
     training.picture((64, 64), 1).save(dataset / "a.png")
     run(page)
     page.wait(f"return {PANEL}.dataset.state === 'finished'", 60)
-    assert "DataError" not in page.js(f"return {PANEL}.innerText")
+    assert "DatasetError" not in page.js(f"return {PANEL}.innerText")
     (dataset / "a.png").write_bytes(b"no picture again")
     run(page)
     page.wait(f"return {PANEL}.dataset.state === 'failed'")

@@ -75,7 +75,7 @@ def test_saved_and_exported_files(server, golden):
     graph = workflow(
         save=node("QRLoRASaveDeltaR", delta_r=["4", 0], filename="sub/mine", format="portable"),
         public=node("QRLoRASaveDeltaR", delta_r=["4", 0], filename="public", format="published"),
-        export=node("QRLoRAExportLoRA", delta_r=["4", 0], filename="mine", dtype="as it is"),
+        export=node("QRLoRAExportLoRA", delta_r=["4", 0], filename="mine", dtype="float32"),
         rest=node("QRLoRASaveResidual", model=["1", 0], rank=8, delta_r=["2", 0], dtype="float32", filename="rest"),
         exact=node("QRLoRASaveResidual", model=["1", 0], rank=8, dtype="float32", filename="exact"),
     )

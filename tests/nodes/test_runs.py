@@ -1,5 +1,7 @@
 """Run folders, their lock, published names, and the owner's file."""
 
+import errno
+import hashlib
 import itertools
 import json
 import os
@@ -10,8 +12,8 @@ import pytest
 
 from tests.nodes.pack import ROOT, load
 
-runs, owner, jobs, preflight, process = (
-    load(f"training.{n}") for n in ("runs", "owner", "jobs", "preflight", "process")
+runs, publish, locks, owner, jobs, preflight, process = (
+    load(f"training.{n}") for n in ("runs", "publish", "locks", "owner", "jobs", "preflight", "process")
 )
 events = __import__(f"{owner.__name__.split('.')[0]}.train.events", fromlist=["TrainEvent"])
 
@@ -21,7 +23,7 @@ def with_checkpoint(root, name, step):
     folder.mkdir(parents=True)
     if step:
         (folder / f"step-{step:08}.safetensors").touch()
-    return runs.Run(root / name)
+    return runs.RunFolder(root / name)
 
 
 def test_key_does_not_depend_on_order():
@@ -55,12 +57,12 @@ def test_publishing_never_overwrites(tmp_path, monkeypatch, links):
     source = tmp_path / "adapter.safetensors"
     source.write_bytes(b"trained")
     folder = tmp_path / "results"
-    names = [runs.publish(source, folder, "sub/\u00e9t\u00e9").name for _ in range(3)]
+    names = [publish.publish(source, folder, "sub/\u00e9t\u00e9").name for _ in range(3)]
     assert names == [f"\u00e9t\u00e9{number}.safetensors" for number in ("", "_00002", "_00003")]
     assert all(path.read_bytes() == b"trained" for path in (folder / "sub").iterdir())
     assert not list(tmp_path.rglob("*.tmp"))
-    with pytest.raises(runs.PathError, match="refused"):
-        runs.publish(source, folder, "../out")
+    with pytest.raises(publish.PathError, match="refused"):
+        publish.publish(source, folder, "../out")
 
 
 @pytest.mark.process
@@ -70,13 +72,13 @@ import sys, time
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
 from tests.nodes.pack import load
-with load("training.runs").Run(Path(sys.argv[1])).locked() as held:
+with load("training.runs").RunFolder(Path(sys.argv[1])).locked() as held:
     print(held is not None, flush=True)
     time.sleep(60)
 """
     other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline().strip() == "True"
-    run = runs.Run(tmp_path / "run")
+    run = runs.RunFolder(tmp_path / "run")
     with run.locked() as descriptor:
         assert descriptor is None
     other.kill()
@@ -85,22 +87,112 @@ with load("training.runs").Run(Path(sys.argv[1])).locked() as held:
         assert descriptor is not None
 
 
+@pytest.mark.skipif(os.name == "nt", reason="flock is of POSIX")
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_disk_without_locks_can_be_trained_on(tmp_path, monkeypatch, caplog, number):
+    """A folder on a network drive is not "taken by another ComfyUI" for ever; a trainer that still runs keeps it."""
+    import fcntl
+
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    run = runs.RunFolder(tmp_path / "run")
+    with run.locked() as descriptor:
+        assert descriptor is not None
+    assert "no file locks" in caplog.text
+    trainer = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    run.note_trainer(trainer.pid)
+    with run.locked() as descriptor:
+        assert descriptor is None
+    trainer.kill()
+    trainer.wait()
+    with run.locked() as descriptor:
+        assert descriptor is not None
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need a privilege on Windows")
+@pytest.mark.parametrize("links", [True, False])
+def test_a_name_that_is_a_dangling_link_is_taken(tmp_path, monkeypatch, links):
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError("no links here")))
+    source, folder = tmp_path / "adapter.safetensors", tmp_path / "results"
+    source.write_bytes(b"trained")
+    folder.mkdir()
+    (folder / "ink.safetensors").symlink_to(folder / "gone.safetensors")
+    assert publish.publish(source, folder, "ink").name == "ink_00002.safetensors"
+    assert (folder / "ink.safetensors").is_symlink() and not (folder / "gone.safetensors").exists()
+
+
+def test_a_file_and_its_links_are_hashed_once(tmp_path, monkeypatch):
+    hashed = []
+    real = hashlib.sha256
+    monkeypatch.setattr(publish.hashlib, "sha256", lambda *data: hashed.append(1) or real(*data))
+    source = tmp_path / "adapter.safetensors"
+    source.write_bytes(b"trained")
+    published = publish.publish(source, tmp_path / "results", "ink")
+    sums = {publish.checksum(source), publish.checksum(published), publish.checksum(source)}
+    assert sums == {real(b"trained").hexdigest()} and len(hashed) == 1
+    source.write_bytes(b"changed")
+    assert publish.checksum(source) == real(b"changed").hexdigest()
+
+
 def test_results_are_only_what_was_recorded(tmp_path):
-    run = runs.Run(tmp_path / "run")
-    assert run.finished(10) == "" and run.results() == {}
+    run = runs.RunFolder(tmp_path / "run")
+    assert run.results() == {}
     run.record(10, "abc")
     run.record(10, "abc", {"one": "one.safetensors"})
     run.record(10, "abc", {"two": "two.safetensors"})
-    assert run.results()["10"]["published"] == {"one": "one.safetensors", "two": "two.safetensors"}
+    assert run.results()[10].published == {"one": "one.safetensors", "two": "two.safetensors"}
     run.record(10, "def", {"new": "new.safetensors"})
-    assert run.finished(10) == "def" and list(run.results()["10"]["published"]) == ["new"]
-    (run.folder / "result.json").write_text("[1")
-    assert run.finished(10) == ""
+    assert run.results()[10] == runs.Result("def", {"new": "new.safetensors"})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[1",
+        "[]",
+        '{"10": 5}',
+        '{"10": {"sha256": 5}}',
+        '{"10": {"published": {}}}',
+        '{"x": {"sha256": "a"}}',
+        '{"10": {"sha256": null}}',
+        "[" * 100_000,
+        '{"10":' * 100_000,
+    ],
+    ids=lambda text: text[:20],
+)
+def test_a_damaged_result_was_never_vouched_for(tmp_path, text):
+    run = runs.RunFolder(tmp_path)
+    (tmp_path / "result.json").write_text(text)
+    assert run.results() == {}
+    run.record(10, "abc", {"one": "one.safetensors"})
+    assert run.results()[10].sha256 == "abc"
+
+
+def test_odd_names_in_a_result_are_left_out(tmp_path):
+    (tmp_path / "result.json").write_text('{"10": {"sha256": "a", "published": {"x": 3, "y": "y.safetensors"}}}')
+    assert runs.RunFolder(tmp_path).results() == {10: runs.Result("a", {"y": "y.safetensors"})}
+    (tmp_path / "result.json").write_text('{"10": {"sha256": "a", "published": [1]}}')
+    assert runs.RunFolder(tmp_path).results() == {10: runs.Result("a", {})}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{}", "[1]", '{"pid": null}', '{"pid": 1e400, "created": 1}', '{"pid": 99999999999999, "created": 1}']
+    + ['{"pid": -1, "created": 1}', '{"pid": true, "created": 1}', '{"pid": 5, "created": "x"}', "[" * 100_000],
+    ids=lambda text: text[:30],
+)
+def test_a_damaged_note_of_a_trainer_is_none(tmp_path, text):
+    run = runs.RunFolder(tmp_path)
+    run.trainer.write_text(text)
+    assert run.earlier_trainer() is None
 
 
 @pytest.mark.process
 def test_the_trainer_of_an_earlier_session_is_ended_but_not_a_stranger(tmp_path):
-    run = runs.Run(tmp_path / "run")
+    run = runs.RunFolder(tmp_path / "run")
     one = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     run.note_trainer(one.pid)
     pid, created = run.earlier_trainer()

@@ -14,6 +14,7 @@ import pytest
 from tests.nodes.pack import ROOT, load
 
 process, watching, runs = load("training.process"), load("training.watch"), load("training.runs")
+feeds, wording = load("training.feed"), load("training.wording")
 FAKE = ROOT / "tests" / "fake_trainer.py"
 pytestmark = [
     pytest.mark.process,
@@ -26,7 +27,7 @@ def run(tmp_path):
     """A run folder with a space, an umlaut and a Chinese name in its path."""
     folder = tmp_path / "Mein Ordner \u00e4\u00f6" / "\u8bad\u7ec3 run"
     folder.mkdir(parents=True)
-    one = runs.Run(folder)
+    one = runs.RunFolder(folder)
     one.settings.write_text(json.dumps({"run_dir": str(folder), "output": str(one.adapter(50)), "steps": 50}))
     yield one
     marks = [p for p in psutil.process_iter(["cmdline"]) if any("qrlora-fake" in x for x in p.info["cmdline"] or [])]
@@ -43,7 +44,7 @@ def start(run, scenario, **part):
 
 def follow(run, child, cancel=(), stop_after=1e9, stop_seconds=5.0, silence=60.0):
     """Watch to the end; `cancel`: seconds after which Cancel is pressed. The ending, seconds, what was reported."""
-    feed, began, told, presses = watching.EventFeed(run.events), time.monotonic(), [], list(cancel)
+    feed, began, told, presses = feeds.EventFeed(run.events), time.monotonic(), [], list(cancel)
 
     def cancelled():
         if presses and time.monotonic() - began > presses[0]:
@@ -66,7 +67,7 @@ def follow(run, child, cancel=(), stop_after=1e9, stop_seconds=5.0, silence=60.0
 
 
 def words(run, ending):
-    return watching.failure(ending, "log.txt", run.checkpoint_step())
+    return wording.failure(ending, "log.txt", run.checkpoint_step())
 
 
 def test_success(run):
@@ -143,7 +144,7 @@ def test_the_trainer_ends_when_its_parent_is_killed(run, tmp_path):
 import os, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 from tests.nodes.test_supervision import start, runs, Path
-child = start(runs.Run(Path({str(run.folder)!r})), "ok", seconds=1.0)
+child = start(runs.RunFolder(Path({str(run.folder)!r})), "ok", seconds=1.0)
 print(child.pid, flush=True)
 time.sleep(60)
 """
@@ -203,7 +204,7 @@ def small_disk(tmp_path):
 def test_full_disk(small_disk):
     folder = small_disk / "run"
     folder.mkdir()
-    run = runs.Run(folder)
+    run = runs.RunFolder(folder)
     run.settings.write_text(json.dumps({"run_dir": str(folder), "output": str(run.adapter(50)), "steps": 50}))
     ending, _, _ = follow(run, start(run, "full_disk"))
     assert "The disk is full (after step 1)" in words(run, ending), words(run, ending)
@@ -216,14 +217,14 @@ def test_full_disk(small_disk):
 def test_events_are_read_in_pieces(tmp_path):
     path = tmp_path / "events.jsonl"
     line = json.dumps({"v": 1, "event": "sample", "time": 1.0, "step": 1, "file": "x"})
-    feed = watching.EventFeed(path)
+    feed = feeds.EventFeed(path)
     assert feed.read() == []
     for piece, count in ((line[:20], 0), (line[20:], 0), ("\n" + line + "\n{", 2), ("}\n", 0), (line + "\n", 1)):
         with path.open("a") as file:
             file.write(piece)
         assert len(feed.read()) == count
     assert feed.garbage == 1
-    assert watching.EventFeed(path).read() == [] and len(watching.earlier_events(path)) == 3
+    assert feeds.EventFeed(path).read() == [] and len(feeds.earlier_events(path)) == 3
 
 
 def test_old_events_are_not_this_runs(run):

@@ -21,7 +21,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def small_cache(path, *, class_pictures=0, mask=False, flip=False, seed=0, source_key="", width=64):
+def small_cache(path, *, class_pictures=0, mask=False, flip=False, seed=0, width=64, **more):
     """Three pictures in two buckets and one caption; sizes that the golden model takes."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -38,7 +38,7 @@ def small_cache(path, *, class_pictures=0, mask=False, flip=False, seed=0, sourc
         EncodedText(torch.randn(5, width, generator=generator), torch.randn(width, generator=generator))
         for _ in range(2)
     ]
-    return save_cache(path, items, [picture(*size) for size in sizes], texts, empty_text=0, source_key=source_key)
+    return save_cache(path, items, [picture(*size) for size in sizes], texts, empty_text=0, **more)
 
 
 @pytest.fixture(scope="session")

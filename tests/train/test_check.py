@@ -22,7 +22,15 @@ from train.config import FitConfig, make_config
 from train.errors import TrainError
 from train.model.layer import inject
 from train.model.source import BaseModel
-from train.run.estimate import SAVED_DOUBLE, SAVED_SINGLE, estimate_memory, out_of_memory, require_memory
+from train.run.estimate import (
+    SAVED_DOUBLE,
+    SAVED_SINGLE,
+    Available,
+    MemoryPlan,
+    choose_memory,
+    out_of_memory,
+    require_memory,
+)
 from train.run.flow import velocity
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -66,6 +74,7 @@ def test_a_good_machine(settings):
     json.dumps(found)
     text = readable(found)
     assert text.endswith("ready to train") and "PROBLEM" not in text
+    assert "memory     base_storage fp32, gradient_checkpointing off, offload 0: about 1.0 GB of " in text
 
 
 @pytest.mark.parametrize(
@@ -147,6 +156,7 @@ def test_dry_run_prints_settings_that_can_be_read_back(settings):
     table, plan = text.split("\n\n")
     assert make_config(FitConfig, tomllib.loads(table)) == config
     assert "2 layers" in plan and "transformer_blocks.0.attn.to_q 128x128" in plan
+    assert "scaling    1 (alpha 8 / rank 8)" in plan
     assert "3 pictures, 0 class pictures, 2 buckets" in plan and "0.00 million" in plan
 
 
@@ -159,9 +169,12 @@ def flux(tmp_path_factory):
 
 
 def estimated(flux, resolution=512, **changes):
-    config = make_config(FitConfig, {"model": "m", "data": "d", "run_dir": "r"}, changes)
+    """The estimate of a plan: bf16, recomputed blocks, nothing waits in RAM, unless something else is asked for."""
+    plan = {"base_storage": "bf16", "gradient_checkpointing": True, "offload": 0.0}
+    config = make_config(FitConfig, {"model": "m", "data": "d", "run_dir": "r"}, plan, changes)
     side = resolution // 8
-    return estimate_memory(config, flux, flux.targets(config.targets), [(16, side, side, 512, 4096)])
+    targets, shapes = flux.targets(config.targets), [(16, side, side, 512, 4096)]
+    return choose_memory(config, flux, targets, shapes, Available(10**15, 10**15))[1]
 
 
 @pytest.mark.parametrize(
@@ -199,18 +212,72 @@ def test_more_takes_more(flux):
     assert estimated(flux, offload=1.0).ram - estimated(flux).ram == pytest.approx(23.4e9, rel=0.05)
 
 
-def test_a_run_that_does_not_fit_names_what_to_switch_on(flux, monkeypatch):
-    import psutil
-
-    memory = psutil.virtual_memory()._replace(available=10_000_000_000)
-    monkeypatch.setattr("train.run.estimate.psutil.virtual_memory", lambda: memory)
-    with pytest.raises(
-        TrainError, match=r"needs about 2\d\.\d GB of RAM, 10\.0 GB are free.*base_storage fp8"
-    ) as caught:
-        require_memory(estimated(flux), torch.device("cpu"))
+def test_a_run_that_does_not_fit_names_what_to_switch_on(flux):
+    with pytest.raises(TrainError, match=r"needs about 2\d\.\d GB of RAM, 10\.0 GB are free.*offload auto") as caught:
+        require_memory(estimated(flux), Available(10_000_000_000, None))
     assert caught.value.reason == "memory"
+    with pytest.raises(TrainError, match=r"needs about 2\d\.\d GB of GPU memory, 8\.0 GB are free"):
+        require_memory(estimated(flux), Available(10**12, 8_000_000_000))
     config = make_config(FitConfig, {"model": "m", "data": "d", "run_dir": "r"})
     assert "rank 64, batch_size 1" in str(out_of_memory(config))
+
+
+@pytest.fixture(scope="module")
+def flux_fp8(tmp_path_factory):
+    path = tmp_path_factory.mktemp("fp8") / "flux1-dev-fp8.safetensors"
+    return BaseModel(sparse_flux(path, dtype=torch.float8_e4m3fn))
+
+
+def chosen(source, vram, ram=64, resolution=512, storage=None, **changes):
+    """What is chosen with so many GB free; and that it fits."""
+    config = make_config(FitConfig, {"model": "m", "data": "d", "run_dir": "r"}, changes)
+    side = resolution // 8
+    available = Available(int(ram * 1e9), None if vram is None else int(vram * 1e9))
+    shapes = [(16, side, side, 512, 4096)]
+    plan, estimate = choose_memory(config, source, source.targets(), shapes, available, storage)
+    require_memory(estimate, available)
+    return plan
+
+
+def test_what_is_chosen_for_every_card(flux, flux_fp8):
+    """From an 8 GB card, of which a desktop takes some, to one with memory to spare."""
+    small = chosen(flux_fp8, 7.2, ram=24)
+    assert small.base_storage == "fp8" and small.gradient_checkpointing and 0.5 < small.offload <= 1.0
+    assert chosen(flux, 7.2) == small
+    twelve, sixteen = chosen(flux_fp8, 11.3), chosen(flux_fp8, 15.3)
+    assert small.offload > twelve.offload > sixteen.offload >= 0.0
+    assert chosen(flux_fp8, 23) == MemoryPlan("fp8", True, 0.0)
+    assert chosen(flux, 47) == MemoryPlan("bf16", False, 0.0)
+    assert chosen(flux, 31) == MemoryPlan("bf16", True, 0.0)
+    assert chosen(flux_fp8, 79) == MemoryPlan("fp8", False, 0.0)
+    assert chosen(flux, None, ram=24) == MemoryPlan("fp8", True, 0.0)
+
+
+def test_what_the_user_or_an_earlier_start_says_is_kept(flux):
+    assert chosen(flux, 79, base_storage="nf4").base_storage == "nf4"
+    assert chosen(flux, 79, gradient_checkpointing=True) == MemoryPlan("bf16", True, 0.0)
+    assert chosen(flux, 79, offload=0.5).offload == 0.5
+    assert chosen(flux, 11.3, base_storage="nf4").offload == 0.0
+    assert chosen(flux, 79, storage="fp8") == MemoryPlan("fp8", False, 0.0)
+    assert chosen(flux, 15.3, base_storage="bf16").offload > 0.4
+
+
+def test_too_little_for_anything_is_an_error_with_the_most_frugal_plan(flux):
+    with pytest.raises(TrainError, match="GPU memory, 3.0 GB are free"):
+        chosen(flux, 3.0)
+    with pytest.raises(TrainError, match="of RAM, 4.0 GB are free"):
+        chosen(flux, 7.2, ram=4)
+
+
+def test_check_of_an_fp8_file_estimates_what_would_be_used(settings, flux_fp8, monkeypatch):
+    """It used to count bf16 and call 27 GB a problem."""
+    free = Available(24_000_000_000, None)
+    monkeypatch.setattr("train.run.plan.free_memory", lambda device: free)
+    config = settings(model=str(flux_fp8.path), data="none", base_storage="auto", gradient_checkpointing="auto",
+                      rank=64, precision="bf16")  # fmt: skip
+    found = check(config, data=False)
+    assert not found["problems"] and found["chosen"]["base_storage"] == "fp8"
+    assert found["memory"].startswith("base_storage fp8, gradient_checkpointing on, offload 0: about 1")
 
 
 def kept_bytes(double, single, heads, tokens, text, dtype, checkpointing=False, rank=8):

@@ -117,13 +117,30 @@ def test_wrong_settings(arguments, message, caplog):
     assert message in caplog.text and "Traceback" not in caplog.text
 
 
+@pytest.mark.parametrize(
+    "flags, value",
+    [
+        ([], "auto"),
+        (["--gradient-checkpointing"], True),
+        (["--gradient-checkpointing", "on"], True),
+        (["--gradient-checkpointing", "off"], False),
+        (["--no-gradient-checkpointing"], False),
+        (["--gradient-checkpointing", "auto"], "auto"),
+    ],
+)
+def test_a_switch_that_may_be_auto(flags, value):
+    args = make_parser().parse_args(["fit", *flags, "--offload", "auto"])
+    config = cli._config(args, FitConfig, {"model": "m", "data": "d", "run_dir": "r"})
+    assert config.gradient_checkpointing == value and config.offload == "auto"
+
+
 def test_flags_win_over_the_file(run, capsys):
     assert run("fit", "--dry-run", "--rank", 4, "--targets", "attn.to_q", "attn.to_k", "--no-use-mask") == DONE
     lines = capsys.readouterr().out.splitlines()
     assert "rank = 4" in lines and 'targets = ["attn.to_q", "attn.to_k"]' in lines and "use_mask = false" in lines
     assert "alpha = 8.0" in lines, "what no flag says stays as the file has it"
     assert any("4 layers" in line for line in lines)
-    assert any(line.startswith("memory     about") for line in lines)
+    assert any(line.startswith("memory     base_storage fp32") for line in lines)
 
 
 def test_dry_run_writes_nothing(run, tmp_path):

@@ -6,7 +6,7 @@ from dataclasses import MISSING, fields
 
 import pytest
 
-from train.config import ConfigError, EncodeConfig, FitConfig, as_table, choices, load_settings, make_config
+from train.config import ConfigError, EncodeConfig, FitConfig, as_table, choices, load_settings, make_config, plain_type
 
 FIT = {"model": "m", "data": "d", "run_dir": "r"}
 ENCODE = {"pipeline": "p", "pictures": ["a"], "output": "o", "instance_prompt": "x"}
@@ -21,10 +21,20 @@ def test_there_and_back_through_json(kind, base):
 
 def test_published_defaults():
     config = make_config(FitConfig, FIT)
-    assert (config.rank, config.alpha, config.learning_rate, config.steps) == (64, 64.0, 1e-4, 1000)
+    assert (config.rank, config.adapter_alpha, config.learning_rate, config.steps) == (64, 64.0, 1e-4, 1000)
     assert (config.batch_size, config.gradient_accumulation, config.guidance) == (1, 4, 1.0)
     assert (config.method, config.init, config.precision, config.scaling) == ("delta_r_triangular", "zero", "bf16", 1.0)
     assert config.targets == () and config.scheduler == "constant" and config.timestep_sampling == "uniform"
+
+
+def test_alpha_follows_the_rank_until_it_is_stated():
+    """Lowering the rank alone used to multiply the update; settings files of before say 64 and keep their meaning."""
+    low = make_config(FitConfig, FIT, {"rank": 16})
+    assert low.scaling == 1.0 and low.adapter_alpha == 16.0
+    stated = make_config(FitConfig, FIT, {"rank": 16, "alpha": 64})
+    assert stated.scaling == 4.0
+    same = make_config(FitConfig, FIT, {"rank": 16, "alpha": 16})
+    assert same.trajectory() == low.trajectory() and same.key_fields() == low.key_fields()
 
 
 def test_later_sources_win():
@@ -35,10 +45,10 @@ def test_later_sources_win():
 def test_every_setting_has_a_help_text_and_every_number_a_range(kind):
     for one in fields(kind):
         assert len(one.metadata["help"]) >= 8, one.name
-        if one.type in (int, float):
+        if plain_type(one) in (int, float):
             low, high = one.metadata["low"], one.metadata["high"]
             assert low is not None and high is not None and low < high, one.name
-            assert low <= one.default <= high
+            assert one.default == "auto" or low <= one.default <= high
 
 
 @pytest.mark.parametrize(
@@ -56,7 +66,13 @@ def test_every_setting_has_a_help_text_and_every_number_a_range(kind):
         ({"alpha": math.nan}, "alpha is nan"),
         ({"alpha": math.inf}, "alpha is inf"),
         ({"alpha": False}, "alpha is False"),
-        ({"gradient_checkpointing": 1}, "gradient_checkpointing is 1, expected bool"),
+        ({"gradient_checkpointing": 1}, "gradient_checkpointing is 1, expected bool or auto"),
+        ({"gradient_checkpointing": "on"}, "gradient_checkpointing is 'on', expected bool or auto"),
+        ({"offload": "half"}, "offload is 'half', expected float or auto"),
+        ({"offload": 1.5}, "offload is 1.5, expected 0 to 1"),
+        ({"base_storage": "fp4"}, "base_storage is 'fp4', expected one of auto, bf16"),
+        ({"alpha": "auto"}, "alpha is 'auto', expected float"),
+        ({"trigger": "\ud800"}, "trigger is '.ud800', which is not valid Unicode"),
         ({"method": "lora"}, "expected one of delta_r, delta_r_triangular, qr"),
         ({"method": ["qr"]}, "expected one of"),
         ({"precision": "BF16"}, "precision is 'BF16'"),
@@ -81,9 +97,20 @@ def test_refused(change, message):
 
 
 @pytest.mark.parametrize(
-    "change", [{"alpha": 8}, {"seed": 2**63 - 1}, {"offload": 1}, {"optimizer": "prodigy", "learning_rate": 1},
-               {"scheduler": "piecewise_constant", "scheduler_rules": "1:100,0.1:500,0.01"}]
-)  # fmt: skip
+    "change",
+    [
+        {"alpha": 8},
+        {"alpha": 0},
+        {"seed": 2**63 - 1},
+        {"offload": 1},
+        {"offload": "auto", "base_storage": "nf4"},
+        {"gradient_checkpointing": False},
+        {"base_storage": "auto"},
+        {"model": "/x/\ud800"},
+        {"optimizer": "prodigy", "learning_rate": 1},
+        {"scheduler": "piecewise_constant", "scheduler_rules": "1:100,0.1:500,0.01"},
+    ],
+)
 def test_accepted(change):
     config = make_config(FitConfig, FIT, change)
     assert all(getattr(config, key) == value for key, value in change.items())
@@ -160,5 +187,24 @@ def test_what_a_resumed_run_must_share_and_what_names_a_result():
 def test_choices_are_those_of_the_types():
     found = {one.name: choices(one) for one in fields(FitConfig)}
     assert found["method"] == ("delta_r", "delta_r_triangular", "qr") and found["rank"] is None
+    assert found["base_storage"] == ("auto", "bf16", "fp16", "fp32", "fp8", "int8", "nf4") and found["offload"] is None
     required = [one.name for one in fields(FitConfig) if one.default is MISSING]
     assert required == ["model", "data", "run_dir"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"steps": 16**6000},
+        {"steps": [[1] * 100] * 1000},
+        {"rank": "9" * 10_000},
+        {"scheduler": "piecewise_constant", "scheduler_rules": "1:" + "9" * 5000 + ",1"},
+        {"x" * 100_000: 1},
+        {"targets": ["a", 16**6000]},
+    ],
+    ids=lambda settings: next(iter(settings))[:20],
+)
+def test_numbers_and_texts_of_any_length_are_refused_in_few_words(settings):
+    with pytest.raises(ConfigError) as caught:
+        make_config(FitConfig, {"model": "m", "data": "d", "run_dir": "r"}, settings)
+    assert len(str(caught.value)) < 1000

@@ -180,6 +180,25 @@ def test_a_finished_run_is_not_trained_again(settings):
         fit(replace(config, steps=3))
 
 
+def test_auto_keeps_what_an_earlier_start_chose(settings, monkeypatch):
+    """Memory that is tight today does not make it another run: how the base is held decides the trajectory."""
+    config = settings(base_storage="auto", gradient_checkpointing="auto", precision="bf16", steps=1)
+    fit(config)
+    resolved = json.loads((Path(config.run_dir) / "resolved.json").read_text())
+    assert resolved["base_storage"] == "bf16" and resolved["gradient_checkpointing"] is False
+    monkeypatch.setattr("train.run.estimate._storages", lambda config, source: ("fp8",))
+    started = next(e for e in run_events(replace(config, steps=2)) if e.kind == "started")
+    assert started.data["first_step"] == 1 and started.data["memory"].startswith("base_storage bf16")
+    assert started.data["scaling"] == 1.0
+
+
+def test_the_trigger_of_the_cache_gets_into_the_adapter(settings, tmp_path):
+    data = small_cache(tmp_path / "data.safetensors", metadata={"qrlora.trigger": "<c>", "qrlora.prompt": "a <c> dog"})
+    metadata = open_adapter(fit(settings(data=str(data), steps=1))).metadata
+    assert metadata["qrlora.trigger"] == metadata["modelspec.trigger_phrase"] == "<c>"
+    assert metadata["qrlora.prompt"] == "a <c> dog"
+
+
 def test_a_second_start_decomposes_nothing(settings, elsewhere, monkeypatch):
     fit(settings())
     monkeypatch.setattr("train.model.basis.decompose", lambda *a, **k: pytest.fail("decomposed again"))
@@ -576,7 +595,7 @@ def test_texts_of_another_width_are_refused(settings, tmp_path):
 
 def test_memory_is_estimated_first(settings, monkeypatch):
     monkeypatch.setattr("psutil.virtual_memory", lambda: type("M", (), {"available": 10_000_000})())
-    with pytest.raises(TrainError, match="gradient_checkpointing true; base_storage fp8") as caught:
+    with pytest.raises(TrainError, match="close other programs.*gradient_checkpointing and offload auto") as caught:
         fit(settings())
     assert caught.value.reason == "memory"
     fit(settings(memory_check=False))

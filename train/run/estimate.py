@@ -1,18 +1,19 @@
-"""How much memory a run will take, before anything is loaded."""
+"""How much memory a run will take, before anything is loaded, and what to choose where that is left to the trainer."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import psutil
 import torch
 
 from qrlora_core import LayerTarget
 
-from ..config import FitConfig
+from ..config import FitConfig, Storage
 from ..errors import TrainError
 from ..model.source import BaseModel
-from ..model.transformer import BITS, DTYPES
+from ..model.transformer import BITS, DTYPES, NEEDS
 
 # Activations that autograd keeps of one block, in multiples of tokens * hidden size, counted with saved-tensor hooks on
 # a small FLUX (tests compare). A block that is recomputed keeps its input only.
@@ -22,8 +23,29 @@ SAVED_SINGLE = 14.5
 _WORKING = 12.0
 # What CUDA, its libraries and its allocator's gaps take.
 _OVERHEAD = 1_000_000_000
+_OFFLOAD_STEPS = 20
 # Bytes per trained number: itself, its gradient, the optimizer's state
 _OPTIMIZER_BYTES = {"adamw": 4 + 4 + 8, "adamw8bit": 4 + 4 + 2.1, "prodigy": 4 + 4 + 16}
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """What decides how much memory a run takes and how fast it is, with nothing left to "auto"."""
+
+    base_storage: Storage
+    gradient_checkpointing: bool
+    offload: float
+
+    def __str__(self) -> str:
+        switch = "on" if self.gradient_checkpointing else "off"
+        return f"base_storage {self.base_storage}, gradient_checkpointing {switch}, offload {self.offload:g}"
+
+
+class Available(NamedTuple):
+    """Bytes that are free. `vram` is None where the model lies in RAM."""
+
+    ram: int
+    vram: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +68,44 @@ class MemoryEstimate:
         return self.offloaded + 2_000_000_000
 
 
+def choose_memory(
+    config: FitConfig,
+    source: BaseModel,
+    targets: Sequence[LayerTarget],
+    shapes: Sequence[tuple[int, ...]],
+    available: Available,
+    storage: Storage | None = None,
+) -> tuple[MemoryPlan, MemoryEstimate]:
+    """The first plan that fits into what is free, from exact and fast to frugal and slow; the last one if none does.
+
+    Settings that are not "auto" are kept as they are.
+
+    Args:
+        config, source, targets, shapes: see `estimate_memory`.
+        available: what is free.
+        storage: how the base was held when the run began: that decides its trajectory, and is kept.
+    """
+    plan, estimate = None, None
+    for plan in _plans(config, source, available, storage):
+        estimate = estimate_memory(config, plan, source, targets, shapes)
+        if not _lacking(estimate, available):
+            break
+    assert plan is not None and estimate is not None, "there is at least one plan"
+    return plan, estimate
+
+
 def estimate_memory(
-    config: FitConfig, source: BaseModel, targets: Sequence[LayerTarget], shapes: Sequence[tuple[int, ...]]
+    config: FitConfig,
+    plan: MemoryPlan,
+    source: BaseModel,
+    targets: Sequence[LayerTarget],
+    shapes: Sequence[tuple[int, ...]],
 ) -> MemoryEstimate:
     """Add up what `fit` will hold.
 
     Args:
         config: settings.
+        plan: how memory is spent.
         source: base model.
         targets: the adapted layers.
         shapes: per bucket: channels, height, width of the latents, tokens and width of the texts.
@@ -62,11 +115,11 @@ def estimate_memory(
         math.prod(s.shape) for n, s in source.specs.items() if "transformer_blocks." in n and ".norm_" not in n
     )
     outside = sum(math.prod(s.shape) for s in source.specs.values()) - inside
-    blocks = int(inside * BITS[config.base_storage] / 8)
-    offloaded = int(blocks * config.offload)
+    blocks = int(inside * BITS[plan.base_storage] / 8)
+    offloaded = int(blocks * plan.offload)
     # weights that are cast for use are kept as cast until the backward pass has used them
-    casts = config.base_storage != config.precision and config.base_storage not in ("int8", "nf4")
-    live = _largest_block(source) if config.gradient_checkpointing else inside
+    casts = plan.base_storage != config.precision and plan.base_storage not in ("int8", "nf4")
+    live = _largest_block(source) if plan.gradient_checkpointing else inside
     columns = sum(t.shape[0] if config.method != "qr" else t.shape[0] + t.shape[1] for t in targets)
     trained = config.rank * sum(t.shape[1] if config.method != "qr" else sum(t.shape) for t in targets)
     return MemoryEstimate(
@@ -74,35 +127,68 @@ def estimate_memory(
         offloaded=offloaded,
         trained=int(trained * _OPTIMIZER_BYTES[config.optimizer]),
         basis=config.rank * columns * (4 if config.method == "qr" else compute),
-        activations=max(_activations(config, source, shape) for shape in shapes) + casts * live * compute,
+        activations=max(_activations(config, plan, source, shape) for shape in shapes) + casts * live * compute,
         overhead=_OVERHEAD,
     )
 
 
-def require_memory(estimate: MemoryEstimate, device: torch.device) -> None:
+def free_memory(device: torch.device) -> Available:
+    """What is free now."""
+    vram = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+    return Available(psutil.virtual_memory().available, vram)
+
+
+def require_memory(estimate: MemoryEstimate, available: Available) -> None:
     """Refuse a run that will not fit.
 
     Raises:
         TrainError: reason "memory"; the message names what to switch on.
     """
-    free_ram = psutil.virtual_memory().available
-    if device.type == "cuda":
-        free, whole = torch.cuda.mem_get_info(device)
-        if estimate.vram > free:
-            raise TrainError(
-                "memory",
-                f"training needs about {gigabytes(estimate.vram)} of GPU memory, {gigabytes(free)} of "
-                f"{gigabytes(whole)} are free ({breakdown(estimate)}). {_ADVICE}",
-            )
-        needed = estimate.ram
-    else:
-        needed = estimate.vram + estimate.offloaded
-    if needed > free_ram:
+    lacking = _lacking(estimate, available)
+    if lacking:
+        kind, needed, free = lacking
         raise TrainError(
             "memory",
-            f"training needs about {gigabytes(needed)} of RAM, {gigabytes(free_ram)} are free ({breakdown(estimate)}). "
+            f"training needs about {gigabytes(needed)} of {kind}, {gigabytes(free)} are free ({breakdown(estimate)}). "
             f"{_ADVICE}",
         )
+
+
+def _lacking(estimate: MemoryEstimate, available: Available) -> tuple[str, int, int] | None:
+    """Which memory is too small: its name, what is needed, what is free."""
+    if available.vram is not None and estimate.vram > available.vram:
+        return "GPU memory", estimate.vram, available.vram
+    needed = estimate.ram if available.vram is not None else estimate.vram + estimate.offloaded
+    return ("RAM", needed, available.ram) if needed > available.ram else None
+
+
+def _plans(config: FitConfig, source: BaseModel, available: Available, storage: Storage | None) -> Iterator[MemoryPlan]:
+    """From exact and fast to frugal and slow."""
+    storages: Sequence[Storage] = (storage,) if storage else _storages(config, source)
+    switches = (False, True) if config.gradient_checkpointing == "auto" else (config.gradient_checkpointing,)
+    first = 0.0 if config.offload == "auto" else config.offload
+    for held in storages:
+        yield from (MemoryPlan(held, switch, first) for switch in switches)
+    last = storages[-1]
+    if config.offload == "auto" and available.vram is not None and last not in NEEDS:
+        yield from (MemoryPlan(last, switches[-1], step / _OFFLOAD_STEPS) for step in range(1, _OFFLOAD_STEPS + 1))
+
+
+def _storages(config: FitConfig, source: BaseModel) -> Sequence[Storage]:
+    """In which dtypes the base may be held, the most exact first. A plain fp8 file loses nothing in fp8."""
+    if config.base_storage != "auto":
+        return (config.base_storage,)
+    return ("fp8",) if "float8_e4m3fn" in source.formats else (config.precision, "fp8")
+
+
+def memory_text(estimate: MemoryEstimate, available: Available) -> str:
+    """What a run takes of what is free, in words."""
+    if available.vram is None:
+        return f"{gigabytes(estimate.vram + estimate.offloaded)} of {gigabytes(available.ram)} free RAM"
+    return (
+        f"{gigabytes(estimate.vram)} of {gigabytes(available.vram)} free GPU memory and {gigabytes(estimate.ram)} of "
+        f"{gigabytes(available.ram)} free RAM"
+    )
 
 
 def breakdown(estimate: MemoryEstimate) -> str:
@@ -122,8 +208,8 @@ def gigabytes(size: float) -> str:
 
 
 _ADVICE = (
-    "In this order: close other programs that use the device; gradient_checkpointing true; base_storage fp8, then "
-    "nf4; optimizer adamw8bit; offload 0.5 or more (not with int8 or nf4); batch_size 1; a lower resolution or rank. "
+    "In this order: close other programs that use the device; base_storage, gradient_checkpointing and offload auto; "
+    "optimizer adamw8bit; batch_size 1; a lower resolution or rank; base_storage nf4, which needs bitsandbytes. "
     "memory_check false tries anyway"
 )
 
@@ -143,12 +229,12 @@ def _largest_block(source: BaseModel) -> int:
     return max(sizes.values())
 
 
-def _activations(config: FitConfig, source: BaseModel, shape: tuple[int, ...]) -> int:
+def _activations(config: FitConfig, plan: MemoryPlan, source: BaseModel, shape: tuple[int, ...]) -> int:
     _, height, width, text, _ = shape
     hidden = source.config["num_attention_heads"] * source.config["attention_head_dim"]
     double, single = source.blocks
     bytes_each = config.batch_size * (height * width // 4 + text) * hidden * DTYPES[config.precision].itemsize
-    if config.gradient_checkpointing:
+    if plan.gradient_checkpointing:
         kept = double + single + max(SAVED_DOUBLE, SAVED_SINGLE)
     else:
         kept = SAVED_DOUBLE * double + SAVED_SINGLE * single

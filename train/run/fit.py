@@ -180,6 +180,8 @@ def _started(run: Run) -> dict[str, Any]:
         "first_step": run.done,
         "pack_version": __version__,
         "run_dir": name,
+        "scaling": run.config.scaling,
+        "memory": str(run.plan),
     }
 
 

@@ -20,7 +20,8 @@ def save(run: Run) -> Path:
     if run.accelerator.is_main_process:
         run.reporter.phase("save", text="writing the adapter")
         adapter = stored(
-            trained_adapter(run.layers, run.basis_of, run.config.alpha, run.config.name or path.stem), run.config
+            trained_adapter(run.layers, run.basis_of, run.config.adapter_alpha, run.config.name or path.stem),
+            run.config,
         )
         save_adapter(adapter, path, format=run.config.output_format, metadata=adapter_metadata(run), overwrite=True)
         written = open_adapter(path)
@@ -48,21 +49,22 @@ def stored(adapter: Adapter, config: FitConfig) -> Adapter:
         layer = adapter.layer(name)
         initial = None if layer.initial is None else type(layer.initial)(*(t.to(dtype) for t in layer.initial))
         layers[name] = layer._replace(up=layer.up.to(dtype), down=layer.down.to(dtype), initial=initial)
-    return Adapter.from_tensors(adapter.name, layers, config.alpha, method=adapter.method)
+    return Adapter.from_tensors(adapter.name, layers, config.adapter_alpha, method=adapter.method)
 
 
 def adapter_metadata(run: Run) -> dict[str, str]:
     """What a reader of the file may want to know besides the standard fields; no path of this machine."""
-    config = run.config
+    config, encoded = run.config, run.sampler.cache.metadata
+    trigger = config.trigger or encoded.get("qrlora.trigger", "")
     fields = {
         "qrlora.run_id": run.run_id,
         "qrlora.base_fingerprint": run.source.fingerprint,
-        "qrlora.trigger": config.trigger,
-        "qrlora.prompt": config.prompt,
+        "qrlora.trigger": trigger,
+        "qrlora.prompt": config.prompt or encoded.get("qrlora.prompt", ""),
         "qrlora.steps": str(run.done),
         "qrlora.learning_rate": f"{config.learning_rate:g}",
         "qrlora.seed": str(config.seed),
-        "modelspec.trigger_phrase": config.trigger,
+        "modelspec.trigger_phrase": trigger,
     }
     return {key: value for key, value in fields.items() if value}
 

@@ -1,5 +1,6 @@
 """The half of `check` that needs torch: device, model, data, memory."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from ..config import FitConfig
 from ..data.batches import Sampler
 from ..errors import TrainError
 from ..model.source import BaseModel
-from .estimate import breakdown, estimate_memory, gigabytes, require_memory
+from .estimate import breakdown, choose_memory, free_memory, gigabytes, memory_text, require_memory
 from .prepare import make_accelerator
 
 Problems = list[dict[str, str]]
@@ -53,15 +54,19 @@ def look_at_files(config: FitConfig, found: dict[str, Any], problems: Problems, 
             shapes = Sampler(TrainingCache(Path(config.data)), config).shapes
         except QRLoRAError as error:
             problems.append({"what": str(error), "fix": "write the training cache with `python -m train encode`"})
-    estimate = estimate_memory(config, source, targets, shapes)
+    # without a device the problem is another one, and an estimate for the CPU is better than none
+    available = free_memory(torch.device(found["device"].split(" ")[0] if found["device"] else "cpu"))
+    plan, estimate = choose_memory(config, source, targets, shapes, available)
     # the basis, two checkpoints and one being written, and the adapter
     disk = 2 * sum(config.rank * sum(target.shape) * 4 for target in targets) + 4 * estimate.trained
     found["estimate"] = {"vram": estimate.vram, "ram": estimate.ram, "disk": disk}
+    found["chosen"] = asdict(plan)
+    found["memory"] = f"{plan}: about {memory_text(estimate, available)}"
     if found["disk_free"] < disk:
         problems.append({"what": f"the run needs about {gigabytes(disk)} of disk", "fix": "free some room"})
     if found["device"] and config.memory_check:
         try:
-            require_memory(estimate, torch.device(found["device"].split(" ")[0]))
+            require_memory(estimate, available)
         except TrainError as error:
             what, _, fix = str(error).partition(". ")
             problems.append({"what": what, "fix": fix})
@@ -74,14 +79,16 @@ def planned(config: FitConfig) -> str:
     cache = TrainingCache(Path(config.data))
     sampler = Sampler(cache, config)
     shapes = sampler.shapes + Sampler(cache, config, is_class=True).shapes
-    estimate = estimate_memory(config, source, targets, shapes)
+    available = free_memory(make_accelerator(config).device)
+    plan, estimate = choose_memory(config, source, targets, shapes, available)
     count = sum(config.rank * (t.shape[1] if config.method != "qr" else sum(t.shape)) for t in targets)
     pictures = sum(not item.is_class for item in cache.items)
     lines = [
         f"base       {source.path.name}, {source.blocks[0]} double and {source.blocks[1]} single blocks, "
         f"fingerprint {source.fingerprint}",
         f"data       {pictures} pictures, {len(cache.items) - pictures} class pictures, {len(sampler.shapes)} buckets",
-        f"memory     about {gigabytes(estimate.vram)} on the device ({breakdown(estimate)})",
+        f"memory     {plan}: about {memory_text(estimate, available)} ({breakdown(estimate)})",
+        f"scaling    {config.scaling:g} (alpha {config.adapter_alpha:g} / rank {config.rank})",
         f"trained    {count / 1e6:.2f} million numbers in {len(targets)} layers:",
     ]
     lines += [f"  {target.name} {target.shape[0]}x{target.shape[1]}" for target in targets]

@@ -6,23 +6,24 @@ import logging
 import os
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from qrlora_core import FileFormatError, LayerTarget, TensorFile, TrainingCache
 
-from ..config import TRAJECTORY_VERSION, FitConfig, as_table
+from ..config import AUTO, TRAJECTORY_VERSION, FitConfig, Storage, as_table
 from ..data.batches import Sampler, generator_of
 from ..errors import TrainError
 from ..model.basis import BasisOf, cached_basis
 from ..model.layer import QRLinear, inject, parameter_shapes, trained_parameters
 from ..model.source import BaseModel
-from ..model.transformer import DTYPES, load_transformer
+from ..model.transformer import BITS, DTYPES, load_transformer
 from .checkpoint import (
     BASIS,
     OPTIMIZER,
@@ -33,7 +34,7 @@ from .checkpoint import (
     remove_leftovers,
     set_damaged_aside,
 )
-from .estimate import estimate_memory, require_memory
+from .estimate import MemoryPlan, choose_memory, estimate_memory, free_memory, memory_text, require_memory
 from .optim import make_optimizer, make_scheduler, restore_optimizer
 from .reporter import Reporter
 from .stop import StopWatch
@@ -48,6 +49,7 @@ class Run:
     """A run that is ready for its next step."""
 
     config: FitConfig
+    plan: MemoryPlan
     accelerator: Any
     source: BaseModel
     sampler: Sampler
@@ -88,23 +90,29 @@ def prepare(config: FitConfig, accelerator: Any, reporter: Reporter, watch: Stop
     sampler, class_sampler = Sampler(cache, config), Sampler(cache, config, is_class=True)
     _check_data(sampler, source, cache)
     targets = source.targets(config.targets)
+    shapes = sampler.shapes + class_sampler.shapes
+    available = free_memory(accelerator.device)
+    plan, _ = choose_memory(config, source, targets, shapes, available, _begun_with(run_dir, config))
+    plan = _agreed(plan, accelerator)
+    estimate = estimate_memory(config, plan, source, targets, shapes)
     identity = {
         "version": TRAJECTORY_VERSION,
         "base": source.fingerprint,
         "data": cache.identity(),
         "processes": accelerator.num_processes,
         **config.trajectory(),
+        "base_storage": plan.base_storage,
     }
     run_id = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     checkpoint = _resumed(config, identity, parameter_shapes(targets, config.method, config.rank))
     _require_own_output(output_path(config), run_id)
     if config.memory_check:
-        shapes = sampler.shapes + class_sampler.shapes
-        require_memory(estimate_memory(config, source, targets, shapes), accelerator.device)
+        require_memory(estimate, available)
     if main:
+        log.info("%s: about %s", plan, memory_text(estimate, available))
         remove_leftovers(run_dir)
         set_damaged_aside(run_dir, checkpoint)
-        _write_settings(config)
+        _write_settings(config, plan)
 
     def on_basis(done: int, total: int) -> None:
         watch.check()
@@ -120,9 +128,7 @@ def prepare(config: FitConfig, accelerator: Any, reporter: Reporter, watch: Stop
     with accelerator.local_main_process_first():  # the others find the file
         basis_of, _ = cached_basis(folder, source, targets, config.rank, config.decomposition, device, on_basis)
     _require_same_basis(checkpoint, targets, basis_of)
-    model = load_transformer(
-        source, config.base_storage, config.precision, accelerator.device, config.offload, on_model
-    )
+    model = load_transformer(source, plan.base_storage, config.precision, accelerator.device, plan.offload, on_model)
     layers = inject(
         model,
         targets,
@@ -133,7 +139,7 @@ def prepare(config: FitConfig, accelerator: Any, reporter: Reporter, watch: Stop
         device=accelerator.device,
         dtype=DTYPES[config.precision],
     )
-    if config.gradient_checkpointing:
+    if plan.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     model.train()
     parameters = trained_parameters(layers)
@@ -146,6 +152,7 @@ def prepare(config: FitConfig, accelerator: Any, reporter: Reporter, watch: Stop
             scaler.load_state_dict(checkpoint.state["scaler"])
     return Run(
         config=config,
+        plan=plan,
         accelerator=accelerator,
         source=source,
         sampler=sampler,
@@ -242,6 +249,21 @@ def _require_own_output(path: Path, run_id: str) -> None:
             raise TrainError("settings", f"{path.name} exists and is not of this run; choose another output or run_dir")
 
 
+def _agreed(plan: MemoryPlan, accelerator: Any) -> MemoryPlan:
+    """The main process's plan, in all processes: their cards may have different amounts of memory free."""
+    if accelerator.num_processes == 1:
+        return plan
+    agreed: MemoryPlan = broadcast_object_list([plan])[0]
+    return agreed
+
+
+def _begun_with(run_dir: Path, config: FitConfig) -> Storage | None:
+    """How an earlier start of this run held the base, where that is left to the trainer: it decides the trajectory."""
+    newest = newest_checkpoint(run_dir) if config.base_storage == AUTO and config.resume != "never" else None
+    held = newest.state["identity"].get("base_storage") if newest is not None else None
+    return held if held in BITS else None
+
+
 def _resumed(
     config: FitConfig, identity: dict[str, Any], parameters: Mapping[str, tuple[int, ...]]
 ) -> Checkpoint | None:
@@ -315,10 +337,11 @@ def _start(config: FitConfig, target: LayerTarget) -> Tensor | None:
     return torch.randn(config.rank, target.shape[1], generator=generator) * config.delta_scale
 
 
-def _write_settings(config: FitConfig) -> None:
-    """What this run was told, beside its results. No absolute paths: folders are shared and moved."""
+def _write_settings(config: FitConfig, plan: MemoryPlan) -> None:
+    """What this run was told and what it chose, beside its results. No absolute paths: folders are shared and moved."""
+    chosen = asdict(plan) | {"alpha": config.adapter_alpha}
     names = {key: Path(getattr(config, key)).name for key in ("model", "data", "run_dir", "output", "basis_cache")}
     path = Path(config.run_dir) / "resolved.json"
     temporary = path.with_name(f".qrlora-{uuid.uuid4().hex}.tmp")
-    temporary.write_text(json.dumps(as_table(config) | names, indent=1), encoding="utf-8")
+    temporary.write_text(json.dumps(as_table(config) | chosen | names, indent=1), encoding="utf-8")
     temporary.replace(path)

@@ -1,0 +1,306 @@
+"""Live application: `y = W x + sum_i a_i Q_i (dR_i x)` beside a weight that nobody touches (design, section 13).
+
+    recipe --layout--> Factors (a small model of its own, which the host loads, moves and unloads like any other)
+                   \\-> LiveState (one table of a_i for each clone; read at every step)
+
+Turning alpha makes a new table and nothing else: no weight is patched, moved or summed. Any storage format serves,
+because W is never read.
+"""
+
+import logging
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import comfy.model_patcher
+import comfy.utils
+import torch
+from comfy.patcher_extension import PatcherInjection, WrappersMP
+from torch import Tensor, nn
+
+from ...qrlora_core import MergeRecipe, SettingError, WeightSlice, same_basis, term_products
+from .initial_basis import initial_bases
+from .places import PREFIX
+from .session import interruptible
+from .steps import Factors, StepReader
+
+log = logging.getLogger(__name__)
+
+KEY = "qr_lora_live"
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Where the columns of one layer go: `length` outputs from `start`, through `up` (length, rank)."""
+
+    start: int
+    length: int
+    up: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """Terms of one module that share a basis in all of its layers.
+
+    Attributes:
+        rows: of each layer, in the order of the columns.
+        downs: index of a term -> index of its dR of all layers, one below the other: (sum of ranks, in).
+    """
+
+    rows: tuple[Rows, ...]
+    downs: tuple[tuple[int, int], ...]
+
+
+class FactorStore(nn.Module):
+    """Q and dR of a set of adapters in the dtype that a model computes in. The host treats it as a model.
+
+    Attributes:
+        layout: module name -> stacks.
+        patcher: the host's handle of it; clones of this one are what it loads.
+    """
+
+    layout: dict[str, tuple[Stack, ...]]
+    patcher: Any
+
+    def __init__(self, layout: dict[str, tuple[Stack, ...]], tensors: Sequence[Tensor], model: Any) -> None:
+        super().__init__()
+        self.layout = layout
+        self.tensors = nn.ParameterList([nn.Parameter(tensor, requires_grad=False) for tensor in tensors])
+        # the plain loader: a few small tensors gain nothing by being moved at every use
+        self.patcher = comfy.model_patcher.ModelPatcher(self, model.load_device, model.offload_device)
+
+
+class LiveState:
+    """What the hooks of one clone read.
+
+    Attributes:
+        recipe: everything that is added, by this node and by earlier ones.
+        table: the factor of each term at the present evaluation, one tuple for the whole batch or one for each of its
+            prompts.
+    """
+
+    def __init__(self, recipe: MergeRecipe, store: FactorStore, places: Mapping[str, WeightSlice]) -> None:
+        self.recipe, self.store, self.places = recipe, store, dict(places)
+        self.reader = StepReader(recipe.terms)
+        self.table: tuple[Factors, ...] = ()
+        self.uncalled: set[nn.Module] = set()
+        self._handles: list[Any] = []
+
+    def inject(self, patcher: Any) -> None:
+        """Hook every module; what a clone that is gone may have left there is taken away first."""
+        self.eject(patcher)
+        modules = {name: comfy.utils.get_attr(patcher.model, name) for name in self.store.layout}
+        for name, module in modules.items():
+            remove_hooks(module)
+            hook = _Hook(self, self.store.layout[name])
+            self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        self.uncalled = set(modules.values())
+
+    def eject(self, _patcher: Any) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+
+
+class _Hook:
+    """Adds the update to the output of one module."""
+
+    def __init__(self, state: LiveState, stacks: tuple[Stack, ...]) -> None:
+        self.state, self.stacks = state, stacks
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor:
+        table = self.state.table
+        self.state.uncalled.discard(module)
+        if not any(any(factors) for factors in table):
+            return y
+        x = args[0] if args else next(iter(kwargs.values()))
+        if len(set(table)) == 1:
+            self._add(x, y, table[0])
+            return y
+        if x.shape[0] % len(table):
+            raise SettingError(
+                f"this model mixes the {len(table)} prompts of a batch before {type(module).__name__} (shape "
+                f"{tuple(x.shape)}), so an adapter cannot act on one of them only; use one strength for all"
+            )
+        for rows, made, factors in zip(x.chunk(len(table)), y.chunk(len(table)), table):
+            self._add(rows, made, factors)
+        return y
+
+    def _add(self, x: Tensor, y: Tensor, factors: Factors) -> None:
+        """Add to `y` what the terms with these factors add; in place, because `y` was just made."""
+        for stack in self.stacks:
+            active = [(factors[term], down) for term, down in stack.downs if factors[term]]
+            if not active:
+                continue
+            dtype = x.dtype if x.dtype.is_floating_point and x.dtype.itemsize > 1 else y.dtype
+            hidden = nn.functional.linear(x.to(dtype), self._down(active, x.device, dtype))
+            column = 0
+            for rows in stack.rows:
+                up = self._tensor(rows.up, x.device, dtype)
+                change = nn.functional.linear(hidden[..., column : column + up.shape[1]], up)
+                y[..., rows.start : rows.start + rows.length] += change.to(y.dtype)
+                column += up.shape[1]
+
+    def _down(self, active: list[tuple[float, int]], device: torch.device, dtype: torch.dtype) -> Tensor:
+        """The sum of dR's, summed in float32 and rounded once."""
+        (factor, index), *others = active
+        if not others and factor == 1.0:
+            return self._tensor(index, device, dtype)
+        total = self._tensor(index, device, torch.float32) * factor
+        for factor, index in others:
+            total.add_(self._tensor(index, device, torch.float32), alpha=factor)
+        return total.to(dtype)
+
+    def _tensor(self, index: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Where the host left it on the CPU for lack of memory, it comes for this use."""
+        return self.state.store.tensors[index].to(device, dtype, non_blocking=True)
+
+
+def remove_hooks(module: nn.Module) -> int:
+    """Take every hook of this kind off a module, whoever put it there; how many there were."""
+    ours = [key for key, hook in module._forward_hooks.items() if isinstance(hook, _Hook)]
+    for key in ours:
+        del module._forward_hooks[key]
+        module._forward_hooks_with_kwargs.pop(key, None)
+    return len(ours)
+
+
+def live_clone(model: Any, recipe: MergeRecipe, places: Mapping[str, WeightSlice]) -> Any:
+    """A clone of `model` that adds a recipe while it runs, besides what an earlier node made it add.
+
+    Args:
+        model: a ModelPatcher; it is not changed.
+        recipe: what to add, strengths included.
+        places: of every layer of every adapter.
+
+    Raises:
+        SettingError: a layer is no linear layer.
+        QRLoRAError: a tensor is not finite, or the basis of a full-QR adapter is not known.
+    """
+    clone = model.clone()
+    earlier: LiveState | None = clone.get_attachment(KEY)
+    if earlier is not None:
+        recipe = MergeRecipe(earlier.recipe.terms + recipe.terms)
+        places = {**earlier.places, **places}
+    state = LiveState(recipe, _store(model, recipe, places), places)
+    clone.set_attachments(KEY, state)
+    clone.set_injections(KEY, [PatcherInjection(inject=state.inject, eject=state.eject)])
+    clone.set_additional_models(KEY, [state.store.patcher.clone()])
+    for kind, wrapper in ((WrappersMP.APPLY_MODEL, _Steps(state)), (WrappersMP.CALC_COND_BATCH, _Prompts(state))):
+        clone.remove_wrappers_with_key(kind, KEY)
+        clone.add_wrapper_with_key(kind, KEY, wrapper)
+    return clone
+
+
+def compute_dtype(model: Any) -> torch.dtype:
+    """What the model's activations are computed in."""
+    dtype: torch.dtype = model.model.manual_cast_dtype or model.model.get_dtype()
+    return dtype if dtype.is_floating_point and dtype.itemsize > 1 else torch.bfloat16
+
+
+class _Steps:
+    """Wraps each evaluation of the model: the table of factors is set before it, and cleared after it."""
+
+    def __init__(self, state: LiveState) -> None:
+        self.state = state
+
+    def __call__(self, executor: Callable[..., Any], x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Any:
+        options = kwargs.get("transformer_options") or (args[3] if len(args) > 3 else {})
+        self.state.table = self.state.reader.factors(options, t)
+        try:
+            return executor(x, t, *args, **kwargs)
+        finally:
+            self.state.table = ()
+            self._warn()
+
+    def _warn(self) -> None:
+        """Say once when the model ran without calling some of the hooked layers: there an adapter adds nothing."""
+        uncalled, self.state.uncalled = self.state.uncalled, set()
+        if uncalled:
+            log.warning(
+                "QR-LoRA: %d of %d layers were not run as layers of their own, so live mode added nothing there; "
+                "set mode to 'patch' in Apply QR-LoRA if that was not meant",
+                len(uncalled),
+                len(self.state.store.layout),
+            )
+
+
+class _Prompts:
+    """Wraps each batch of conditionings: what their prompts are is kept by the id that the model will see."""
+
+    def __init__(self, state: LiveState) -> None:
+        self.state = state
+
+    def __call__(self, executor: Callable[..., Any], model: Any, conds: Any, *args: Any, **kwargs: Any) -> Any:
+        self.state.reader.note_conditionings(conds)
+        return executor(model, conds, *args, **kwargs)
+
+
+# One store for each model and set of adapters, held by the clones that use it
+_Stores = weakref.WeakValueDictionary[tuple[Any, ...], FactorStore]
+_stores: weakref.WeakKeyDictionary[nn.Module, _Stores] = weakref.WeakKeyDictionary()
+
+
+def _store(model: Any, recipe: MergeRecipe, places: Mapping[str, WeightSlice]) -> FactorStore:
+    """The factors of a recipe's adapters, whatever their strengths: turning alpha finds what is there."""
+    dtype = compute_dtype(model)
+    owners = ((weakref.ref(term.adapter), term.onto and weakref.ref(term.onto), term.scales) for term in recipe.terms)
+    key = (dtype, *owners)
+    known = _stores.setdefault(model.model, weakref.WeakValueDictionary())
+    found = known.get(key)
+    if found is None:
+        found = known[key] = _built(model, recipe, places, dtype)
+    return found
+
+
+class _Entry(NamedTuple):
+    """One term's change of one layer in a module."""
+
+    start: int
+    up: Tensor
+    down: Tensor
+    factor: float
+
+
+def _built(model: Any, recipe: MergeRecipe, places: Mapping[str, WeightSlice], dtype: torch.dtype) -> FactorStore:
+    """Lay the factors out by module, term by term, those on one basis together."""
+    initial_of = initial_bases(model, recipe, dict(places))
+    modules: dict[str, dict[int, list[_Entry]]] = {}
+    for name in interruptible(recipe.layer_names):
+        place = places[name]
+        module = PREFIX + place.key.removesuffix(".weight")
+        if not hasattr(comfy.utils.get_attr(model.model, module), "in_features"):
+            raise SettingError(f"{name} is no linear layer, so it can only be patched; set mode to 'patch'")
+        for index, term in enumerate(recipe.terms):
+            if name in term.adapter.layers and term.block_factor(name):
+                (product,) = term_products(term, name, initial_of=initial_of)
+                ((down, factor),) = product.summands
+                modules.setdefault(module, {}).setdefault(index, []).append(
+                    _Entry(place.start or 0, product.up, down, factor)
+                )
+    tensors: list[Tensor] = []
+    layout = {module: _stacks(terms, tensors, dtype) for module, terms in modules.items()}
+    return FactorStore(layout, tensors, model)
+
+
+def _stacks(terms: Mapping[int, list[_Entry]], tensors: list[Tensor], dtype: torch.dtype) -> tuple[Stack, ...]:
+    """The stacks of one module; what they refer to is appended to `tensors`."""
+
+    def kept(tensor: Tensor) -> int:
+        tensors.append(tensor.to(dtype))
+        return len(tensors) - 1
+
+    bases: list[tuple[list[_Entry], tuple[Rows, ...], list[tuple[int, int]]]] = []
+    for index, entries in terms.items():
+        entries.sort(key=lambda entry: entry.start)
+        down = kept(torch.cat([entry.down.float() * entry.factor for entry in entries]))
+        for known, _, downs in bases:
+            if len(known) == len(entries) and all(
+                one.start == other.start and same_basis(one.up, other.up) for one, other in zip(known, entries)
+            ):
+                downs.append((index, down))
+                break
+        else:
+            rows = tuple(Rows(entry.start, entry.up.shape[0], kept(entry.up)) for entry in entries)
+            bases.append((entries, rows, [(index, down)]))
+    return tuple(Stack(rows, tuple(downs)) for _, rows, downs in bases)

@@ -1,0 +1,95 @@
+"""Acting by the prompt: a term takes part only where a prompt's text holds its trigger (design, section 14)."""
+
+import re
+from dataclasses import dataclass
+
+from .adapter import Adapter
+from .schedule import Schedule, content_first
+
+# Attention weights and escapes of ComfyUI's prompt syntax: "(<c>:1.2)", "((dog))", "\\("
+_SYNTAX = re.compile(r"\\([()])|[()\[\]{}]|:\s*[+-]?\d+(?:\.\d+)?(?=\s*[)\]}]|$)")
+_SPACE = re.compile(r"\s+")
+_TRIGGER_KEYS = ("qrlora.trigger", "modelspec.trigger_phrase")
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """When a term acts, by the prompt and the sampling.
+
+    Attributes:
+        triggers: it acts only on prompts that hold one of them.
+        rivals: the triggers of what it is merged with.
+        alone: a factor over the sampling for prompts that hold none of the rivals.
+        together: the same for prompts that hold one.
+        prompt: the text of the positive prompt, for conditionings that do not tell theirs; the negative one is taken
+            to hold no trigger then. None: such conditionings are acted on.
+    """
+
+    triggers: tuple[str, ...]
+    rivals: tuple[str, ...] = ()
+    alone: Schedule | None = None
+    together: Schedule | None = None
+    prompt: str | None = None
+
+    def schedule(self, prompt: str) -> Schedule | bool | None:
+        """False: it does not act on this prompt. Otherwise its schedule there, or None for full strength."""
+        if not any(holds(prompt, trigger) for trigger in self.triggers):
+            return False
+        return self.together if any(holds(prompt, rival) for rival in self.rivals) else self.alone
+
+    def __str__(self) -> str:
+        text = "where the prompt holds " + " or ".join(self.triggers)
+        if self.alone is not None:
+            text += f"; alone {self.alone}"
+        if self.together is not None:
+            text += f"; with {' or '.join(self.rivals)} {self.together}"
+        return text
+
+
+def holds(prompt: str, trigger: str) -> bool:
+    """Whether a prompt holds a trigger as a word of its own, whatever its case, weight or brackets.
+
+    "(<C>:1.2)" holds "<c>"; "sksdog" does not hold "sks", and a trigger of several words has to stand there whole.
+    """
+    text, word = _plain(prompt), _plain(trigger)
+    if not word:
+        return False
+    before = r"(?<!\w)" if word[0].isalnum() else ""
+    after = r"(?!\w)" if word[-1].isalnum() else ""
+    return re.search(before + re.escape(word) + after, text) is not None
+
+
+def triggers_of(adapter: Adapter, given: str = "") -> tuple[str, ...]:
+    """The triggers of an adapter: `given`, separated by commas, or else those that its file states."""
+    texts = [given] if given.strip() else [adapter.metadata.get(key, "") for key in _TRIGGER_KEYS]
+    found = (part.strip() for text in texts for part in text.split(","))
+    return tuple(dict.fromkeys(part for part in found if part))
+
+
+def style_gate(
+    triggers: tuple[str, ...], rivals: tuple[str, ...], switch: float | None, prompt: str | None = None
+) -> Gate:
+    """When a style acts: after the content where both are asked for, at half strength first where it is alone.
+
+    Args:
+        switch: the sigma between the two, 0 to 1; None: at full strength throughout.
+    """
+    if switch is None:
+        return Gate(triggers, rivals, prompt=prompt)
+    alone = Schedule(((1.0, 0.5), (switch, 0.5), (switch, 1.0), (0.0, 1.0)), "sigma")
+    return Gate(triggers, rivals, alone, content_first(switch)[0], prompt)
+
+
+def content_gate(
+    triggers: tuple[str, ...], rivals: tuple[str, ...], switch: float | None, prompt: str | None = None
+) -> Gate:
+    """When a content acts: first, and then the style where both are asked for, or the base where it is alone."""
+    if switch is None:
+        return Gate(triggers, rivals, prompt=prompt)
+    first = content_first(switch)[1]
+    return Gate(triggers, rivals, first, first, prompt)
+
+
+def _plain(text: str) -> str:
+    """Lower case, without weights, brackets and escapes, one space between words."""
+    return _SPACE.sub(" ", _SYNTAX.sub(lambda match: match[1] or " ", text.casefold())).strip()

@@ -1,0 +1,122 @@
+"""A strength over the sampling, as data: points on a line from the first step to the last, or over sigma."""
+
+import re
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+from .blocks import parse_factor
+from .errors import SettingError
+
+Over = Literal["steps", "sigma"]
+
+# The whole sampling runs from 0 to 1; two points at one place are a jump.
+PRESETS = {
+    "constant": "0: 1",
+    "early": "0: 1, 0.5: 1, 0.5: 0",
+    "late": "0: 0, 0.5: 0, 0.5: 1",
+    "fade in": "0: 0, 1: 1",
+    "fade out": "0: 1, 1: 0",
+    "middle": "0: 0, 0.25: 0, 0.4: 1, 0.6: 1, 0.75: 0",
+}
+MAX_POINTS = 100
+_LONGEST = 4000
+_POINT = re.compile(r"([^:]{1,40}):([^:]{1,40})")
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """A factor that follows the sampling, linear between its points and constant outside of them.
+
+    Attributes:
+        points: (place, factor) in the order of the sampling; two of one place are a jump, from the first's factor to
+            the second's, which holds from that place on.
+        over: "steps": a place is the part of the sampling that is done, 0 at the first step and 1 at the end. "sigma":
+            a place is the noise level, 1 pure noise and 0 the picture, for models whose sigma runs so.
+    """
+
+    points: tuple[tuple[float, float], ...]
+    over: Over = "steps"
+
+    def factor(self, place: float) -> float:
+        """The factor at a place; sigma falls while the steps rise, so either is followed in its own direction."""
+        sign = -1.0 if self.over == "sigma" else 1.0
+        where = sign * place
+        before = None
+        for position, value in self.points:
+            if sign * position > where:
+                if before is None:
+                    return value
+                start, first = before
+                share = (where - start) / (sign * position - start)
+                return first + share * (value - first)
+            before = (sign * position, value)
+        return self.points[-1][1]
+
+    @property
+    def constant(self) -> float | None:
+        """The factor, when it is the same everywhere."""
+        factors = {value for _, value in self.points}
+        return factors.pop() if len(factors) == 1 else None
+
+    def __str__(self) -> str:
+        text = ", ".join(f"{position:g}: {value:g}" for position, value in self.points)
+        return f"{'sigma ' if self.over == 'sigma' else ''}{text}"
+
+
+def parse_schedule(text: str, over: Over = "steps") -> Schedule:
+    """Read "0: 1, 0.3: 1, 0.6: 0": places and factors, separated by commas, semicolons or lines.
+
+    Args:
+        text: the points. For "steps" they rise from 0 to 1, for "sigma" they fall.
+        over: what a place is.
+
+    Raises:
+        SettingError: nothing is there, a part cannot be read or is out of range, or the places go back.
+    """
+    if len(text) > _LONGEST:
+        raise SettingError(f"schedule: {len(text)} letters are too many; write a few points as in '0: 1, 0.5: 0'")
+    points: list[tuple[float, float]] = []
+    for part in (part.strip() for part in re.split(r"[,;\n]", text)):
+        if not part:
+            continue
+        match = _POINT.fullmatch(part)
+        if not match:
+            raise SettingError(f"schedule: {part!r} is not a point; write a place and a factor, as in '0.5: 1'")
+        place = parse_factor(match[1], f"schedule: {part!r}") if over == "steps" else _sigma(match[1], part)
+        if over == "steps" and not 0 <= place <= 1:
+            raise SettingError(f"schedule: in {part!r} the place {place:g} is outside of 0 (first step) to 1 (the end)")
+        points.append((place, parse_factor(match[2], f"schedule: {part!r}")))
+    if not points:
+        raise SettingError("schedule is empty; write points as in '0: 1, 0.3: 1, 0.6: 0'")
+    if len(points) > MAX_POINTS:
+        raise SettingError(f"schedule: {len(points)} points are too many, {MAX_POINTS} are allowed")
+    sign = 1 if over == "steps" else -1
+    for (one, _), (other, _) in pairwise(points):
+        if sign * other < sign * one:
+            way = "rise" if over == "steps" else "fall, as sigma does in sampling"
+            raise SettingError(f"schedule: places must {way}; {other:g} comes after {one:g}")
+    return Schedule(tuple(points), over)
+
+
+def content_first(switch: float = 0.5) -> tuple[Schedule, Schedule]:
+    """Schedules for style and content: the content while sigma is above `switch`, then the style.
+
+    Raises:
+        SettingError: `switch` is not between 0 and 1.
+    """
+    if not 0 < switch < 1:
+        raise SettingError(f"the switch between content and style is {switch:g}; use a sigma between 0 and 1")
+    style = Schedule(((1.0, 0.0), (switch, 0.0), (switch, 1.0), (0.0, 1.0)), "sigma")
+    content = Schedule(((1.0, 1.0), (switch, 1.0), (switch, 0.0), (0.0, 0.0)), "sigma")
+    return style, content
+
+
+def _sigma(text: str, part: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise SettingError(f"schedule: in {part!r} {text.strip()!r} is not a number") from None
+    if not 0 <= value <= 1000:  # false for NaN too
+        raise SettingError(f"schedule: in {part!r} the sigma {text.strip()} is out of range; use 0 to 1000")
+    return value
