@@ -16,7 +16,7 @@ from tests.host.training import children
 
 pytestmark = pytest.mark.skipif(browser.find_chromium() is None, reason=browser.HOW_TO)
 
-EXAMPLE = PACK / "example_workflows" / "qr_lora_train_and_merge.json"
+EXAMPLE = PACK / "example_workflows" / "Train and merge.json"
 WINDOW = (2600, 1500)
 LONG = 100_000  # steps that nobody waits for
 PANELS = "[...document.querySelectorAll('[data-qrlora-train]')]"
@@ -119,8 +119,9 @@ def test_queue_watch_reload_stop_resume(server, page, vue):
 def test_the_example_opens(server, page):
     """As the front end opens a template: both Train nodes have a panel, no input is lost."""
     browser.set_settings(server, {"Comfy.VueNodes.Enabled": True, "Comfy.ColorPalette": "dark"})
-    page.open(f"/?template={EXAMPLE.stem}&source=qr-lora")
     saved = json.loads(EXAMPLE.read_text(encoding="utf-8"))
+    page.open()
+    page.load_template(EXAMPLE.stem)
     page.wait("return app.graph.nodes.length === arguments[0]", 30, len(saved["nodes"]))
     page.wait(f"return {PANELS}.length === 2")
     assert page.js("return Object.keys(app.graph.links).length || app.graph.links.size") == len(saved["links"])

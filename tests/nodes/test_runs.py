@@ -87,6 +87,7 @@ with load("training.runs").RunFolder(Path(sys.argv[1])).locked() as held:
         assert descriptor is not None
 
 
+@pytest.mark.process
 @pytest.mark.skipif(os.name == "nt", reason="flock is of POSIX")
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
 def test_a_disk_without_locks_can_be_trained_on(tmp_path, monkeypatch, caplog, number):
