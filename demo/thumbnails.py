@@ -1,6 +1,6 @@
 """Thumbnails of the templates: what the toy draws, instead of a graph of grey boxes.
 
-    python -m demo.thumbnails    writes example_workflows/*.jpg, but for that of `demo.minute`
+python -m demo.thumbnails    writes example_workflows/*.jpg, but for that of `demo.minute`
 """
 
 from collections.abc import Sequence

@@ -100,11 +100,15 @@ def preview(latent: Tensor) -> Image.Image:
 
 
 def weights_identity(holder: Any) -> str:
-    """Sixteen hex digits that tell one CLIP or VAE from another, LoRAs on it and its layer setting included."""
+    """Sixteen hex digits that tell one CLIP or VAE from another, LoRAs on it and its layer setting included.
+
+    Raises:
+        EncodeError: a weight is not in memory, so that nothing can be said about it.
+    """
     patcher = holder.patcher
     digest = hashlib.sha256(str(getattr(holder, "layer_idx", None)).encode())
     digest.update(repr(sorted(getattr(holder, "tokenizer_options", {}).items())).encode())
-    for key, weight in sorted(patcher.model.state_dict().items()):
+    for key, weight in sorted(_weights(patcher.model).items()):
         if key.endswith(_UNUSED):
             continue
         backup = patcher.backup.get(key)  # while it is loaded, a patched weight's own values lie here
@@ -114,11 +118,32 @@ def weights_identity(holder: Any) -> str:
     return digest.hexdigest()[:16]
 
 
+def _weights(model: torch.nn.Module) -> dict[str, Tensor]:
+    """The state dict, with the parameters themselves where it holds only their shapes.
+
+    Packed formats (GGUF) keep their bytes out of the state dict and put a placeholder on the device "meta" there, some
+    of them for tensors that do not exist.
+    """
+    held = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    weights: dict[str, Tensor] = {}
+    for key, weight in model.state_dict().items():
+        if not weight.is_meta:
+            weights[key] = weight
+        elif key in held:
+            weights[key] = held[key]
+    for key, weight in weights.items():
+        if weight.is_meta:
+            raise EncodeError(
+                f"the weight {key} of this CLIP or VAE is not in memory; load it with another loader node"
+            )
+    return weights
+
+
 def _add(digest: Any, key: str, value: Any) -> None:
     """Into a digest: names, numbers, and the first values of every tensor in nested lists."""
     digest.update(key.encode())
     if isinstance(value, Tensor):
-        plain = getattr(value, "_qdata", value).detach()
+        plain = getattr(value, "_qdata", value).detach().as_subclass(Tensor)  # packed formats have shapes of their own
         digest.update(f"{plain.dtype}{tuple(value.shape)}".encode())
         head = plain.reshape(-1)[:_SAMPLED].cpu().contiguous()
         digest.update(head.view(torch.uint8).numpy().tobytes() if head.numel() else b"")

@@ -15,7 +15,6 @@ from ..train_options import TrainOptions
 from . import dataset
 from .runs import RunFolder, key_of
 
-BASES = "_basis"
 _ENDING = ".safetensors"
 
 
@@ -59,7 +58,7 @@ class Request:
             "data": str(data),
             "run_dir": str(run),
             "output": str(RunFolder(run).adapter(self.steps)),
-            "basis_cache": str(folders.runs_folder() / BASES),
+            "basis_cache": str(folders.runs_folder() / folders.BASES),
             "name": Path(self.output_name).name.removesuffix(_ENDING),
         }
         return make_config(FitConfig, self.options.fit_fields(session.card_memory()), self.fit, paths)

@@ -294,6 +294,7 @@ class TrainingServer(instance.Server):
     def play(self, scenario, **more):
         """What the next trainer does: a scenario of the fake one."""
         self.part.write_text(json.dumps({"scenario": scenario, **more}))
+        os.utime(self._fake)  # as if it were installed anew: what it answered before does not count
         self._owner.write_text(json.dumps({"python": str(self._fake)}))
 
     def train_really(self):
