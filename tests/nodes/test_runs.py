@@ -292,6 +292,7 @@ def asked(tmp_path, monkeypatch):
     return ask
 
 
+@pytest.mark.process
 @pytest.mark.skipif(os.name == "nt", reason="the interpreter is a shell script")
 def test_the_trainers_python_is_asked_once(asked):
     assert [asked(), asked(), asked(steps=99), asked(run_dir="elsewhere", seed=3)] == [1, 1, 1, 1]
@@ -304,6 +305,7 @@ def test_the_trainers_python_is_asked_once(asked):
     assert [asked(), asked()] == [5, 5]
 
 
+@pytest.mark.process
 @pytest.mark.skipif(os.name == "nt", reason="the interpreter is a shell script")
 def test_problems_are_asked_about_again_and_the_disk_each_time(asked):
     text = asked.python.read_text()
