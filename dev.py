@@ -50,6 +50,7 @@ def main() -> int:
                 for part in ("-p", name)
             ),
         ],
+        [python, str(ROOT / "tests" / "mypy_nodes.py")],
         [python, "-m", "pytest", "--durations=25", *rest],
     ]
     codes = [run(stage) for stage in stages]

@@ -25,7 +25,6 @@ from tqdm import tqdm
 from demo.golden import installed_host
 from qrlora_core import Adapter, MergeRecipe, merged_adapter, open_adapter, similarity_report, sweep
 from qrlora_plots import contact_sheet, similarity_png
-from train.chatter import silence
 
 from . import in_comfyui as demo_host
 from .concepts import CONTENT, FIT, MERGED_PROMPT, MORE, STYLE, Settings, fit, to_image
@@ -53,7 +52,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, help="training steps of each adapter (fewer: a quick look)")
     parser.add_argument("--pictures", type=int, default=48, help="pictures that the reader judges per experiment")
     args = parser.parse_args(argv)
-    silence()
     wait = not args.no_wait and sys.stdin.isatty()
     try:
         host = None if args.headless else installed_host()

@@ -3,6 +3,8 @@
 import contextlib
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +13,7 @@ import pytest
 from PIL import Image
 
 from demo import story as demo
-from demo.concepts import CONTENT, STYLE, read_picture
+from demo.concepts import CONTENT, PACK, STYLE, read_picture
 from demo.judge import Row, experiments, summary, verdict
 from demo.pictures import BARRED, HEART, SUNSET
 from demo.reader import read
@@ -74,6 +76,13 @@ def test_it_writes_sheet_similarity_and_numbers_and_ends_with_what_it_found(told
     assert all(row["title"] in told.printed for row in rows) and "Neither adapter" in told.printed
     assert Image.open(told.out / demo.SHEET).width > 5 * 160
     assert Image.open(told.out / demo.SIMILARITY).size == (1600, 2300)
+
+
+@pytest.mark.process
+def test_what_libraries_say_about_themselves_is_not_printed():
+    code = "from demo.model import load_toy, new_model; load_toy(), new_model()"
+    done = subprocess.run([sys.executable, "-c", code], cwd=PACK, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 @pytest.mark.process
