@@ -49,6 +49,7 @@ def main() -> int:
                 for part in ("-p", name)
             ),
         ],
+        [python, str(ROOT / "tests" / "mypy_nodes.py")],
         [python, "-m", "pytest", *rest],
     ]
     codes = [run(stage) for stage in stages]

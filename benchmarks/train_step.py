@@ -25,9 +25,10 @@ from torch import Tensor, nn
 
 from benchmarks.common import machine
 from benchmarks.flux import RandomSource
-from qrlora_core import Basis, LayerTarget
+from qrlora_core import Basis, EncodedText, LayerTarget
 from train.config import FitConfig, make_config
 from train.data.batches import Batch
+from train.model.backbones.flux import FLUX
 from train.model.layer import inject
 from train.model.transformer import DTYPES, load_transformer
 from train.run.flow import flow_loss
@@ -144,7 +145,7 @@ def measure(args: argparse.Namespace) -> None:
 
 
 def step(model: Any, batch: Batch, config: FitConfig, optimizer: Any, device: torch.device, dtype: torch.dtype) -> None:
-    flow_loss(model, batch, config, device, dtype).backward()  # type: ignore[no-untyped-call]
+    flow_loss(model, FLUX, batch, config, device, dtype).backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     if device.type == "cuda":
@@ -154,7 +155,8 @@ def step(model: Any, batch: Batch, config: FitConfig, optimizer: Any, device: to
 def random_batch(pixels: int, tokens: int) -> Batch:
     side = pixels // 8
     latents, noise = torch.randn(2, 1, 16, side, side)
-    return Batch(latents, noise, torch.tensor([0.5]), torch.randn(1, tokens, 4096), torch.randn(1, 768), None)
+    text = EncodedText(torch.randn(1, tokens, 4096), torch.randn(1, 768))
+    return Batch(latents, noise, torch.tensor([0.5]), text, None)
 
 
 def peak(device: torch.device, reset: bool = False) -> float:

@@ -3,6 +3,7 @@
 from comfy_api.latest import io
 
 from ..qrlora_core import NOTHING, PRESETS, MergeRecipe, Schedule, SettingError, content_first, parse_schedule
+from ..qrlora_core.schedule import Over
 from . import report, sockets
 
 CUSTOM = "points"
@@ -58,7 +59,7 @@ class ScheduleNode(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, preset: str | None, points: str | None, over: str | None) -> bool | str:
+    def validate_inputs(cls, preset: str | None, points: str | None, over: Over | None) -> bool | str:
         if preset == CUSTOM and points is not None and over is not None:
             try:
                 parse_schedule(points, over)

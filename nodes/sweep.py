@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from comfy_api.latest import io, ui
 
-from ..qrlora_core import NOTHING, MergeRecipe, OnMismatch, SettingError, sweep
+from ..qrlora_core import NOTHING, MergeRecipe, OnMismatch, SettingError, contained_path, sweep
 from ..qrlora_plots import ContactSheet, array_of, contact_sheet, images_of
 from . import report, sockets
+from .host import folders
 
 METADATA = "qr_lora_contact_sheet"
 
@@ -114,6 +115,7 @@ class ContactSheetNode(io.ComfyNode):
         filename_prefix: list[str],
         labels: list[str] | None = None,
     ) -> io.NodeOutput:
+        contained_path(folders.output_folder(), filename_prefix[0])  # before any work, and with the reason in words
         pictures = [picture for batch in images for picture in images_of(batch.float().cpu().numpy())]
         names = picture_labels(labels or [], [len(batch) for batch in images])
         sheet = contact_sheet(pictures, names, columns=columns[0], max_size=max_size[0], title=title[0])

@@ -22,7 +22,8 @@ from .training.service import finished_text, reporting, train
 _SHOWN_SAMPLES = 16
 _LOG_LINES = 60
 _AS_RANK = {"default": 0.0, "min": 0.0, "step": 0.5}
-_published: set[Path] = set()  # by this process; one that vanished has to be made again
+# By this process, with size and time: one that vanished or was overwritten has to be published again.
+_published: dict[Path, tuple[int, int]] = {}
 
 
 class Train(io.ComfyNode):
@@ -67,11 +68,10 @@ class Train(io.ComfyNode):
     def fingerprint_inputs(cls, **inputs: Any) -> str:
         """Changes when the model, the dataset or a finished adapter on disk does."""
         model_name, data_name = inputs["model_name"][0], inputs["dataset"][0]
-        parts: list[Any] = [sorted(str(path) for path in _published if not path.is_file())]
+        parts: list[Any] = [sorted(str(path) for path, version in _published.items() if _version(path) != version)]
         try:
             if model_name is not None:
-                status = folders.model_file(model_name).stat()
-                parts += [status.st_size, status.st_mtime_ns]
+                parts += _version(folders.model_file(model_name)) or ()
             if data_name not in (None, folders.NO_DATASET):
                 parts.append(folder_version(folders.dataset_folder(data_name)))
         except (QRLoRAError, OSError) as error:
@@ -85,7 +85,8 @@ class Train(io.ComfyNode):
             images = inputs.pop("images", None)
             request = from_widgets(images, **{name: value[0] for name, value in inputs.items()})
             trained = train(request, job)
-            _published.add(trained.path)
+            if (version := _version(trained.path)) is not None:
+                _published[trained.path] = version
             name = trained.path.relative_to(folders.results_folder().resolve()).as_posix()
             curve = pictures.loss_curve(job.steps(), name)
             samples = _samples(trained.run, request.steps, request.vae)
@@ -94,6 +95,15 @@ class Train(io.ComfyNode):
             shown = "\n".join([*request.warnings, text, report.adapter_text(trained.recipe.adapters[0])])
             log = _log_tail(trained.run.log)
             return io.NodeOutput(trained.recipe, curve, samples, name, log, ui={"text": [shown]})
+
+
+def _version(path: Path) -> tuple[int, int] | None:
+    """Size and time of a file, None when it is not there."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns
 
 
 def _samples(run: RunFolder, steps: int, vae: Any) -> Tensor:

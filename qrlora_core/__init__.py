@@ -25,7 +25,7 @@ from .errors import (
     TargetError,
     WeightError,
 )
-from .formats import file_kind, open_adapter
+from .formats import file_kind, is_residual, open_adapter
 from .gate import Gate, content_gate, holds, style_gate, triggers_of
 from .linalg import Basis, base_r, core_energy, decompose, residual_weight, restored_weight
 from .merge import (
@@ -112,6 +112,7 @@ __all__ = [
     "free_name",
     "holds",
     "initial_basis",
+    "is_residual",
     "joint_basis",
     "layer_kind",
     "layer_names",

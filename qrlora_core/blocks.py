@@ -3,12 +3,16 @@
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
 from typing import NamedTuple
 
 from .errors import SettingError, TargetError
 from .targets import layer_kind
 
 LIMIT = 4.0  # strengths of all nodes lie in -4 to 4
+LONGEST_TEXT = 10_000  # characters of a list that a person writes
+_LONGEST_NUMBER = 50  # characters
+_SMALLEST_EXPONENT = -30  # of a number other than 0
 _RANGE = re.compile(r"(\d{1,4})(?:\s*-\s*(\d{1,4}))?\s*:\s*(.+)")
 
 
@@ -88,19 +92,20 @@ def parse_ranges(text: str, what: str) -> tuple[BlockRange, ...]:
     Raises:
         SettingError: a part is no range, its factor is not a number from -4 to 4, or two ranges share a block.
     """
+    require_short(text, what)
     found: list[BlockRange] = []
     for part in (part.strip() for part in re.split(r"[,;\n]", text)):
         if not part:
             continue
-        match = _RANGE.fullmatch(part)
+        match, where = _RANGE.fullmatch(part), f"{what}: {shortened(part)!r}"
         if not match:
-            raise SettingError(f"{what}: {part!r} is not a block range; write blocks and a factor, as in '0-9: 0.5'")
-        one = BlockRange(int(match[1]), int(match[2] or match[1]), parse_factor(match[3], f"{what}: {part!r}"))
+            raise SettingError(f"{where} is not a block range; write blocks and a factor, as in '0-9: 0.5'")
+        one = BlockRange(int(match[1]), int(match[2] or match[1]), parse_factor(match[3], where))
         if one.last < one.first:
-            raise SettingError(f"{what}: {part!r} ends before it begins")
+            raise SettingError(f"{where} ends before it begins")
         for other in found:
             if one.first <= other.last and other.first <= one.last:
-                raise SettingError(f"{what}: {part!r} and {_shown(other)!r} share blocks; give each block one factor")
+                raise SettingError(f"{where} and {_shown(other)!r} share blocks; give each block one factor")
         found.append(one)
     return tuple(found)
 
@@ -111,13 +116,45 @@ def parse_factor(text: str, where: str) -> float:
     Raises:
         SettingError: it is none; `where` begins the message.
     """
+    return float(parse_decimal(text, f"{where}: {shortened(text.strip())!r}"))
+
+
+def parse_decimal(text: str, shown: str) -> Decimal:
+    """A number from -4 to 4 as it is written.
+
+    Lengths and exponents are compared before anything is calculated: a Decimal of 1e-999999 is made at once, and the
+    integer or the quotient that it leads to takes minutes, in which no other thread runs.
+
+    Args:
+        text: the number.
+        shown: begins the message: where it stands, and the number itself.
+
+    Raises:
+        SettingError: it is no number, out of range, or written with more than a number needs.
+    """
+    plain = text.strip()
+    if len(plain) > _LONGEST_NUMBER:
+        raise SettingError(f"{shown} is not a number: it has {len(plain)} characters, {_LONGEST_NUMBER} are the most")
     try:
-        value = float(text)
-    except ValueError:
-        raise SettingError(f"{where}: {text.strip()!r} is not a number") from None
-    if not abs(value) <= LIMIT:  # false for NaN too
-        raise SettingError(f"{where}: {text.strip()} is out of range; use {-LIMIT:g} to {LIMIT:g}")
-    return value
+        value = Decimal(plain)
+    except InvalidOperation:
+        raise SettingError(f"{shown} is not a number") from None
+    if not value.is_finite() or (value and value.adjusted() > 0) or value.copy_abs() > Decimal(LIMIT):
+        raise SettingError(f"{shown} is out of range; use {-LIMIT:g} to {LIMIT:g}")
+    if value and value.adjusted() < _SMALLEST_EXPONENT:
+        raise SettingError(f"{shown} is smaller than 1e{_SMALLEST_EXPONENT}; write 0")
+    return value or Decimal(0)  # 0e999999 has an exponent, too
+
+
+def require_short(text: str, what: str) -> None:
+    """Raise SettingError when a list is longer than any person writes."""
+    if len(text) > LONGEST_TEXT:
+        raise SettingError(f"{what} has {len(text)} characters, {LONGEST_TEXT} are the most that is read")
+
+
+def shortened(text: str, length: int = 60) -> str:
+    """A text as a message shows it: its beginning and its end where it is long."""
+    return text if len(text) <= length else f"{text[: length - 20]}...{text[-17:]}"
 
 
 def _shown(one: BlockRange) -> str:

@@ -5,8 +5,8 @@
 | `latent.<i>` | (channels, height, width) | in the transformer's own latent space, shifted and scaled |
 | `latent.<i>.flip` | the same | the picture mirrored, where that was asked for |
 | `mask.<i>` | (height, width) | weight of the loss, 0 to 1, where the picture has one |
-| `text.<j>.embeds` | (tokens, width) | T5's output |
-| `text.<j>.pooled` | (width,) | CLIP's pooled output |
+| `text.<j>.embeds` | (tokens, width) | the text encoder's output; FLUX.1: T5's |
+| `text.<j>.pooled` | (width,) | CLIP's pooled output, for the families that take one |
 
 The header's `qrlora.cache` is JSON: `{"version": 1, "items": [{"name", "text", "caption", "repeats", "is_class"}, ...],
 "empty_text": j or null}`. Item i has latent i; `text` is its caption's j.
@@ -15,7 +15,7 @@ The header's `qrlora.cache` is JSON: `{"version": 1, "items": [{"name", "text", 
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -60,10 +60,14 @@ class CacheItem:
 
 
 class EncodedText(NamedTuple):
-    """`embeds` (tokens, width) and `pooled` (width,)."""
+    """`embeds` (tokens, width) and, where a family of models takes one, `pooled` (width,)."""
 
     embeds: Tensor
-    pooled: Tensor
+    pooled: Tensor | None
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "EncodedText":
+        """The same of every tensor that is there."""
+        return EncodedText(change(self.embeds), None if self.pooled is None else change(self.pooled))
 
 
 class EncodedPicture(NamedTuple):
@@ -137,7 +141,9 @@ def save_cache(
         if picture.mask is not None:
             tensors[f"mask.{index}"] = picture.mask
     for index, text in enumerate(texts):
-        tensors[f"text.{index}.embeds"], tensors[f"text.{index}.pooled"] = text
+        tensors[f"text.{index}.embeds"] = text.embeds
+        if text.pooled is not None:
+            tensors[f"text.{index}.pooled"] = text.pooled
     for key, tensor in tensors.items():
         require_finite(tensor, key)
         if key.startswith("mask.") and not 0 <= float(tensor.min()) <= float(tensor.max()) <= 1:
@@ -214,7 +220,10 @@ class TrainingCache:
         return self._tensor(key) if key in self._file.specs else None
 
     def text(self, index: int) -> EncodedText:
-        return EncodedText(self._tensor(f"text.{index}.embeds"), self._tensor(f"text.{index}.pooled"))
+        pooled = f"text.{index}.pooled"
+        return EncodedText(
+            self._tensor(f"text.{index}.embeds"), self._tensor(pooled) if pooled in self._file.specs else None
+        )
 
     def identity(self) -> str:
         """What tells these data from others: the key of what they were made from, else the fingerprint."""
@@ -249,9 +258,10 @@ class TrainingCache:
                 raise FileFormatError(f"{name}: item {item.name} names text {item.text} of {self.text_count}")
         for index in range(self.text_count):
             embeds, pooled = specs.get(f"text.{index}.embeds"), specs.get(f"text.{index}.pooled")
-            if embeds is None or pooled is None or len(embeds.shape) != 2 or len(pooled.shape) != 1:
+            one_kind = (pooled is None) == ("text.0.pooled" not in specs)
+            if embeds is None or len(embeds.shape) != 2 or not one_kind or (pooled and len(pooled.shape) != 1):
                 raise FileFormatError(f"{name}: text {index} is incomplete")
-            if 0 in embeds.shape or 0 in pooled.shape:
+            if 0 in embeds.shape or (pooled and 0 in pooled.shape):
                 raise FileFormatError(f"{name}: text {index} is empty")
         if self.empty_text is not None and not 0 <= self.empty_text < self.text_count:
             raise FileFormatError(f"{name}: the empty caption is text {self.empty_text} of {self.text_count}")

@@ -39,7 +39,7 @@ def file_kind(file: TensorFile) -> FileKind:
     keys = list(file.specs)
     if any(key.endswith((".lora.delta_r.weight", ".lora.q.weight")) for key in keys):
         return "delta_r_published"
-    if any(layer_of(key, RESIDUAL) for key in keys):
+    if is_residual(keys):
         return "residual"
     if keys and all(layer_of(key, BASIS["q"]) or layer_of(key, BASIS["r"]) for key in keys):
         return "basis"
@@ -48,6 +48,11 @@ def file_kind(file: TensorFile) -> FileKind:
     if any(layer_of(key, PORTABLE["up"]) for key in keys):
         return "portable" if _is_delta_r(file) else "lora"
     return "lora" if any("lora" in key.lower() for key in keys) else "unknown"
+
+
+def is_residual(keys: Iterable[str]) -> bool:
+    """Whether a file with these keys is a residual; the header tells, no tensor is read."""
+    return any(layer_of(key, RESIDUAL) for key in keys)
 
 
 def open_adapter(path: Path) -> Adapter:

@@ -1,9 +1,9 @@
 """Grids of alpha and beta: a few numbers written by a person, and one merge for every pair of them."""
 
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from typing import NamedTuple
 
-from .blocks import LIMIT
+from .blocks import parse_decimal, require_short, shortened
 from .errors import SettingError
 from .merge import OnMismatch, merge
 from .recipe import MergeRecipe
@@ -30,11 +30,13 @@ def parse_scales(text: str, what: str) -> tuple[float, ...]:
     Raises:
         SettingError: nothing is there, a part cannot be read, or it gives too many numbers; the message shows it.
     """
+    require_short(text, what)
     values: list[Decimal] = []
     for part in (part.strip() for part in text.replace(";", ",").replace("\n", ",").split(",")):
         if part:
             values += _expanded(part, what)
         if len(values) > MAX_COMBINATIONS:
+            part = shortened(part)
             raise SettingError(f"{what}: {part!r} gives more than {MAX_COMBINATIONS} numbers; take a larger step")
     if not values:
         raise SettingError(f"{what} is empty; write numbers as in '0.6, 0.8, 1.0' or first:last:step as in '0:1:0.25'")
@@ -79,11 +81,12 @@ def cell_label(alpha: float, beta: float) -> str:
 
 def _expanded(part: str, what: str) -> list[Decimal]:
     """One number, or all of a range. Decimals, so that 0:1:0.1 has 0.3 in it and ends at 1."""
-    numbers = [_decimal(piece, part, what) for piece in part.split(":")]
+    pieces, part = part.split(":"), shortened(part)
+    if len(pieces) not in (1, 3):
+        raise SettingError(f"{what}: {part!r} is not a range; write first:last:step, as in '0:1:0.25'")
+    numbers = [_decimal(piece, part, what) for piece in pieces]
     if len(numbers) == 1:
         return numbers
-    if len(numbers) != 3:
-        raise SettingError(f"{what}: {part!r} is not a range; write first:last:step, as in '0:1:0.25'")
     first, last, step = numbers
     if step == 0 or (last - first) * step < 0:
         raise SettingError(f"{what}: in {part!r} the step {step} does not lead from {first} to {last}")
@@ -94,11 +97,5 @@ def _expanded(part: str, what: str) -> list[Decimal]:
 
 
 def _decimal(piece: str, part: str, what: str) -> Decimal:
-    shown = f"{piece.strip()!r}" + ("" if piece.strip() == part else f" in {part!r}")
-    try:
-        value = Decimal(piece.strip())
-    except InvalidOperation:
-        raise SettingError(f"{what}: {shown} is not a number") from None
-    if not value.is_finite() or abs(value) > Decimal(LIMIT):
-        raise SettingError(f"{what}: {shown} is out of range; use {-LIMIT:g} to {LIMIT:g}")
-    return value
+    shown = shortened(piece.strip())
+    return parse_decimal(piece, f"{what}: {shown!r}" + ("" if shown == part else f" in {part!r}"))

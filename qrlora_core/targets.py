@@ -5,6 +5,7 @@ MLP of a single block) in one weight; a layer is then a slice of its rows.
 """
 
 import difflib
+import itertools
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -56,6 +57,10 @@ _SINGLE = {
 }
 _NAME = re.compile(r"(single_)?transformer_blocks\.(0|[1-9]\d{0,3})\.(.+)")
 _FUSED_NAME = re.compile(r"(double|single)_blocks\.(0|[1-9]\d{0,3})\.(.+)\.weight")
+
+# of a file's names that a hint looks through: real models have some hundred layers
+_MOST_CANDIDATES = 1000
+_LONGEST_NAME = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,11 +195,11 @@ def match_targets(targets: Iterable[str], names: Iterable[str]) -> tuple[str, ..
 
 def nearest(name: str, candidates: Iterable[str], count: int = 3) -> str:
     """`; did you mean 'a', 'b'?` with the candidates (and their suffixes) closest to `name`, or an empty string."""
-    pool = dict.fromkeys(candidates)
+    pool = dict.fromkeys(itertools.islice(candidates, _MOST_CANDIDATES))
     for candidate in list(pool):
         parts = candidate.split(".")
         pool.update(dict.fromkeys(".".join(parts[index:]) for index in range(1, len(parts) - 1)))
-    close = difflib.get_close_matches(name, pool, n=count, cutoff=0.5)
+    close = difflib.get_close_matches(name[:_LONGEST_NAME], pool, n=count, cutoff=0.5)
     return f"; did you mean {', '.join(map(repr, close))}?" if close else ""
 
 

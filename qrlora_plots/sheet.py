@@ -1,7 +1,6 @@
 """Many pictures as one, with the numbers they were made with at its edges."""
 
 import math
-import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -9,10 +8,10 @@ from PIL import Image, ImageDraw
 
 from .text import PAPER, SMALLEST, draw_line, text_size
 
-_PAIR = re.compile(r"\s*([^=,]+?)\s*=\s*([^=,]+?)\s*,\s*([^=,]+?)\s*=\s*([^=,]+?)\s*")
 # Pictures smaller than this are enlarged by a whole factor: nobody can compare stamps
 _SMALLEST_PICTURE = 160
 _FRAME = (136, 136, 136)
+_WIDEST_LABEL = 30  # of a row, in letter heights: a longer one is shortened and does not widen the sheet for all
 
 
 class Cell(NamedTuple):
@@ -88,15 +87,24 @@ def label_axes(
         (row, column) of each label, the row labels and the column labels, in order of appearance; None when the labels
         are no grid.
     """
-    pairs = [_PAIR.fullmatch(label) for label in labels]
-    found = [(f"{pair[1]} = {pair[2]}", f"{pair[3]} = {pair[4]}") for pair in pairs if pair]
-    if len(found) != len(labels) or len({(pair[1], pair[3]) for pair in pairs if pair}) != 1:
+    pairs = [pair for label in labels if (pair := _pair(label))]
+    found = [tuple(f"{name} = {value}" for name, value in pair) for pair in pairs]
+    if len(found) != len(labels) or len({tuple(name for name, _ in pair) for pair in pairs}) != 1:
         return None
     rows, columns = (tuple(dict.fromkeys(pair[side] for pair in found)) for side in (0, 1))
     places = tuple((rows.index(row), columns.index(column)) for row, column in found)
     if len(set(places)) != len(places) or len(places) != len(rows) * len(columns):
         return None
     return places, rows, columns
+
+
+def _pair(label: str) -> tuple[tuple[str, str], tuple[str, str]] | None:
+    """((name, value), (name, value)) of "name=value, name=value"; None for any other text."""
+    parts = [tuple(word.strip() for word in part.split("=")) for part in label.split(",", 2)]
+    if len(parts) != 2 or any(len(part) != 2 or not all(part) for part in parts):
+        return None
+    (name, value), (other, second) = parts
+    return (name, value), (other, second)
 
 
 def _draw(pictures: Sequence[Image.Image], labels: Sequence[str], grid: _Grid, title: str) -> ContactSheet:
@@ -106,7 +114,8 @@ def _draw(pictures: Sequence[Image.Image], labels: Sequence[str], grid: _Grid, t
     size = max(SMALLEST, round(columns * width / 42))
     gap = max(6, size // 2)
     line = text_size("Ag", size)[1]
-    left = gap + (max(text_size(label, size)[0] for label in grid.rows) + gap if grid.rows else 0)
+    longest = max((text_size(label, size)[0] for label in grid.rows), default=0)
+    left = gap + (min(longest, _WIDEST_LABEL * size) + gap if grid.rows else 0)
     top = gap + (line + gap if title else 0) + (line + gap if grid.columns else 0)
     below = 0 if grid.columns else line
     step = width + gap, height + below + gap

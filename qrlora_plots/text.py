@@ -1,6 +1,7 @@
 """Text on PIL images: a font that has the characters, at a size that fits."""
 
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 from PIL import Image, ImageDraw, ImageFont
@@ -9,6 +10,8 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 INK, PAPER = (17, 17, 17), (255, 255, 255)
 SMALLEST = 13
+_LONGEST = 1000  # letters of a line; more have no room on any sheet
+_NOT_DRAWN = ("Cc", "Cs", "Zl", "Zp")  # categories of Unicode: control characters, surrogates, line separators
 # What Pillow brings along has little more than ASCII; these are what systems have for names in other scripts
 _SYSTEM_FONTS = (
     "DejaVuSans.ttf",
@@ -26,30 +29,41 @@ def font_for(text: str, size: int) -> Font:
     own = _font("", size)
     if own is None:
         return ImageFont.load_default()
-    for name in ("", *_SYSTEM_FONTS):
-        font = _font(name, size)
-        if font is not None and _covers(font, text):
-            return font
-    return own
+    return _font(_font_name(frozenset(text)), size) or own
 
 
 def text_size(text: str, size: int) -> tuple[int, int]:
     """Width and height of one line in pixels; the height does not depend on its letters."""
-    font = font_for(text, size)
-    left, _, right, _ = font.getbbox(text)
+    text = one_line(text)
+    left, _, right, _ = font_for(text, size).getbbox(text)
     return round(right - left), round(1.35 * size)
 
 
 def fitted(text: str, size: int, width: int) -> tuple[str, int]:
-    """Text and size that fit into `width`: first smaller letters, then an ellipsis in the middle."""
+    """Text and size that fit into `width`: first smaller letters, then an ellipsis in the middle.
+
+    Line breaks and other control characters become spaces: it is one line.
+    """
+    text = one_line(text)
     while size > SMALLEST and text_size(text, size)[0] > width:
         size -= 1
-    shown, keep = text, len(text)
-    while keep > 1 and text_size(shown, size)[0] > width:
-        keep -= 1
-        head = (keep + 1) // 2
-        shown = f"{text[:head]}...{text[len(text) - (keep - head) :]}"
-    return shown, size
+    if len(text) < 2 or text_size(text, size)[0] <= width:
+        return text, size
+    low, high = 1, len(text) - 1  # `low` letters are taken even where they do not fit
+    while low < high:
+        middle = (low + high + 1) // 2
+        if text_size(_cut(text, middle), size)[0] <= width:
+            low = middle
+        else:
+            high = middle - 1
+    return _cut(text, low), size
+
+
+def one_line(text: str) -> str:
+    """A text without control characters and lone surrogates, at most _LONGEST letters of it."""
+    if len(text) > _LONGEST:
+        text = _cut(text, _LONGEST)
+    return "".join(" " if unicodedata.category(char) in _NOT_DRAWN else char for char in text)
 
 
 def draw_line(
@@ -82,10 +96,26 @@ def _font(name: str, size: int) -> ImageFont.FreeTypeFont | None:
     return font if isinstance(font, ImageFont.FreeTypeFont) else None
 
 
-def _covers(font: ImageFont.FreeTypeFont, text: str) -> bool:
-    """Whether no character of `text` is drawn as the font's box for missing ones."""
+def _cut(text: str, keep: int) -> str:
+    """The first and last letters, `keep` in all, and three dots between them."""
+    head = (keep + 1) // 2
+    return f"{text[:head]}...{text[len(text) - (keep - head) :]}"
+
+
+@lru_cache(maxsize=256)
+def _font_name(characters: frozenset[str]) -> str:
+    """The first font that has all of these, "" for Pillow's own."""
+    for name in ("", *_SYSTEM_FONTS):
+        font = _font(name, SMALLEST)
+        if font is not None and _covers(font, characters):
+            return name
+    return ""
+
+
+def _covers(font: ImageFont.FreeTypeFont, characters: Iterable[str]) -> bool:
+    """Whether none of them is drawn as the font's box for missing ones."""
     missing = font.getmask("\U0010ffff")
-    for character in set(text) - {" "}:
+    for character in set(characters) - {" "}:
         mask = font.getmask(character)
         if mask.size == missing.size and bytes(mask) == bytes(missing):
             return False

@@ -101,6 +101,14 @@ def test_what_the_nodes_may_import_of_the_trainer_needs_no_torch(name):
             assert module.split(".")[0] in STDLIB | TRAIN_FOR_NODES[name]
 
 
+@pytest.mark.parametrize("path", python_files("train"), ids=lambda path: path.as_posix()[-40:])
+def test_only_backbones_know_the_names_inside_a_family(path):
+    """What differs between families is a record beside flux.py; everything else speaks to the record."""
+    if path.parent.name != "backbones":
+        words = r"qkv|double_blocks|single_blocks|single_transformer|FluxTransformer|x_embedder|img_attn"
+        assert not re.findall(words, path.read_text(encoding="utf-8"))
+
+
 def test_the_door_imports_lazily():
     names = [name for name, level in imports(ROOT / "__init__.py") if not level]
     assert not names, "opening the pack must cost nothing"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import FitConfig, as_table
+from .imports import quiet_imports
 
 REQUIRED = {
     "torch": "2.4",
@@ -17,7 +18,7 @@ REQUIRED = {
     "numpy": "1.25",
     "diffusers": "0.35",
     "accelerate": "1.0",
-    "transformers": "4.43",  # diffusers' FLUX pipeline, whose helpers `fit` uses, cannot be imported without
+    "transformers": "4.43",  # for `encode` and `sample`, whose pipelines cannot be imported without
     "psutil": "5.9",
     "tqdm": "4.60",
     "pillow": "10.0",
@@ -58,7 +59,8 @@ def check(config: FitConfig, data: bool = True) -> dict[str, Any]:
     _check_packages(found["versions"], config, problems)
     if not problems:
         try:
-            from .run.plan import look_at_device, look_at_files
+            with quiet_imports():
+                from .run.plan import look_at_device, look_at_files
         except (ImportError, RuntimeError, OSError, AttributeError) as error:
             # what is installed and does not load: another version of Python, a DLL that is missing, mixed versions
             broken = (getattr(error, "name", None) or "diffusers").split(".")[0]

@@ -4,7 +4,6 @@ Exit codes: 0 done; 1 failed, with the reason on stderr and as event `failed`; 2
 """
 
 import argparse
-import importlib
 import json
 import logging
 import os
@@ -18,6 +17,7 @@ from typing import Any
 from .arguments import make_parser
 from .config import ConfigError, EncodeConfig, FitConfig, load_settings, make_config
 from .events import EventWriter
+from .imports import quiet_imports, quietly_imported
 
 DONE, FAILED, USAGE, STOPPED = 0, 1, 2, 3
 
@@ -43,9 +43,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _fit(args: argparse.Namespace) -> int:
     if args.dry_run:
         config = _config(args, FitConfig)
-        from .check import dry_run
 
-        return _guarded(lambda: sys.stdout.write(dry_run(config) + "\n"), EventWriter(None), config)
+        def show() -> None:
+            from .check import dry_run
+
+            quietly_imported(".run.plan", __package__)
+            sys.stdout.write(dry_run(config) + "\n")
+
+        return _guarded(show, EventWriter(None), config)
     from .run.stop import Stopped, StopWatch
 
     watch = StopWatch(args.stop_file)
@@ -62,7 +67,8 @@ def _fit(args: argparse.Namespace) -> int:
         raise
 
     def work() -> None:
-        from .run.fit import fit
+        with quiet_imports():
+            from .run.fit import fit
 
         with watch.signals():
             path = fit(config, events, watch)
@@ -83,7 +89,8 @@ def _encode(args: argparse.Namespace) -> int:
     config = _config(args, EncodeConfig)
 
     def work() -> None:
-        from .data.encode import encode
+        with quiet_imports():
+            from .data.encode import encode
 
         log.info("training cache written: %s", encode(config))
 
@@ -105,7 +112,7 @@ def _check(args: argparse.Namespace) -> int:
 def _tool(module: str, name: str) -> Callable[[argparse.Namespace], int]:
     def run(args: argparse.Namespace) -> int:
         def work() -> None:
-            getattr(importlib.import_module(f".{module}", __package__), name)(args)
+            getattr(quietly_imported(f".{module}", __package__), name)(args)
 
         return _guarded(work, EventWriter(None), None)
 
@@ -130,7 +137,8 @@ def _guarded(work: Callable[[], Any], events: EventWriter, config: FitConfig | N
 
 def _explained(error: Exception, config: FitConfig | None) -> tuple[str, str, bool]:
     try:
-        from .failures import explained
+        with quiet_imports():
+            from .failures import explained
     except ImportError:  # without torch, which is then what `error` is about
         fix = f'"{sys.executable}" -m train check says what to install'
         return "library", f"a package cannot be imported: {error}; {fix}", isinstance(error, ImportError)

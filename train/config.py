@@ -37,7 +37,8 @@ AUTO = "auto"
 TRAJECTORY_VERSION = 1
 
 _TEXTS = ("name", "trigger", "prompt", "instance_prompt", "class_prompt")
-_RULES = re.compile(r"(\d+(\.\d+)?:\d+,)+\d+(\.\d+)?")
+_RULES = re.compile(r"(\d{1,9}(\.\d{1,9})?:\d{1,9},)+\d{1,9}(\.\d{1,9})?")
+_LONGEST_SHOWN = 200
 
 
 class ConfigError(ValueError):
@@ -185,8 +186,8 @@ class FitConfig:
             )
         if self.scheduler == "piecewise_constant" and not _RULES.fullmatch(self.scheduler_rules):
             raise ConfigError(
-                f"scheduler_rules is {self.scheduler_rules!r}: piecewise_constant needs factor:step pairs and a last "
-                'factor, such as "1:100,0.1:500,0.01"'
+                f"scheduler_rules is {_shown(self.scheduler_rules)}: piecewise_constant needs factor:step "
+                'pairs and a last factor, such as "1:100,0.1:500,0.01"'
             )
         if self.method == "qr" and self.init == "random":
             raise ConfigError("init random is about \u0394R; method qr has none and starts from Q and R")
@@ -296,9 +297,9 @@ def make_config(kind: type[Config], *sources: Mapping[str, Any]) -> Config:
     for source in sources:
         for key, value in source.items():
             if key not in known:
-                close = difflib.get_close_matches(key, known, n=1)
+                close = difflib.get_close_matches(key[:_LONGEST_SHOWN], known, n=1)
                 hint = f"; did you mean {close[0]!r}?" if close else ""
-                raise ConfigError(f"unknown setting {key!r}{hint}")
+                raise ConfigError(f"unknown setting {_shown(key)}{hint}")
             values[key] = _converted(known[key], value)
     missing = [name for name, one in known.items() if one.default is MISSING and name not in values]
     if missing:
@@ -344,29 +345,38 @@ def _check(config: FitConfig | EncodeConfig) -> None:
         value, wanted, allowed = getattr(config, one.name), plain_type(one), choices(one)
         if allowed is not None:
             if value not in allowed:
-                raise ConfigError(f"{one.name} is {value!r}, expected one of {', '.join(allowed)}")
+                raise ConfigError(f"{one.name} is {_shown(value)}, expected one of {', '.join(allowed)}")
             continue
         if value == AUTO and may_be_auto(one):
             continue
         if not isinstance(value, wanted) or (wanted is not bool and isinstance(value, bool)):
             alternative = " or auto" if may_be_auto(one) else ""
-            raise ConfigError(f"{one.name} is {value!r}, expected {wanted.__name__}{alternative}")
+            raise ConfigError(f"{one.name} is {_shown(value)}, expected {wanted.__name__}{alternative}")
         if isinstance(value, str):
             _check_text(one, value)
         if isinstance(value, tuple) and not all(isinstance(item, str) and item for item in value):
-            raise ConfigError(f"{one.name} is {value!r}, expected a list of names")
+            raise ConfigError(f"{one.name} is {_shown(value)}, expected a list of names")
         if isinstance(value, int | float) and not isinstance(value, bool):
             low, high = one.metadata["low"], one.metadata["high"]
             if not low <= value <= high:  # NaN is in no range
-                raise ConfigError(f"{one.name} is {value!r}, expected {low:g} to {high:g}")
+                raise ConfigError(f"{one.name} is {_shown(value)}, expected {low:g} to {high:g}")
+
+
+def _shown(value: Any) -> str:
+    """A value as a message shows it. A number of 5000 digits, as TOML's 0xfff... gives one, cannot be printed."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):
+        return f"a {type(value).__name__} of {value.bit_length()} bits" if isinstance(value, int) else "too deep"
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}... ({len(text)} characters)"
 
 
 def _check_text(one: "Field[Any]", value: str) -> None:
     if "\0" in value or (one.default is MISSING and not value):
-        raise ConfigError(f"{one.name} is {value!r}, expected a path")
+        raise ConfigError(f"{one.name} is {_shown(value)}, expected a path")
     # a path may hold whatever its system gave it; a text that no tokenizer and no file takes would fail at the end
     if one.name in _TEXTS and any(0xD800 <= ord(letter) < 0xE000 for letter in value):
-        raise ConfigError(f"{one.name} is {value!r}, which is not valid Unicode text: retype it")
+        raise ConfigError(f"{one.name} is {_shown(value)}, which is not valid Unicode text: retype it")
 
 
 def _converted(one: "Field[Any]", value: Any) -> Any:

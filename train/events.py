@@ -106,7 +106,7 @@ def parse(line: str) -> TrainEvent:
     """
     try:
         raw = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise EventError(f"not JSON: {line[:80]!r}") from error
     if not isinstance(raw, dict) or raw.get("v") != VERSION:
         raise EventError(f"not an event of version {VERSION}: {line[:80]!r}")

@@ -1,12 +1,15 @@
 """The only file that touches ComfyUI's folders: where adapters and residuals are read and written."""
 
 import logging
+import os
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import folder_paths
 
-from ...qrlora_core import FileFormatError, PathError, TensorFile, contained_path, file_kind
+from ...qrlora_core import FileFormatError, PathError, TensorFile, contained_path, is_residual
+from ...train.data.captions import PICTURE_ENDINGS
 
 log = logging.getLogger(__name__)
 
@@ -17,14 +20,27 @@ MODEL_FOLDERS = ("diffusion_models", "checkpoints")
 MODEL_ENDINGS = (".safetensors", ".sft")
 NO_DATASET = "none"
 
+
+class _Contents(NamedTuple):
+    """What a folder holds, not deeper: names of folders that are not hidden, and whether there are pictures."""
+
+    folders: tuple[str, ...] = ()
+    has_pictures: bool = False
+
+
+_COARSEST_TIME_NS = 2_000_000_000  # of FAT
+
 _kinds: dict[tuple[str, int, int], str] = {}
+_last_kinds: tuple[Any, dict[str, str]] | None = None
+_contents: dict[Path, tuple[int, _Contents]] = {}
 
 
 def register_folders() -> None:
     """Make `models/qrlora` and `<output>/qrlora` known, beside what extra_model_paths.yaml says."""
     models = Path(folder_paths.models_dir) / FOLDER
     models.mkdir(parents=True, exist_ok=True)
-    folder_paths.add_model_folder_path(FOLDER, str(models), is_default=True)
+    # not as the default: what extra_model_paths.yaml lists for this folder stays in front
+    folder_paths.add_model_folder_path(FOLDER, str(models))
     folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.get_output_directory()) / FOLDER))
     paths, _ = folder_paths.folder_names_and_paths[FOLDER]
     folder_paths.folder_names_and_paths[FOLDER] = (paths, {".safetensors"})
@@ -33,10 +49,13 @@ def register_folders() -> None:
 def file_names(residuals: bool) -> list[str]:
     """Names for a drop-down: residual files, or all others. Unreadable ones are in both: loading them says why.
 
-    What training keeps in its run folders (checkpoints, samples, caches) is not listed.
+    What training keeps in its run folders (checkpoints, samples, caches) is not listed. The host asks for this many
+    times for a page and for a prompt, in its event loop: headers are read once, and looked at again when a folder or
+    the list has changed.
     """
     names = [name for name in folder_paths.get_filename_list(FOLDER) if not _of_a_run(name)]
-    return [name for name in names if _kind(name) == "" or (_kind(name) == "residual") == residuals]
+    shown = ("", "residual" if residuals else "other")
+    return [name for name, kind in _kinds_of(tuple(names)).items() if kind in shown]
 
 
 def find_file(name: str) -> Path:
@@ -62,9 +81,14 @@ def save_folder(kind: str = FOLDER) -> Path:
     return Path(folder_paths.get_folder_paths(kind)[0])
 
 
+def output_folder() -> Path:
+    """ComfyUI's folder of results."""
+    return Path(folder_paths.get_output_directory())
+
+
 def results_folder() -> Path:
     """`<output>/qrlora`, where trained adapters get their names."""
-    return Path(folder_paths.get_output_directory()) / FOLDER
+    return output_folder() / FOLDER
 
 
 def runs_folder() -> Path:
@@ -89,32 +113,76 @@ def model_names() -> list[str]:
 
 
 def model_file(name: str) -> Path:
-    """The base model that a workflow names.
+    """The base model that a workflow names. One that is listed may be a link to another disk: its owner put it there.
 
     Raises:
         PathError: not a safetensors file, or not in the folders.
     """
     if not name.lower().endswith(MODEL_ENDINGS):
         raise PathError(f"{name!r} is not a safetensors file; training reads {' and '.join(MODEL_ENDINGS)} only")
+    for kind in MODEL_FOLDERS:
+        if _listed(name, folder_paths.get_filename_list(kind)):
+            for root in folder_paths.get_folder_paths(kind):
+                if (path := Path(root, name.replace("\\", "/"))).is_file():
+                    return path
     return _inside([folder for kind in MODEL_FOLDERS for folder in folder_paths.get_folder_paths(kind)], name)
 
 
 def dataset_names() -> list[str]:
-    """Folders with pictures: those in ComfyUI's input folder, and in its datasets folder where the host has one."""
-    found = set()
+    """Folders with pictures: those in ComfyUI's input folder, and in its datasets folder where the host has one.
+
+    Two levels deep; a workflow may name deeper ones.
+    """
+    names: set[str] = set()
     for root in _dataset_roots():
-        if root.is_dir():
-            found |= {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_dir()}
-    return [NO_DATASET, *sorted(name for name in found if not any(part.startswith(".") for part in name.split("/")))]
+        for first in _look_into(root).folders:
+            inner = _look_into(root / first)
+            names |= {first} if inner.has_pictures else set()
+            names |= {f"{first}/{second}" for second in inner.folders if _look_into(root / first / second).has_pictures}
+    return [NO_DATASET, *sorted(names)]
 
 
 def dataset_folder(name: str) -> Path:
-    """The folder that a workflow names.
+    """The folder that a workflow names. One that is listed may be a link to another disk.
 
     Raises:
         PathError: the name leaves its folder, or no such folder is there.
     """
+    if name in dataset_names():
+        for root in _dataset_roots():
+            if (path := root / name).is_dir():
+                return path
     return _inside(_dataset_roots(), name, folder=True)
+
+
+def _listed(name: str, names: list[str]) -> bool:
+    return name.replace("\\", "/") in (listed.replace("\\", "/") for listed in names)
+
+
+def _look_into(folder: Path) -> _Contents:
+    """The contents of a folder, remembered until its time changes: it may hold a hundred thousand files."""
+    try:
+        time_ns = folder.stat().st_mtime_ns
+        remembered = _contents.get(folder)
+        if remembered is not None and remembered[0] == time_ns:
+            return remembered[1]
+        with os.scandir(folder) as entries:
+            shown = [entry for entry in entries if not entry.name.startswith(".")]
+        folders = tuple(sorted(entry.name for entry in shown if _is_folder(entry)))
+        contents = _Contents(folders, any(entry.name.lower().endswith(PICTURE_ENDINGS) for entry in shown))
+    except OSError as error:
+        log.debug("%s cannot be listed: %s", folder.name, error)
+        return _Contents()
+    if time.time_ns() - time_ns > _COARSEST_TIME_NS:  # otherwise a change in the same tick would never be seen
+        _contents[folder] = (time_ns, contents)
+    return contents
+
+
+def _is_folder(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def _dataset_roots() -> list[Path]:
@@ -141,15 +209,37 @@ def _of_a_run(name: str) -> bool:
     return name.replace("\\", "/").startswith(f"{RUNS}/") and (results_folder() / name).is_file()
 
 
+def _kinds_of(names: tuple[str, ...]) -> dict[str, str]:
+    """Name -> "residual", "other", or "" for a file that cannot be read."""
+    global _last_kinds
+    roots = [Path(root) for root in folder_paths.get_folder_paths(FOLDER)]
+    folders = {(root / name).parent for root in roots for name in names}
+    version = (names, tuple((str(folder), _time_of(folder)) for folder in sorted(folders)))
+    if _last_kinds is None or _last_kinds[0] != version:
+        _last_kinds = (version, {name: _kind(name) for name in names})
+    return _last_kinds[1]
+
+
+def _time_of(folder: Path) -> int:
+    try:
+        return folder.stat().st_mtime_ns
+    except OSError:  # not every root has every sub-folder
+        return 0
+
+
 def _kind(name: str) -> str:
-    """The format of a file in the folder, "" when it cannot be read. One look at the header per version of the file."""
+    """What a file is by the keys of its header. One look at the header for each version of the file."""
     try:
         path = find_file(name)
         status = path.stat()
-        version = (str(path), status.st_size, status.st_mtime_ns)
-        if version not in _kinds:
-            _kinds[version] = file_kind(TensorFile(path))
-    except (PathError, FileFormatError, OSError) as error:
-        log.debug("%s is listed although it cannot be read: %s", name, error)
+    except (PathError, OSError) as error:
+        log.debug("%s is listed although it cannot be found: %s", name, error)
         return ""
+    version = (str(path), status.st_size, status.st_mtime_ns)
+    if version not in _kinds:
+        try:
+            _kinds[version] = "residual" if is_residual(TensorFile(path).specs) else "other"
+        except FileFormatError as error:
+            log.debug("%s is listed although it cannot be read: %s", name, error)
+            _kinds[version] = ""
     return _kinds[version]

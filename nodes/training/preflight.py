@@ -1,6 +1,7 @@
 """Asked before anything is unloaded or started: can the trainer's interpreter do this at all?"""
 
 import json
+import shutil
 import subprocess
 import time
 from collections.abc import Callable
@@ -13,6 +14,23 @@ from .process import Child, ChildError
 
 SECONDS = 180.0  # the first import of torch from a slow disk; a warm one takes a few
 _GB = 1e9
+_KEPT_REPORTS = 32
+# What can change between two runs without another answer; the data are encoded after the check.
+_NOT_DECISIVE = {
+    "steps",
+    "seed",
+    "learning_rate",
+    "prompt",
+    "trigger",
+    "name",
+    "output",
+    "run_dir",
+    "data",
+    "basis_cache",
+}
+_PACKAGES = ("lib/python*/site-packages", "lib64/python*/site-packages", "Lib/site-packages")
+
+_reports: dict[str, dict[str, Any]] = {}  # question -> report without problems, of this process
 
 
 class PreflightError(QRLoRAError):
@@ -26,6 +44,9 @@ class Cancelled(Exception):
 def preflight(who: owner.Owner, settings: Path, log_file: Path, cancelled: Callable[[], bool]) -> dict[str, Any]:
     """What `train check` reports, once it reports no problem.
 
+    Starting a Python with torch and diffusers takes 12 to 20 seconds on a slow disk, so a report without problems is
+    remembered, while the interpreter, its packages, the model and the settings that the report depends on are the same.
+
     Args:
         who: whose interpreter.
         settings: the run's settings.
@@ -36,6 +57,10 @@ def preflight(who: owner.Owner, settings: Path, log_file: Path, cancelled: Calla
         PreflightError: the interpreter cannot start, or it reports problems.
         Cancelled: Cancel was pressed.
     """
+    question = _question(who, settings)
+    if question in _reports:
+        _require_disk(_reports[question], settings.parent)
+        return _reports[question]
     # memory is compared later: ComfyUI's own models still lie on the card
     arguments = ["check", "--settings", str(settings), "--json", "--no-data", "--no-memory-check"]
     command = who.command(arguments)
@@ -68,7 +93,43 @@ def preflight(who: owner.Owner, settings: Path, log_file: Path, cancelled: Calla
             f"- {one.get('what', one)}\n  {one.get('fix', '')}".rstrip() for one in problems if isinstance(one, dict)
         ]
         raise PreflightError("\n".join(["Training cannot start:", *(lines or [child.tail(15)]), _where(who)]))
+    while len(_reports) >= _KEPT_REPORTS:
+        del _reports[next(iter(_reports))]
+    _reports[question] = report
     return report
+
+
+def _question(who: owner.Owner, settings: Path) -> str:
+    """Everything that a report depends on, as text: another one has to be asked anew."""
+    values = json.loads(settings.read_text(encoding="utf-8"))
+    decisive = {key: value for key, value in values.items() if key not in _NOT_DECISIVE}
+    python = Path(who.python)
+    packages = [folder for name in _PACKAGES for folder in sorted(python.parent.parent.glob(name))]
+    places = [python, python.resolve(), *packages, Path(who.accelerate_config or python), Path(values["model"])]
+    return json.dumps([decisive, [(str(place), _version(place)) for place in places]], sort_keys=True)
+
+
+def _version(place: Path) -> tuple[int, int] | None:
+    """Size and time; installing a package changes those of the folder."""
+    try:
+        status = place.stat()
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns
+
+
+def _require_disk(report: dict[str, Any], folder: Path) -> None:
+    """The disk fills while nothing of what is remembered changes.
+
+    Raises:
+        PreflightError: it has no room for the run.
+    """
+    need, free = (report.get("estimate") or {}).get("disk"), shutil.disk_usage(folder).free
+    if need and need > free:
+        raise PreflightError(
+            f"Training needs about {need / _GB:.1f} GB of disk, {free / _GB:.1f} GB are free where the run folders "
+            "lie. Make room and queue again."
+        )
 
 
 def summary(report: dict[str, Any]) -> str:
@@ -109,13 +170,13 @@ def _report(text: str) -> dict[str, Any] | None:
         if line.startswith("{"):
             try:
                 found = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             if isinstance(found, dict) and "problems" in found:
                 return found
     start = text.find("{")  # printed over several lines
     try:
         found = json.JSONDecoder().raw_decode(text[start:])[0] if start >= 0 else None
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) and "problems" in found else None

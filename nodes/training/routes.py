@@ -12,7 +12,7 @@ from pathlib import Path
 from aiohttp import web
 from server import PromptServer
 
-from ...qrlora_core import QRLoRAError, TensorFile, contained_path
+from ...qrlora_core import FileFormatError, QRLoRAError, TensorFile, contained_path
 from ..host import encoders, folders
 from .jobs import JOBS, Jobs
 from .runs import RunFolder
@@ -55,7 +55,9 @@ def register() -> None:
     async def stop(request: web.Request) -> web.Response:
         try:
             node = (await request.json())["node"]
-        except (ValueError, KeyError, TypeError):
+            if not isinstance(node, str | int):
+                raise TypeError(f"node is a {type(node).__name__}")
+        except (ValueError, KeyError, TypeError, LookupError, RecursionError):  # LookupError: an unknown charset
             return web.json_response({"error": 'expected {"node": id}'}, status=400)
         if not jobs().request_stop(str(node)):
             return web.json_response({"error": "this node is not training"}, status=404)
@@ -71,7 +73,10 @@ def sample_png(run: str, step: int) -> bytes:
     """
     folder: Path = contained_path(folders.runs_folder(), run)
     path = RunFolder(folder).folder / "samples" / f"step-{step:08}.safetensors"
-    picture = encoders.preview(TensorFile(path).tensor("latent"))
+    latent = TensorFile(path).tensor("latent")
+    if latent.dim() != 4 or latent.shape[1] != encoders.CHANNELS or 0 in latent.shape:
+        raise FileFormatError(f"{path.name} holds {tuple(latent.shape)}, which are no latents")
+    picture = encoders.preview(latent)
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
     return buffer.getvalue()

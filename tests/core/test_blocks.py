@@ -114,7 +114,7 @@ def test_ranges(text, ranges):
         ("0-9: 1, x: 2", "'x: 2' is not a block range"),
         ("0-9: much", "'0-9: much': 'much' is not a number"),
         ("0-9: nan", "out of range"),
-        ("0-9: 5", "'0-9: 5': 5 is out of range; use -4 to 4"),
+        ("0-9: 5", "'0-9: 5': '5' is out of range; use -4 to 4"),
         ("9-0: 1", "'9-0: 1' ends before it begins"),
         ("0-9: 1, 9-12: 0.5", "'9-12: 0.5' and '0-9: 1' share blocks"),
         ("-1: 1", "'-1: 1' is not a block range"),

@@ -1,5 +1,10 @@
 """Lists of alpha and beta as a person writes them, and the grid they make."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,6 +12,8 @@ from hypothesis import strategies as st
 
 import qrlora_core as core
 from tests.core.test_merge import NAMES, change, make, of
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize(
@@ -67,3 +74,50 @@ def test_the_grid():
 def test_too_many_pictures():
     with pytest.raises(core.SettingError, match="11 alphas x 11 betas are 121 pictures, more than 100"):
         core.sweep(of(make(1)), "0:1:0.1", of(make(2)), "0:1:0.1")
+
+
+# Each took from seconds to hours, or ended in an error that is none of ours; all while no other thread could run
+HOSTILE = [
+    "0:1:1e-999999",
+    "0:1:1e-99999999999",
+    "1e-999999:1:0.5",
+    "0e999999999:1:0e-999999999",
+    "1e99999999999999999999",
+    "1" * 5_000_000,
+    "0." + "1" * 9_000,
+    "1," * 5_000_000,
+    ":" * 5_000,
+    "sNaN",
+    "\ud800",
+    "\u0661e\u0661\u0661\u0661\u0661",
+]
+LOOK = """
+import json, sys, time, qrlora_core as core
+for text in json.load(sys.stdin):
+    for read in (core.parse_scales, core.parse_ranges, lambda text, what: core.parse_ranges("0-9:" + text, what)):
+        start = time.monotonic()
+        try:
+            read(text, "numbers")
+        except core.SettingError as error:
+            assert len(str(error)) < 500, len(str(error))
+        assert time.monotonic() - start < 1, (text[:20], read)
+"""
+
+
+def test_no_text_takes_longer_than_a_second():
+    """In a process of its own: what holds the interpreter cannot be timed from within."""
+    command = [sys.executable, "-c", LOOK]
+    options = {"capture_output": True, "text": True, "timeout": 60, "check": False, "cwd": ROOT}
+    done = subprocess.run(command, input=json.dumps(HOSTILE), **options)
+    assert done.returncode == 0, done.stderr[-500:]
+
+
+@given(st.text(st.sampled_from("0123456789.-+eE:,; \n_nNaAiIfF\u0663\ud800"), max_size=60) | st.text(max_size=200))
+def test_any_text_is_numbers_in_range_or_our_error(text):
+    for read in (core.parse_scales, core.parse_ranges):
+        try:
+            found = read(text, "numbers")
+        except core.SettingError:
+            continue
+        numbers = found if read is core.parse_scales else [one.factor for one in found]
+        assert all(-4 <= number <= 4 for number in numbers) and len(found) <= 100

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 
 import pytest
 import torch
@@ -168,6 +169,18 @@ def test_sweep_and_contact_sheet(server):
     for cell in layout.cells[::3]:
         header = inked(sheet.crop((0, cell.box[1], first[0] - 1, cell.box[3])))
         assert header.tobytes() == written(recipe["rows"][cell.row], letters).tobytes()
+
+
+@pytest.mark.parametrize("prefix", ["nul\0byte", "x" * 5000, "../out", "loop/sheet", "half \ud83d"], ids=range(5))
+def test_a_hostile_name_of_a_sheet_is_refused_in_words(server, prefix):
+    loop = server.base / "output" / "loop"
+    if os.name != "nt" and not loop.is_symlink():
+        loop.symlink_to(loop)
+    graph = {"picture": node("EmptyImage", width=32, height=32, batch_size=1, color=0)}
+    inputs = {"columns": 0, "max_size": 64, "title": "", "filename_prefix": prefix}
+    graph["sheet"] = node("QRLoRAContactSheet", images=["picture", 0], **inputs)
+    with pytest.raises(WorkflowError, match="is refused|leads out"):
+        server.queue(graph)
 
 
 def test_any_labelled_list_makes_a_sheet(server):

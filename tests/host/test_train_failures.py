@@ -6,10 +6,14 @@ folders and the published names are real.
 
 import contextlib
 import json
+import math
 import os
 import shutil
+import struct
 import subprocess
 import time
+import urllib.error
+import urllib.request
 
 import psutil
 import pytest
@@ -295,6 +299,18 @@ def test_a_deleted_adapter_is_published_again(server):
     assert path.is_file() and "already trained" in entry["outputs"]["train"]["text"][0]
 
 
+def test_an_adapter_that_was_overwritten_is_published_again(server):
+    """By another file of another size or time: what Train gave before is no longer there."""
+    graph = train_graph("overwritten", seed=33)
+    server.queue(graph)
+    path = server.base / "output" / "qrlora" / "overwritten.safetensors"
+    path.unlink()  # a hard link: what is written into it would change the run's own copy, too
+    path.write_bytes(b"something else")
+    entry = server.queue(graph)
+    assert "already trained: overwritten_00002.safetensors" in entry["outputs"]["train"]["text"][0]
+    assert path.read_bytes() == b"something else"
+
+
 @pytest.mark.parametrize(
     "inputs,words",
     [
@@ -504,6 +520,38 @@ def test_comfyui_killed(tmp_path, clip_file):
     with FakeServer(HOST, base) as second:
         entry = second.queue(train_graph("orphan"))
         assert "finished" in entry["outputs"]["train"]["text"][0]
+
+
+@pytest.mark.parametrize(
+    "body,kind",
+    [
+        (b"[" * 100_000, "application/json"),
+        (b'["node"]', "application/json"),
+        (b'{"node": {"x": 1}}', "application/json"),
+        (b'{"node": null}', "application/json"),
+        (b"\xff\xfe", "application/json"),
+        (b"{}", "application/json; charset=no-such-thing"),
+        (b"", "text/plain"),
+    ],
+)
+def test_a_wrong_question_is_answered_as_one(server, body, kind):
+    request = urllib.request.Request(f"{server.url}/qrlora/train/stop", body, {"Content-Type": kind})
+    with pytest.raises(urllib.error.HTTPError) as error:
+        urllib.request.urlopen(request, timeout=10)
+    assert error.value.code == 400 and "expected" in error.value.read().decode()
+
+
+def test_a_sample_that_is_none_is_not_an_error_of_the_server(server):
+    folder = server.base / "output" / "qrlora" / "runs" / "odd" / "samples"
+    folder.mkdir(parents=True)
+    for step, shape in enumerate(([16, 8], [1, 4, 8, 8], [1, 16, 0, 8]), 1):
+        size = 4 * math.prod(shape)
+        header = json.dumps({"latent": {"dtype": "F32", "shape": shape, "data_offsets": [0, size]}}).encode()
+        (folder / f"step-{step:08}.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(size))
+        with pytest.raises(urllib.error.HTTPError) as error:
+            server.get(f"/qrlora/train/sample?run=odd&step={step}")
+        assert error.value.code == 404
+    shutil.rmtree(folder.parent)
 
 
 def test_the_page_can_catch_up(server):

@@ -286,6 +286,7 @@ class FakeServer(instance.Server):
         python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{FAKE}" "$@"\n')
         python.chmod(0o755)
         (base / "owner.json").write_text(json.dumps({"python": str(python)}))
+        self.python = python
         self.part = base / "part.json"
         self.play("ok")
         super().__init__(host, base, {"QRLORA_CONFIG": str(base / "owner.json"), "QRLORA_FAKE": str(self.part)})
@@ -293,6 +294,7 @@ class FakeServer(instance.Server):
     def play(self, scenario, **more):
         """What the next trainer does."""
         self.part.write_text(json.dumps({"scenario": scenario, **more}))
+        os.utime(self.python)  # as if it were installed anew: what it answered before does not count
 
 
 def text_of(error):

@@ -262,6 +262,59 @@ def test_memory_is_compared_with_what_is_free():
         preflight.require_memory(report, 24 * 10**9, 4 * 10**9)
 
 
+@pytest.fixture
+def asked(tmp_path, monkeypatch):
+    """A preflight whose interpreter is a small script; how often it was started."""
+    python = tmp_path / "env" / "bin" / "python"
+    packages = tmp_path / "env" / "lib" / "python3.12" / "site-packages"
+    packages.mkdir(parents=True)
+    python.parent.mkdir()
+    count = tmp_path / "count"
+    answer = json.dumps({"problems": [], "estimate": {"disk": 1}})
+    python.write_text(f"#!/bin/sh\necho asked >> '{count}'\necho '{answer}'\n")
+    python.chmod(0o755)
+    model = tmp_path / "model.safetensors"
+    model.write_bytes(b"one")
+    monkeypatch.setattr(preflight, "_reports", {})
+    values = {"model": str(model), "rank": 8, "steps": 10}
+
+    def ask(**changes):
+        settings = tmp_path / "settings.json"
+        settings.write_text(json.dumps(values | changes))
+        preflight.preflight(owner.Owner(str(python), "", ""), settings, tmp_path / "log.txt", lambda: False)
+        return len(count.read_text().splitlines())
+
+    ask.python, ask.packages, ask.model, ask.answers = python, packages, model, preflight._reports
+    return ask
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the interpreter is a shell script")
+def test_the_trainers_python_is_asked_once(asked):
+    assert [asked(), asked(), asked(steps=99), asked(run_dir="elsewhere", seed=3)] == [1, 1, 1, 1]
+    assert asked(rank=16) == 2
+    (asked.packages / "diffusers-1.dist-info").mkdir()
+    assert asked() == 3, "a package was installed"
+    asked.model.write_bytes(b"another")
+    assert asked() == 4
+    asked.python.write_text(asked.python.read_text() + "\n")
+    assert [asked(), asked()] == [5, 5]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the interpreter is a shell script")
+def test_problems_are_asked_about_again_and_the_disk_each_time(asked):
+    text = asked.python.read_text()
+    asked.python.write_text(text.replace('"problems": []', '"problems": [{"what": "no torch", "fix": "install it"}]'))
+    for _ in range(2):
+        with pytest.raises(preflight.PreflightError, match="no torch"):
+            asked()
+    asked.python.write_text(text)
+    assert asked() == 3
+    (report,) = asked.answers.values()
+    report["estimate"]["disk"] = 10**18
+    with pytest.raises(preflight.PreflightError, match="GB of disk"):
+        asked()
+
+
 def step(number, first=None):
     if first is not None:
         data = {"pid": 1, "steps": 9, "first_step": first, "pack_version": "0", "run_dir": "r"}

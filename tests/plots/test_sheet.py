@@ -1,5 +1,7 @@
 """Contact sheets: where pictures and words are, whatever the size."""
 
+import time
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -120,3 +122,41 @@ def test_text_card_holds_every_line():
     for index in (0, 2):
         strip = card.crop((0, 27 * (index + 1), card.width, 27 * (index + 2)))
         assert inked(strip).tobytes() == written(lines[index], 20).tobytes()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "letters " * 5_000,
+        "line\nbreak\ttab\r\n",
+        "\x00\x1b[31m\u2028\ud800",
+        "".join(map(chr, range(0x4E00, 0x9000))),
+        "alpha=" + " " * 20_000 + "x",
+        "=" * 5_000 + "," * 5_000,
+        "",
+    ],
+    ids=["long", "lines", "control", "characters", "spaces", "signs", "empty"],
+)
+def test_any_words_are_drawn_in_little_time(words):
+    start = time.monotonic()
+    sheet = contact_sheet(pictures(4), [f"{words}{index}" for index in range(4)], title=words)
+    rows = contact_sheet(pictures(2), [f"alpha={words.replace('=', '')}{index}, beta=1" for index in range(2)])
+    assert time.monotonic() - start < 5
+    assert max(sheet.image.width, sheet.image.height, rows.image.width, rows.image.height) < 2000
+
+
+@settings(max_examples=40)
+@given(st.text(max_size=300), st.integers(13, 40), st.integers(1, 600))
+def test_any_text_fits_or_is_as_short_as_it_gets(words, size, width):
+    shown, fits = text.fitted(words, size, width)
+    assert text.SMALLEST <= fits <= size
+    assert text.text_size(shown, fits)[0] <= width or len(shown) <= 4
+
+
+@given(st.text(st.sampled_from("=, ab1\n"), max_size=12))
+def test_pairs_are_read_as_by_the_words_of_the_docstring(label):
+    halves = label.split(",")
+    is_pair = len(halves) == 2 and all(
+        half.count("=") == 1 and all(word.strip() for word in half.split("=")) for half in halves
+    )
+    assert (label_axes([label]) is not None) == is_pair

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import os
 import runpy
 import subprocess
@@ -20,6 +21,7 @@ from train.arguments import make_parser
 from train.cli import DONE, FAILED, STOPPED, USAGE, main
 from train.config import EncodeConfig, FitConfig, as_table
 from train.events import read_events
+from train.imports import quiet_imports
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = ("encode", "fit", "check", "basis", "residual", "merge", "export", "similarity", "sample")
@@ -234,3 +236,21 @@ def test_out_of_memory_has_a_name_in_every_torch(monkeypatch):
     monkeypatch.delattr(torch, "OutOfMemoryError")
     known = runpy.run_path(str(ROOT / "train" / "errors.py"))["OUT_OF_MEMORY"]
     assert known == (torch.cuda.OutOfMemoryError,)
+
+
+def test_nothing_of_other_peoples_imports_is_printed(settings, tmp_path):
+    """torchao, Triton, bitsandbytes and transformers complain on a machine that is as it should be."""
+    path = tmp_path / "settings.json"
+    path.write_text(json.dumps(as_table(settings(steps=1))))
+    for command, *more in (("fit",), ("fit", "--dry-run"), ("check",)):
+        line = [sys.executable, "-m", "train", command, "--settings", path, *more]
+        done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
+        assert all(one.startswith("INFO ") for one in done.stderr.splitlines()), done.stderr
+
+
+def test_warnings_that_are_not_of_an_import_stay(caplog):
+    with quiet_imports():
+        logging.getLogger("torchao").warning("no triton")
+        logging.getLogger("torchao").error("it is broken")
+    logging.getLogger("torchao").warning("a real one")
+    assert [record.message for record in caplog.records] == ["it is broken", "a real one"]

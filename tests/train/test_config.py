@@ -190,3 +190,21 @@ def test_choices_are_those_of_the_types():
     assert found["base_storage"] == ("auto", "bf16", "fp16", "fp32", "fp8", "int8", "nf4") and found["offload"] is None
     required = [one.name for one in fields(FitConfig) if one.default is MISSING]
     assert required == ["model", "data", "run_dir"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"steps": 16**6000},
+        {"steps": [[1] * 100] * 1000},
+        {"rank": "9" * 10_000},
+        {"scheduler": "piecewise_constant", "scheduler_rules": "1:" + "9" * 5000 + ",1"},
+        {"x" * 100_000: 1},
+        {"targets": ["a", 16**6000]},
+    ],
+    ids=lambda settings: next(iter(settings))[:20],
+)
+def test_numbers_and_texts_of_any_length_are_refused_in_few_words(settings):
+    with pytest.raises(ConfigError) as caught:
+        make_config(FitConfig, {"model": "m", "data": "d", "run_dir": "r"}, settings)
+    assert len(str(caught.value)) < 1000

@@ -4,12 +4,15 @@ import math
 
 import pytest
 import torch
-from diffusers import FluxPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
 
 from qrlora_core import CacheItem, EncodedPicture, EncodedText, TrainingCache, save_cache
 from tests.train.conftest import small_cache
-from train.data.batches import Sampler
-from train.run.flow import flow_loss, model_inputs, shifted, weighted_mse
+from train.data.batches import Sampler, drawn_sigma
+from train.model.backbones.flux import FLUX
+from train.run.flow import flow_loss, loss_weights, sample_latents, shifted, weighted_mse
 
 
 @pytest.fixture
@@ -21,8 +24,11 @@ def test_equal_numbers_give_equal_batches_in_any_order(cache, settings):
     one, other = Sampler(cache, settings(batch_size=2)), Sampler(cache, settings(batch_size=2))
     batches = [one.batch(number) for number in range(7)]
     for number in (6, 0, 3, 5):
-        for first, second in zip(batches[number], other.batch(number)):
-            assert torch.equal(first, second)
+        first, second = batches[number], other.batch(number)
+        for one_part, other_part in zip(
+            [*first[:3], *first.text, first.mask], [*second[:3], *second.text, second.mask]
+        ):
+            assert torch.equal(one_part, other_part)
 
 
 def test_other_numbers_and_seeds_give_other_noise(cache, settings):
@@ -77,8 +83,8 @@ def test_caption_dropout_changes_captions_and_nothing_else(cache, settings):
         before, after = plain.batch(number), dropped.batch(number)
         for name in ("latents", "noise", "sigmas"):
             assert torch.equal(getattr(before, name), getattr(after, name))
-        count += torch.equal(after.embeds[0], empty)
-        assert not torch.equal(before.embeds[0], empty)
+        count += torch.equal(after.text.embeds[0], empty)
+        assert not torch.equal(before.text.embeds[0], empty)
     assert 15 < count < 45
 
 
@@ -107,13 +113,54 @@ def test_mode_sigmas_lean_to_the_middle(cache, settings):
     assert histogram[2] > 1.5 * histogram[0] and histogram[2] > 1.5 * histogram[4]
 
 
+@pytest.mark.parametrize("sampling", ["uniform", "logit_normal", "mode"])
+def test_sigmas_are_those_of_diffusers_bit_by_bit(settings, sampling):
+    config = settings(timestep_sampling=sampling, logit_mean=0.3, logit_std=0.8, mode_scale=1.1)
+    for seed in range(20):
+        ours = drawn_sigma(config, torch.Generator().manual_seed(seed))
+        theirs = compute_density_for_timestep_sampling(
+            "none" if sampling == "uniform" else sampling,
+            1,
+            0.3,
+            0.8,
+            1.1,
+            generator=torch.Generator().manual_seed(seed),
+        )
+        assert torch.equal(ours, theirs[0])
+
+
+@pytest.mark.parametrize("weighting", ["none", "sigma_sqrt", "cosmap"])
+def test_weights_are_those_of_diffusers(weighting):
+    sigmas = torch.linspace(1e-3, 1, 50)
+    assert torch.equal(loss_weights(weighting, sigmas), compute_loss_weighting_for_sd3(weighting, sigmas))
+
+
 def test_shift():
     sigmas = torch.tensor([0.0, 0.25, 0.5, 1.0])
-    assert torch.equal(shifted(sigmas, "none", 3.0, 1024), sigmas)
-    assert torch.allclose(shifted(sigmas, "constant", 3.0, 1024), torch.tensor([0.0, 0.5, 0.75, 1.0]))
-    for tokens, mu in ((256, 0.5), (4096, 1.15)):  # FLUX's own two ends
-        wanted = math.exp(mu) * 0.5 / (1 + (math.exp(mu) - 1) * 0.5)
-        assert float(shifted(sigmas, "resolution", 3.0, tokens)[2]) == pytest.approx(wanted, rel=1e-6)
+    assert torch.equal(shifted(sigmas, 1.0), sigmas)
+    assert torch.allclose(shifted(sigmas, 3.0), torch.tensor([0.0, 0.5, 0.75, 1.0]))
+    for tokens in (64, 256, 1024, 4096, 9000):
+        assert FLUX.shift(tokens) == pytest.approx(math.exp(calculate_shift(tokens)), rel=1e-12)
+
+
+def test_samples_follow_the_schedule_of_diffusers():
+    """A model that predicts x itself: Euler steps multiply by 1 + (next - sigma), wherever the scheduler puts them."""
+
+    class Identity(torch.nn.Module):
+        def forward(self, hidden_states, **_):
+            return (hidden_states,)
+
+        config = type("Config", (), {"guidance_embeds": False})
+
+    noise = torch.randn(1, 16, 8, 8)
+    text = EncodedText(torch.zeros(1, 2, 4), torch.zeros(1, 4))
+    found = sample_latents(Identity(), FLUX, noise, text, 5, 1.0, torch.device("cpu"), torch.float32)
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    scheduler.set_timesteps(sigmas=[1 - i / 5 for i in range(5)], mu=calculate_shift(16))
+    expected = noise
+    for time in scheduler.timesteps:
+        expected = scheduler.step(expected, time, expected, return_dict=False)[0]
+    assert torch.allclose(found, expected, atol=1e-6)
 
 
 class Fixed(torch.nn.Module):
@@ -138,7 +185,7 @@ def test_loss_of_a_known_prediction(cache, settings):
     batch = sampler.batch(1)
     height, width = batch.latents.shape[2:]
     model = Fixed(torch.zeros(1, height * width // 4, 64))
-    loss = flow_loss(model, batch, config, torch.device("cpu"), torch.float32)
+    loss = flow_loss(model, FLUX, batch, config, torch.device("cpu"), torch.float32)
     error = (batch.noise - batch.latents).square() * batch.mask[:, None] / batch.mask.mean()
     assert float(loss) == pytest.approx(float(error.mean()), rel=1e-5)
     assert float(model.seen["guidance"][0]) == 2.5 and torch.equal(model.seen["timestep"], batch.sigmas)
@@ -146,7 +193,7 @@ def test_loss_of_a_known_prediction(cache, settings):
     shown = FluxPipeline._unpack_latents(model.seen["hidden_states"], height, width, 1)
     assert torch.allclose(shown, mixed, atol=1e-6)
     perfect = Fixed(FluxPipeline._pack_latents(batch.noise - batch.latents, 1, 16, height, width))
-    assert float(flow_loss(perfect, batch, config, torch.device("cpu"), torch.float32)) < 1e-12
+    assert float(flow_loss(perfect, FLUX, batch, config, torch.device("cpu"), torch.float32)) < 1e-12
 
 
 @pytest.mark.parametrize("weighting", ["sigma_sqrt", "cosmap"])
@@ -157,16 +204,19 @@ def test_loss_weighting(cache, settings, weighting):
     model = Fixed(torch.zeros(1, batch.latents[0, 0].numel() // 4, 64))
     weight = sigma**-2 if weighting == "sigma_sqrt" else 2 / (math.pi * (1 - 2 * sigma + 2 * sigma**2))
     plain = float(weighted_mse(torch.zeros_like(batch.latents), batch.noise - batch.latents))
-    loss = flow_loss(model, batch, config, torch.device("cpu"), torch.float32)
+    loss = flow_loss(model, FLUX, batch, config, torch.device("cpu"), torch.float32)
     assert float(loss) == pytest.approx(weight * plain, rel=1e-4)
 
 
 def test_positions_and_patches_are_those_of_the_pipeline():
-    latents = torch.randn(2, 16, 4, 6)
-    inputs = model_inputs(
-        latents, torch.ones(2), torch.zeros(2, 3, 8), torch.zeros(2, 8), 1.0, torch.device("cpu"), torch.float32
-    )
+    latents, text = torch.randn(2, 16, 4, 6), EncodedText(torch.zeros(2, 3, 8), torch.zeros(2, 8))
+    model = Fixed(None)
+    inputs = FLUX.inputs(model, latents, torch.ones(2), text, 1.0)
     assert inputs["hidden_states"].shape == (2, 6, 64) and inputs["img_ids"].shape == (6, 3)
+    assert torch.equal(inputs["hidden_states"], FluxPipeline._pack_latents(latents, 2, 16, 4, 6))
+    expected = FluxPipeline._prepare_latent_image_ids(2, 2, 3, torch.device("cpu"), torch.float32)
+    assert torch.equal(inputs["img_ids"], expected)
+    assert torch.equal(FLUX.velocity((inputs["hidden_states"],), latents.shape), latents)
     # token 4 is row 1, column 1; its numbers are a 2x2 patch of every channel
     assert inputs["img_ids"][4].tolist() == [0, 1, 1]
     assert torch.equal(inputs["hidden_states"][1, 4].reshape(16, 2, 2), latents[1, :, 2:4, 2:4])

@@ -5,8 +5,9 @@ import torch
 from torchao.utils import TorchAOBaseTensor
 
 from demo.small_flux import GOLDEN, base_weights, golden_tensors, to_diffusers
-from qrlora_core import decompose, flux_targets
+from qrlora_core import EncodedText, decompose, flux_targets
 from train.errors import TrainError
+from train.model.backbones.flux import FLUX
 from train.model.layer import inject, trained_parameters
 from train.model.source import BaseModel
 from train.model.transformer import DTYPES, _waiting_blocks, load_transformer
@@ -31,7 +32,8 @@ def forward(model, dtype=torch.float32):
     latents = torch.randn(1, 16, 4, 4, generator=generator)
     golden = golden_tensors()
     embeds, pooled = golden["input.encoder_hidden_states"][:1], golden["input.pooled_projections"][:1]
-    return velocity(model, latents, torch.tensor([0.4]), embeds, pooled, 1.0, torch.device("cpu"), dtype)
+    text = EncodedText(embeds, pooled)
+    return velocity(model, FLUX, latents, torch.tensor([0.4]), text, 1.0, torch.device("cpu"), dtype)
 
 
 def adapted(storage, precision):
@@ -107,9 +109,10 @@ def test_the_basis_does_not_depend_on_how_the_base_is_held():
 
 
 def test_blocks_that_wait_in_ram():
-    assert _waiting_blocks((19, 38), 0.0) == set()
-    assert len(_waiting_blocks((19, 38), 1.0)) == 57
-    half = _waiting_blocks((4, 8), 0.5)
+    real = {"transformer_blocks": 19, "single_transformer_blocks": 38}
+    assert _waiting_blocks(real, 0.0) == set()
+    assert len(_waiting_blocks(real, 1.0)) == 57
+    half = _waiting_blocks({"transformer_blocks": 4, "single_transformer_blocks": 8}, 0.5)
     assert half == {f"transformer_blocks.{i}" for i in (2, 3)} | {
         f"single_transformer_blocks.{i}" for i in (4, 5, 6, 7)
     }

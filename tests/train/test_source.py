@@ -50,7 +50,7 @@ def test_single_file_and_folder_give_equal_tensors(folder):
     assert single.specs.keys() == expected.keys()
     for name, value in expected.items():
         assert torch.equal(single.tensor(name), value), name
-    assert single.blocks == (1, 1)
+    assert single.blocks == {"transformer_blocks": 1, "single_transformer_blocks": 1}
 
 
 def test_config_makes_the_model(folder):
@@ -140,7 +140,7 @@ def truncated(path):
 REFUSED = {
     "sd.safetensors": (
         plain({"model.diffusion_model.input_blocks.0.0.weight": torch.ones(4, 4)}),
-        "not a FLUX.1 transformer but a Stable Diffusion 1, 2 or XL model",
+        "is not a FLUX.1.* transformer but a Stable Diffusion 1, 2 or XL model",
     ),
     "lora.safetensors": (
         plain({"lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight": torch.ones(4, 4)}),
@@ -222,7 +222,7 @@ def test_default_targets_are_the_published_ones(folder):
 
 def test_the_real_size(tmp_path):
     model = BaseModel(sparse_flux(tmp_path / "flux1-dev.safetensors"))
-    assert model.blocks == (19, 38)
+    assert list(model.blocks.values()) == [19, 38]
     assert model.targets() == flux_targets(19, 38, 3072)
     assert len(model.targets()) == 342
     assert model.config["num_attention_heads"] == 24 and model.config["joint_attention_dim"] == 4096

@@ -3,14 +3,14 @@ function of the settings and of k, so a resumed run and a run on other numbers o
 """
 
 import hashlib
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from diffusers.training_utils import compute_density_for_timestep_sampling
 from torch import Tensor
 
-from qrlora_core import TrainingCache
+from qrlora_core import EncodedText, TrainingCache
 
 from ..config import FitConfig
 
@@ -19,22 +19,20 @@ _SMALLEST_SIGMA = 1e-3
 
 
 class Batch(NamedTuple):
-    """One forward pass. All tensors are float32 on the CPU but for the texts, which are as the cache holds them.
+    """One forward pass. All tensors are float32 on the CPU but for the text, which are as the cache holds them.
 
     Attributes:
         latents: (batch, channels, height, width), without noise.
         noise: the same shape.
         sigmas: (batch,), 0 is clean, 1 is noise; before any shift.
-        embeds: (batch, tokens, width).
-        pooled: (batch, width).
+        text: encoded, its tensors with a batch dimension.
         mask: (batch, height, width) weights of the loss, or None.
     """
 
     latents: Tensor
     noise: Tensor
     sigmas: Tensor
-    embeds: Tensor
-    pooled: Tensor
+    text: EncodedText
     mask: Tensor | None
 
 
@@ -108,14 +106,7 @@ class Sampler:
         noise = torch.randn(shape, generator=generator)
         # every draw takes all its numbers, used or not, so that a setting changes nothing but what it is about
         flip, drop = torch.rand(2, generator=generator).tolist()
-        sigma = compute_density_for_timestep_sampling(
-            "none" if config.timestep_sampling == "uniform" else config.timestep_sampling,
-            batch_size=1,
-            logit_mean=config.logit_mean,
-            logit_std=config.logit_std,
-            mode_scale=config.mode_scale,
-            generator=generator,
-        )
+        sigma = drawn_sigma(config, generator)
         text = item.text
         if drop < config.caption_dropout and self.cache.empty_text is not None and not fixed:
             text = self.cache.empty_text
@@ -124,8 +115,17 @@ class Sampler:
         mask = self.cache.mask(index) if config.use_mask else None
         if mask is not None:
             mask = mask.float().flip(-1) if flipped else mask.float()
-        embeds, pooled = self.cache.text(text)
-        return Batch(latent, noise, sigma.float().clamp(_SMALLEST_SIGMA, 1.0)[0], embeds, pooled, mask)
+        return Batch(latent, noise, sigma.clamp(_SMALLEST_SIGMA, 1.0), self.cache.text(text), mask)
+
+
+def drawn_sigma(config: FitConfig, generator: torch.Generator) -> Tensor:
+    """One sigma, 0 to 1: uniform, logit-normal, or denser in the middle (Esser et al., equations 19 and 20)."""
+    if config.timestep_sampling == "logit_normal":
+        return torch.normal(config.logit_mean, config.logit_std, size=(1,), generator=generator).sigmoid()[0]
+    uniform = torch.rand(1, generator=generator)
+    if config.timestep_sampling == "mode":
+        uniform = 1 - uniform - config.mode_scale * (torch.cos(math.pi * uniform / 2) ** 2 - 1 + uniform)
+    return uniform[0]
 
 
 def generator_of(seed: int, *what: object) -> torch.Generator:
@@ -135,7 +135,6 @@ def generator_of(seed: int, *what: object) -> torch.Generator:
 
 
 def _stacked(draws: Sequence[Batch]) -> Batch:
-    first = draws[0]
     mask = None
     if any(one.mask is not None for one in draws):
         mask = torch.stack([one.mask if one.mask is not None else torch.ones(one.latents.shape[1:]) for one in draws])
@@ -143,10 +142,17 @@ def _stacked(draws: Sequence[Batch]) -> Batch:
         torch.stack([one.latents for one in draws]),
         torch.stack([one.noise for one in draws]),
         torch.stack([one.sigmas for one in draws]),
-        # a dropped caption may have fewer tokens than the others
-        torch.stack([_padded(one.embeds, max(d.embeds.shape[0] for d in draws)) for one in draws]),
-        torch.stack([one.pooled for one in draws]).to(first.pooled.dtype),
+        _stacked_texts([one.text for one in draws]),
         mask,
+    )
+
+
+def _stacked_texts(texts: Sequence[EncodedText]) -> EncodedText:
+    """A dropped caption may have fewer tokens than the others: zeros fill it up."""
+    tokens = max(text.embeds.shape[0] for text in texts)
+    pooled = [text.pooled for text in texts if text.pooled is not None]
+    return EncodedText(
+        torch.stack([_padded(text.embeds, tokens) for text in texts]), torch.stack(pooled) if pooled else None
     )
 
 

@@ -1,4 +1,4 @@
-"""The base model's weights under diffusers' names, from a ComfyUI single file or a diffusers folder, read when used."""
+"""A base model's weights under diffusers' names, from a ComfyUI single file or a diffusers folder, read when used."""
 
 import functools
 import json
@@ -11,10 +11,10 @@ from torch import Tensor
 
 from qrlora_core import FileFormatError, LayerTarget, TensorFile, match_targets, model_fingerprint
 from qrlora_core.storage import TensorSpec
-from qrlora_core.targets import DOUBLE_TARGETS, SINGLE_TARGETS, network_order
+from qrlora_core.targets import network_order
 
 from ..errors import TrainError
-from .backbones.flux import diffusers_name
+from .backbones import BACKBONES, Backbone, StoredRows, count_blocks, foreign, recognised
 from .quantized import (
     Quantization,
     dequantized,
@@ -24,18 +24,6 @@ from .quantized import (
     quantization_configs,
     quantization_of,
 )
-
-_PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "model.", "transformer.")
-# keys that tell a model of another family which is often taken for FLUX.1
-_OTHERS = {
-    "double_stream_modulation_img.lin.weight": "FLUX.2",
-    "double_stream_modulation_img.linear.weight": "FLUX.2",
-    "distilled_guidance_layer.in_proj.weight": "Chroma",
-    "input_blocks.0.0.weight": "a Stable Diffusion 1, 2 or XL model",
-    "joint_blocks.0.x_block.attn.qkv.weight": "Stable Diffusion 3",
-    "lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight": "a LoRA",
-    "transformer.transformer_blocks.0.attn.to_q.lora_A.weight": "a LoRA or an adapter",
-}
 
 
 class Part(NamedTuple):
@@ -49,15 +37,20 @@ class Part(NamedTuple):
 
 
 class BaseModel:
-    """A FLUX transformer on disk, read tensor by tensor.
+    """A transformer on disk, read tensor by tensor.
 
     Attributes:
         path: the file or folder.
-        config: arguments of diffusers' FluxTransformer2DModel, read off the weights (or the folder's config.json).
+        backbone: its family.
         specs: diffusers' parameter name -> shape, and the dtype that `tensor` gives.
+        formats: in which its weights are stored.
+        facts: what the shapes tell.
+        config: arguments of diffusers' model class, read off the weights (or the folder's config.json).
+        blocks: list of blocks -> how many it has.
 
     Raises:
-        TrainError: reason "model": missing, unreadable, not FLUX.1, or stored in a way that cannot be read as numbers.
+        TrainError: reason "model": missing, unreadable, of no family that is known, or stored in a way that cannot be
+            read as numbers.
     """
 
     def __init__(self, path: Path) -> None:
@@ -74,7 +67,8 @@ class BaseModel:
         for file in opened:
             tensors = {key: file.tensor(key).numpy().tobytes() for key in file.other if is_config(key)}
             configs |= quantization_configs(file.metadata, tensors, file.path.name)
-        self._parts = _parts(stored, configs, self.path.name)
+        self.backbone, prefix, native = _recognised(stored, self.path.name)
+        self._parts = _parts(self.backbone, prefix, native, stored, configs, self.path.name)
         self._rows = {part.key: stored[part.key].shape[0] for part in self._parts.values()}
         self.specs = {
             name: TensorSpec(torch.float32 if part.quantization else stored[part.key].dtype, part.shape)
@@ -86,17 +80,14 @@ class BaseModel:
                 for part in self._parts.values()
             }
         )
-        self.config = _config(self.specs, self.path, _other(self._file_of))
+        self.facts = self.backbone.facts(self.specs, self.path.name)
+        self.blocks = {name: count_blocks(self.specs, name) for name in self.backbone.block_lists}
+        self.config = _config(self)
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """Sixteen hex digits of the weights, see `qrlora_core.model_fingerprint`."""
         return model_fingerprint(self.path)
-
-    @property
-    def blocks(self) -> tuple[int, int]:
-        """Number of double and single blocks."""
-        return self.config["num_layers"], self.config["num_single_layers"]
 
     def tensor(self, name: str) -> Tensor:
         """One parameter: in the file's dtype, or in float32 where it is stored quantised."""
@@ -121,9 +112,23 @@ class BaseModel:
         Raises:
             TargetError: a target matches nothing; the message names the nearest candidates.
         """
-        layers = sorted((name.removesuffix(".weight") for name in self.specs if _is_layer(name)), key=network_order)
-        chosen = match_targets(wanted, layers) if wanted else tuple(name for name in layers if _is_published(name))
+        layers = sorted((name.removesuffix(".weight") for name in self.specs if self.is_layer(name)), key=network_order)
+        chosen = match_targets(wanted, layers) if wanted else tuple(filter(self.backbone.is_default, layers))
         return tuple(LayerTarget(name, _pair(self.specs[f"{name}.weight"].shape)) for name in chosen)
+
+    def is_layer(self, name: str) -> bool:
+        """Whether a parameter is the weight of a linear layer of a block."""
+        spec = self.specs.get(name)
+        return (
+            spec is not None
+            and len(spec.shape) == 2
+            and name.endswith(".weight")
+            and bool(self.backbone.block_of(name))
+        )
+
+    def in_layer(self, name: str) -> bool:
+        """Whether a parameter is the weight or bias of such a layer: what may be held in few bits."""
+        return self.is_layer(f"{name.removesuffix('.bias')}.weight" if name.endswith(".bias") else name)
 
     def weight(self, layer: str) -> Tensor:
         """(out, in) of a layer, as `tensor` gives it."""
@@ -155,35 +160,54 @@ def _spec(file: TensorFile, key: str) -> TensorSpec:
     return file.specs[key] if key in file.specs else file.other[key]
 
 
-def _parts(stored: Mapping[str, TensorSpec], configs: Mapping[str, Any], title: str) -> dict[str, Part]:
-    """Diffusers' name -> Part, whichever of the two layouts a file has."""
-    for prefix in _PREFIXES:
-        own = {key.removeprefix(prefix): key for key in stored if key.startswith(prefix)}
-        native = "transformer_blocks.0.attn.to_q.weight" in own
-        if not native and "double_blocks.0.img_attn.qkv.weight" not in own:
-            continue
-        siblings = _siblings(own.values(), stored)
-        parts: dict[str, Part] = {}
-        for plain, key in own.items():
-            shape, quantization = stored[key].shape, None
-            if not shape or is_beside_a_weight(plain):
-                continue
-            if plain.endswith(".weight"):
-                layer = key.removesuffix(".weight")
-                config = configs.get(layer, configs.get(plain.removesuffix(".weight")))
-                names = [(plain, 0, shape[0])] if native else diffusers_name(plain, shape[0])
-                quantization = quantization_of(layer, siblings[layer], config, title) if names else None
-                shape = logical_shape(quantization, shape)
-            for name, start, rows in [(plain, 0, shape[0])] if native else diffusers_name(plain, shape[0]):
-                swap = not native and name.startswith("norm_out.")
-                parts[name] = Part(key, (rows, *shape[1:]), start, swap, quantization)
-        return parts
-    first = ", ".join(list(stored)[:3]) or "nothing"
+def _recognised(stored: Mapping[str, TensorSpec], title: str) -> tuple[Backbone, str, bool]:
+    """Family, prefix of the keys, and whether they are diffusers'.
+
+    Raises:
+        TrainError: none of the families; the message says what it looks like.
+    """
+    found = recognised(stored)
+    if found is not None:
+        return found
+    kind = foreign(stored)
+    *titles, last = (backbone.title for backbone in BACKBONES)
+    known = f"{', '.join(titles)} or {last}" if titles else last
+    marks = ", ".join(backbone.file_mark or backbone.folder_mark for backbone in BACKBONES)
     raise TrainError(
         "model",
-        f"{title} is not a FLUX.1 transformer{_other(stored)}: it begins with {first}. Expected a ComfyUI file with "
-        "double_blocks.0.img_attn.qkv.weight, or a diffusers folder with transformer_blocks",
+        f"{title} is not a {known} transformer{f' but {kind}' if kind else ''}: it begins with "
+        f"{', '.join(list(stored)[:3]) or 'nothing'}. Expected a ComfyUI file with {marks}, or a diffusers folder. "
+        f"{BACKBONES[0].advice}",
     )
+
+
+def _parts(
+    backbone: Backbone,
+    prefix: str,
+    native: bool,
+    stored: Mapping[str, TensorSpec],
+    configs: Mapping[str, Any],
+    title: str,
+) -> dict[str, Part]:
+    """Diffusers' name -> Part, whichever of the two layouts a file has."""
+    own = {key.removeprefix(prefix): key for key in stored if key.startswith(prefix)}
+    siblings = _siblings(own.values(), stored)
+    parts: dict[str, Part] = {}
+    for plain, key in own.items():
+        shape = stored[key].shape
+        if not shape or is_beside_a_weight(plain):
+            continue
+        named = [StoredRows(plain, 0, shape[0])] if native else backbone.stored_rows(plain, shape[0])
+        quantization = None
+        if plain.endswith(".weight") and named:
+            layer = key.removesuffix(".weight")
+            config = configs.get(layer, configs.get(plain.removesuffix(".weight")))
+            quantization = quantization_of(layer, siblings[layer], config, title)
+            shape = logical_shape(quantization, shape)
+        for name, start, rows in named:
+            swap = not native and name in backbone.swapped
+            parts[name] = Part(key, (rows, *shape[1:]), start, swap, quantization)
+    return parts
 
 
 def _siblings(keys: Iterable[str], stored: Mapping[str, TensorSpec]) -> dict[str, dict[str, TensorSpec]]:
@@ -202,57 +226,20 @@ def _siblings(keys: Iterable[str], stored: Mapping[str, TensorSpec]) -> dict[str
     return siblings
 
 
-def _other(keys: Iterable[str]) -> str:
-    """` but FLUX.2`, when the keys are known to be those of another family."""
-    known = set(keys)
-    for mark, family in _OTHERS.items():
-        if any(f"{prefix}{mark}" in known for prefix in _PREFIXES):
-            return f" but {family}"
-    return " but one packed by SVDQuant (Nunchaku) or AWQ" if any(key.endswith(".qweight") for key in known) else ""
-
-
-def _config(specs: Mapping[str, TensorSpec], path: Path, other: str = "") -> dict[str, Any]:
-    """FluxTransformer2DModel's arguments read off the shapes; a folder's config.json has its say."""
-
-    def shape(name: str) -> tuple[int, ...]:
-        if name not in specs:
-            raise TrainError(
-                "model",
-                f"{path.name} is not a FLUX.1 transformer{other}: it has no {name}. Use FLUX.1-dev, -schnell or a "
-                "fine-tune of them",
-            )
-        return specs[name].shape
-
-    hidden, channels = shape("x_embedder.weight")
-    head = shape("transformer_blocks.0.attn.norm_q.weight")[0]
-    config: dict[str, Any] = {
-        "patch_size": 1,
-        "in_channels": channels,
-        "out_channels": shape("proj_out.weight")[0],
-        "num_layers": _count(specs, "transformer_blocks"),
-        "num_single_layers": _count(specs, "single_transformer_blocks"),
-        "attention_head_dim": head,
-        "num_attention_heads": hidden // head,
-        "joint_attention_dim": shape("context_embedder.weight")[1],
-        "pooled_projection_dim": shape("time_text_embed.text_embedder.linear_1.weight")[1],
-        "guidance_embeds": "time_text_embed.guidance_embedder.linear_1.weight" in specs,
-        "axes_dims_rope": [16, 56, 56],
-    }
-    if config["in_channels"] != config["out_channels"]:
-        raise TrainError(
-            "model",
-            f"{path.name} takes {channels} channels and gives {config['out_channels']}: a Fill, Depth or Canny "
-            "variant with extra inputs. Train on FLUX.1-dev, -schnell or a fine-tune of them",
-        )
+def _config(model: BaseModel) -> dict[str, Any]:
+    """Arguments of diffusers' class; a folder's config.json has its say where shapes tell nothing."""
+    backbone, path = model.backbone, model.path
+    arguments = dict(model.facts.arguments)
     own = path / "config.json"
     if path.is_dir() and own.is_file():
         stated = _json(own)
-        if stated.get("_class_name", "FluxTransformer2DModel") != "FluxTransformer2DModel":
-            raise TrainError("model", f"{path.name} holds a {stated['_class_name']}, expected FluxTransformer2DModel")
-        config["axes_dims_rope"] = stated.get("axes_dims_rope", config["axes_dims_rope"])
-    if sum(config["axes_dims_rope"]) != head or hidden % head:
-        raise TrainError("model", f"{path.name} has heads of {head} in {hidden}; FLUX.1 has heads of 128")
-    return config
+        if stated.get("_class_name", backbone.model_class) != backbone.model_class:
+            raise TrainError("model", f"{path.name} holds a {stated['_class_name']}, expected {backbone.model_class}")
+        arguments |= {key: stated[key] for key in backbone.stated if key in stated}
+    head, axes = arguments.get("attention_head_dim"), arguments.get("axes_dims_rope")
+    if axes is not None and sum(axes) != head:
+        raise TrainError("model", f"{path.name} has heads of {head}, its positions take {sum(axes)}")
+    return arguments
 
 
 def _located(path: Path) -> Path:
@@ -292,33 +279,6 @@ def _json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise TrainError("model", f"{path.name} of the base model is no table")
     return value
-
-
-def _count(specs: Mapping[str, TensorSpec], blocks: str) -> int:
-    """Number of blocks, once it is sure that none is missing and that each has all of its tensors."""
-    held: dict[int, set[str]] = {}
-    for name in specs:
-        kind, _, rest = name.partition(".")
-        number, _, suffix = rest.partition(".")
-        if kind == blocks and number.isdecimal():
-            held.setdefault(int(number), set()).add(suffix)
-    if set(held) != set(range(len(held))):
-        raise TrainError("model", f"{blocks} are numbered {sorted(held)}: some are missing")
-    whole = set().union(*held.values())
-    for block, suffixes in held.items():
-        if suffixes != whole:
-            lacking = f"{blocks}.{block}.{min(whole - suffixes)}"
-            raise TrainError("model", f"{lacking} is missing: the file is not complete")
-    return len(held)
-
-
-def _is_layer(name: str) -> bool:
-    return name.endswith(".weight") and "transformer_blocks." in name and ".norm_" not in name
-
-
-def _is_published(name: str) -> bool:
-    suffix = name.split(".", 2)[2]
-    return suffix in (SINGLE_TARGETS if name.startswith("single_") else DOUBLE_TARGETS)
 
 
 def _pair(shape: tuple[int, ...]) -> tuple[int, int]:

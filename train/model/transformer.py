@@ -6,27 +6,23 @@ layer computed with, and with gradient checkpointing that is one block at a time
 
 import importlib.util
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
-from diffusers import FluxTransformer2DModel
 from diffusers.hooks import apply_group_offloading, apply_layerwise_casting
 from diffusers.quantizers import DiffusersAutoQuantizer
-from torch import nn
 
 from ..config import Precision, Storage
 from ..errors import TrainError
+from .backbones import Backbone
 from .source import BaseModel
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.float8_e4m3fn}
 BITS: dict[Storage, float] = {"fp32": 32, "bf16": 16, "fp16": 16, "fp8": 8, "int8": 8.1, "nf4": 4.5}
 NEEDS: dict[Storage, str] = {"int8": "torchao", "nf4": "bitsandbytes"}
-
-# What is held in fewer bits are the linear layers of the blocks; the rest is small and sensitive.
-_OUTSIDE = ["x_embedder", "context_embedder", "time_text_embed", "norm_out", "proj_out"]
 
 
 def load_transformer(
@@ -36,7 +32,7 @@ def load_transformer(
     device: torch.device | None = None,
     offload: float = 0.0,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
-) -> FluxTransformer2DModel:
+) -> Any:
     """Load a base model, frozen.
 
     Args:
@@ -48,26 +44,32 @@ def load_transformer(
         on_progress: called with (tensors done, tensors in all).
 
     Raises:
-        TrainError: reason "library" when a quantisation's package is not installed, "model" when tensors are missing.
+        TrainError: reason "library" when a quantisation's package is not installed or diffusers is too old, "model"
+            when tensors are missing.
+
+    Returns:
+        Diffusers' model of the source's family. Held in few bits are the linear layers of its blocks; the rest is small
+        and sensitive.
     """
     device = device or torch.device("cpu")
     compute = DTYPES[precision]
+    backbone = source.backbone
     with init_empty_weights():
-        model = FluxTransformer2DModel(**source.config)
+        model = _model_class(backbone)(**source.config)
     expected = set(model.state_dict())
     if expected - source.specs.keys():
         missing = sorted(expected - source.specs.keys())
         raise TrainError("model", f"{source.path.name} lacks {len(missing)} tensors: {', '.join(missing[:3])}")
-    quantizer = _quantizer(storage, compute, device)
+    outside = [name for name, _ in model.named_children() if name not in backbone.block_lists]
+    quantizer = _quantizer(storage, compute, device, outside)
     if quantizer is not None:
         quantizer.preprocess_model(model, device_map=None, keep_in_fp32_modules=[])
     waiting = _waiting_blocks(source.blocks, offload) if device.type != "cpu" else set()
     casts = quantizer is None and storage != precision
     for done, name in enumerate(sorted(expected), 1):
         value = source.tensor(name)
-        inside = "transformer_blocks." in name and ".norm_" not in name
-        value = value.to(DTYPES[storage] if casts and inside else compute)
-        place = torch.device("cpu") if _block_of(name) in waiting else device
+        value = value.to(DTYPES[storage] if casts and source.in_layer(name) else compute)
+        place = torch.device("cpu") if backbone.block_of(name) in waiting else device
         if quantizer is not None and quantizer.check_if_quantized_param(model, value, name, {}):
             quantizer.create_quantized_param(model, value, name, place, {}, [])
         else:
@@ -75,7 +77,7 @@ def load_transformer(
         on_progress(done, len(expected))
     model.requires_grad_(False)
     if casts:
-        for block in _blocks(model):
+        for block in (block for name in backbone.block_lists for block in getattr(model, name)):
             # an empty tuple, not None: None would cast the block as a whole, later adapters with it
             apply_layerwise_casting(block, DTYPES[storage], compute, skip_modules_pattern=())
     for name in waiting:
@@ -95,7 +97,7 @@ def require_package(package: str, purpose: str) -> None:
         raise TrainError("library", f"{purpose} needs the package {package}: {install_hint(package)}")
 
 
-def _quantizer(storage: Storage, compute: torch.dtype, device: torch.device) -> Any:
+def _quantizer(storage: Storage, compute: torch.dtype, device: torch.device, outside: list[str]) -> Any:
     if storage not in NEEDS:
         return None
     require_package(NEEDS[storage], f"base_storage {storage}")
@@ -104,13 +106,13 @@ def _quantizer(storage: Storage, compute: torch.dtype, device: torch.device) -> 
     if storage == "int8":
         from torchao.quantization import Int8WeightOnlyConfig
 
-        config: Any = diffusers.TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=list(_OUTSIDE))
+        config: Any = diffusers.TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=outside)
     else:
         config = diffusers.BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_compute_dtype=compute,
-            llm_int8_skip_modules=list(_OUTSIDE),
+            llm_int8_skip_modules=outside,
         )
     quantizer = DiffusersAutoQuantizer.from_config(config, pre_quantized=False)
     try:
@@ -120,17 +122,20 @@ def _quantizer(storage: Storage, compute: torch.dtype, device: torch.device) -> 
     return quantizer
 
 
-def _blocks(model: FluxTransformer2DModel) -> Iterable[nn.Module]:
-    yield from model.transformer_blocks
-    yield from model.single_transformer_blocks
+def _model_class(backbone: Backbone) -> Any:
+    import diffusers
+
+    try:
+        return getattr(diffusers, backbone.model_class)
+    except AttributeError as error:
+        raise TrainError(
+            "library",
+            f"diffusers {diffusers.__version__} does not know {backbone.title}; {install_hint('--upgrade diffusers')}",
+        ) from error
 
 
-def _block_of(name: str) -> str:
-    """`transformer_blocks.3` of `transformer_blocks.3.attn.to_q.weight`; "" outside of the blocks."""
-    return ".".join(name.split(".")[:2]) if "transformer_blocks." in name else ""
-
-
-def _waiting_blocks(blocks: tuple[int, int], offload: float) -> set[str]:
-    """Which blocks wait in RAM: the given share of each kind, the last ones."""
-    names = zip(("transformer_blocks", "single_transformer_blocks"), blocks)
-    return {f"{kind}.{index}" for kind, count in names for index in range(count - round(count * offload), count)}
+def _waiting_blocks(blocks: Mapping[str, int], offload: float) -> set[str]:
+    """Which blocks wait in RAM: the given share of each list, the last ones."""
+    return {
+        f"{kind}.{index}" for kind, count in blocks.items() for index in range(count - round(count * offload), count)
+    }

@@ -15,10 +15,6 @@ from ..errors import TrainError
 from ..model.source import BaseModel
 from ..model.transformer import BITS, DTYPES, NEEDS
 
-# Activations that autograd keeps of one block, in multiples of tokens * hidden size, counted with saved-tensor hooks on
-# a small FLUX (tests compare). A block that is recomputed keeps its input only.
-SAVED_DOUBLE = 22.0
-SAVED_SINGLE = 14.5
 # Backward works on gradients and products of about this many tensors of a block's widest width besides.
 _WORKING = 12.0
 # What CUDA, its libraries and its allocator's gaps take.
@@ -111,9 +107,7 @@ def estimate_memory(
         shapes: per bucket: channels, height, width of the latents, tokens and width of the texts.
     """
     compute = DTYPES[config.precision].itemsize
-    inside = sum(
-        math.prod(s.shape) for n, s in source.specs.items() if "transformer_blocks." in n and ".norm_" not in n
-    )
+    inside = sum(math.prod(spec.shape) for name, spec in source.specs.items() if source.in_layer(name))
     outside = sum(math.prod(s.shape) for s in source.specs.values()) - inside
     blocks = int(inside * BITS[plan.base_storage] / 8)
     offloaded = int(blocks * plan.offload)
@@ -223,19 +217,18 @@ def _largest_block(source: BaseModel) -> int:
     """Numbers in the largest block."""
     sizes: dict[str, int] = {}
     for name, spec in source.specs.items():
-        if "transformer_blocks." in name:
-            block = ".".join(name.split(".")[:2])
+        if block := source.backbone.block_of(name):
             sizes[block] = sizes.get(block, 0) + math.prod(spec.shape)
     return max(sizes.values())
 
 
 def _activations(config: FitConfig, plan: MemoryPlan, source: BaseModel, shape: tuple[int, ...]) -> int:
     _, height, width, text, _ = shape
-    hidden = source.config["num_attention_heads"] * source.config["attention_head_dim"]
-    double, single = source.blocks
-    bytes_each = config.batch_size * (height * width // 4 + text) * hidden * DTYPES[config.precision].itemsize
-    if plan.gradient_checkpointing:
-        kept = double + single + max(SAVED_DOUBLE, SAVED_SINGLE)
+    tokens = config.batch_size * (height * width // 4 + text)
+    bytes_each = tokens * source.facts.hidden * DTYPES[config.precision].itemsize
+    counts, blocks = source.backbone.activation_counts, source.blocks
+    if plan.gradient_checkpointing:  # a block that is recomputed keeps its input only
+        kept = sum(blocks.values()) + max(counts.values())
     else:
-        kept = SAVED_DOUBLE * double + SAVED_SINGLE * single
+        kept = sum(counts[name] * count for name, count in blocks.items())
     return int(bytes_each * (kept + _WORKING))

@@ -100,7 +100,7 @@ def step(run: Run) -> float:
         part = run.done * config.gradient_accumulation + index
         number = part * accelerator.num_processes + accelerator.process_index
         for sampler, weight in samplers:
-            loss = flow_loss(run.model, sampler.batch(number), config, run.device, run.dtype)
+            loss = flow_loss(run.model, run.backbone, sampler.batch(number), config, run.device, run.dtype)
             loss = loss * (weight / config.gradient_accumulation)
             run.scaler.scale(loss).backward()
             total += loss.detach()
@@ -129,7 +129,8 @@ def validation_loss(run: Run) -> float:
     """Mean loss over draws that are the same at every step: fixed pictures, noise, and sigma spread over 0 to 1."""
     draws = run.config.validation_draws
     losses = [
-        flow_loss(run.model, run.sampler.fixed(draw, draws), run.config, run.device, run.dtype) for draw in range(draws)
+        flow_loss(run.model, run.backbone, run.sampler.fixed(draw, draws), run.config, run.device, run.dtype)
+        for draw in range(draws)
     ]
     return float(torch.stack(losses).mean())
 
@@ -162,9 +163,15 @@ def sample(run: Run) -> None:
     noise = torch.randn(1, *cache.latent_shape(index), generator=generator_of(config.seed, "sample"))
     run.model.eval()
     latents = sample_latents(
-        run.model, noise, text.embeds[None], text.pooled[None], config.sample_steps, config.sample_guidance,
-        run.device, run.dtype,
-    )  # fmt: skip
+        run.model,
+        run.backbone,
+        noise,
+        text.map(lambda tensor: tensor[None]),
+        config.sample_steps,
+        config.sample_guidance,
+        run.device,
+        run.dtype,
+    )
     run.model.train()
     path = Path(config.run_dir) / "samples" / f"step-{run.done:08}.safetensors"
     spec = {"latent": TensorSpec(torch.float32, tuple(latents.shape))}

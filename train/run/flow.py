@@ -1,28 +1,37 @@
-"""Flow matching on FLUX: what the model sees, what it should predict, the loss (Liu et al., arXiv 2209.03003;
-Esser et al., arXiv 2403.03206, section 3)."""
+"""Flow matching: what the model sees, what it should predict, the loss (Liu et al., arXiv 2209.03003; Esser et al.,
+arXiv 2403.03206, section 3)."""
 
+import itertools
 import math
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-from diffusers.training_utils import compute_loss_weighting_for_sd3
 from torch import Tensor, nn
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
-from ..config import FitConfig, Shift
+from qrlora_core import EncodedText
+
+from ..config import FitConfig, LossWeighting
 from ..data.batches import Batch
+from ..model.backbones import Backbone
 
 
-def flow_loss(model: nn.Module, batch: Batch, config: FitConfig, device: torch.device, dtype: torch.dtype) -> Tensor:
+def flow_loss(
+    model: nn.Module,
+    backbone: Backbone,
+    batch: Batch,
+    config: FitConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Tensor:
     """The mean loss of a batch.
 
     `x = (1 - sigma) latents + sigma noise`; the model predicts the velocity `noise - latents` from x, sigma, text and
     guidance. The squared error is weighted by sigma (`loss_weighting`) and by the mask, whose mean is divided out.
 
     Args:
-        model: FluxTransformer2DModel.
+        model: diffusers' transformer.
+        backbone: its family.
         batch: on the CPU.
         device, dtype: what the model computes on and in; the loss is float32.
 
@@ -31,10 +40,11 @@ def flow_loss(model: nn.Module, batch: Batch, config: FitConfig, device: torch.d
     """
     latents, noise = batch.latents.to(device), batch.noise.to(device)
     tokens = latents.shape[2] * latents.shape[3] // 4
-    sigmas = shifted(batch.sigmas, config.shift, config.shift_value, tokens).to(device)
+    factor = {"none": 1.0, "constant": config.shift_value, "resolution": backbone.shift(tokens)}[config.shift]
+    sigmas = shifted(batch.sigmas, factor).to(device)
     mixed = torch.lerp(latents, noise, sigmas[:, None, None, None])
-    predicted = velocity(model, mixed, sigmas, batch.embeds, batch.pooled, config.guidance, device, dtype)
-    weights = compute_loss_weighting_for_sd3(config.loss_weighting, sigmas)[:, None, None, None]
+    predicted = velocity(model, backbone, mixed, sigmas, batch.text, config.guidance, device, dtype)
+    weights = loss_weights(config.loss_weighting, sigmas)[:, None, None, None]
     if batch.mask is not None:
         mask = batch.mask.to(device)[:, None]
         weights = weights * mask / mask.mean(dim=(1, 2, 3), keepdim=True).clamp_min(1e-6)
@@ -46,84 +56,60 @@ def weighted_mse(predicted: Tensor, target: Tensor, weights: Tensor | float = 1.
     return (weights * (predicted.float() - target.float()).square()).mean()
 
 
+def loss_weights(weighting: LossWeighting, sigmas: Tensor) -> Tensor:
+    """(batch,) weights over sigmas (batch,): 1, sigma^-2, or Esser et al.'s cosine map."""
+    if weighting == "sigma_sqrt":
+        return sigmas**-2.0
+    if weighting == "cosmap":
+        return 2 / (math.pi * (1 - 2 * sigmas + 2 * sigmas**2))
+    return torch.ones_like(sigmas)
+
+
 def velocity(
     model: nn.Module,
+    backbone: Backbone,
     latents: Tensor,
     sigmas: Tensor,
-    embeds: Tensor,
-    pooled: Tensor,
+    text: EncodedText,
     guidance: float,
     device: torch.device,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The model's prediction for latents (batch, channels, height, width) at sigmas (batch,), float32, same shape."""
-    inputs = model_inputs(latents, sigmas, embeds, pooled, guidance, device, dtype)
-    config: Any = model.config
-    if not config.guidance_embeds:  # schnell and fine-tunes of it
-        inputs["guidance"] = None
-    # Early stop would end a recomputed block inside its last layer, before the hooks that put its weight away again
-    with set_checkpoint_early_stop(False):
-        packed = model(**inputs, return_dict=False)[0]
-    height, width = latents.shape[2:]
-    unpacked: Tensor = FluxPipeline._unpack_latents(packed, height, width, vae_scale_factor=1)
-    return unpacked.float()
-
-
-def model_inputs(
-    latents: Tensor,
-    sigmas: Tensor,
-    embeds: Tensor,
-    pooled: Tensor,
-    guidance: float,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> dict[str, Any]:
-    """FluxTransformer2DModel's arguments: latents packed in 2x2 patches, positions, sigma as time."""
-    batch, channels, height, width = latents.shape
-    return {
-        "hidden_states": FluxPipeline._pack_latents(latents, batch, channels, height, width).to(device, dtype),
-        "img_ids": FluxPipeline._prepare_latent_image_ids(batch, height // 2, width // 2, device, torch.float32),
-        "encoder_hidden_states": embeds.to(device, dtype),
-        "txt_ids": torch.zeros(embeds.shape[1], 3, device=device),
-        "pooled_projections": pooled.to(device, dtype),
-        "timestep": sigmas.to(device, torch.float32),
-        "guidance": torch.full((batch,), guidance, device=device),
-    }
-
-
-def shifted(sigmas: Tensor, shift: Shift, value: float, tokens: int) -> Tensor:
-    """Sigmas moved towards noise: `s sigma / (1 + (s - 1) sigma)`.
+    """The model's prediction for latents (batch, channels, height, width) at sigmas (batch,), float32, same shape.
 
     Args:
-        sigmas: (batch,), 0 to 1.
-        shift: "none", "constant" (s = value), or "resolution": s = exp(mu), FLUX's own mu, linear in `tokens`.
-        tokens: picture tokens, height * width / 4 of the latents.
+        text: with a batch dimension.
     """
-    if shift == "none":
-        return sigmas
-    factor = value if shift == "constant" else math.exp(calculate_shift(tokens))
-    return factor * sigmas / (1 + (factor - 1) * sigmas)
+    moved = text.map(lambda tensor: tensor.to(device, dtype))
+    given = backbone.inputs(model, latents.to(device, dtype), sigmas.to(device, torch.float32), moved, guidance)
+    # Early stop would end a recomputed block inside its last layer, before the hooks that put its weight away again
+    with set_checkpoint_early_stop(False):
+        output: Any = model(**given, return_dict=False)
+    return backbone.velocity(output, latents.shape).float()
+
+
+def shifted(sigmas: Tensor, factor: float) -> Tensor:
+    """Sigmas (0 to 1) moved towards noise: `s sigma / (1 + (s - 1) sigma)`."""
+    return sigmas if factor == 1.0 else factor * sigmas / (1 + (factor - 1) * sigmas)
 
 
 @torch.no_grad()
 def sample_latents(
     model: nn.Module,
+    backbone: Backbone,
     noise: Tensor,
-    embeds: Tensor,
-    pooled: Tensor,
+    text: EncodedText,
     steps: int,
     guidance: float,
     device: torch.device,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Euler steps from noise (batch, channels, height, width) to latents, with FLUX's own schedule; float32, CPU."""
-    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    """Euler steps from noise (batch, channels, height, width) to latents, with the family's schedule; float32, CPU."""
     tokens = noise.shape[2] * noise.shape[3] // 4
-    sigmas = [1 - i / steps for i in range(steps)]
-    scheduler.set_timesteps(sigmas=sigmas, mu=calculate_shift(tokens), device=device)
+    sigmas = shifted(torch.linspace(1.0, 0.0, steps + 1), backbone.shift(tokens))
     latents = noise.to(device, torch.float32)
-    for time, sigma in zip(scheduler.timesteps, scheduler.sigmas):
-        each = sigma.to(device, torch.float32).expand(len(latents))
-        predicted = velocity(model, latents, each, embeds, pooled, guidance, device, dtype)
-        latents = scheduler.step(predicted, time, latents, return_dict=False)[0]
+    for sigma, following in itertools.pairwise(sigmas):
+        each = sigma.to(device).expand(len(latents))
+        predicted = velocity(model, backbone, latents, each, text, guidance, device, dtype)
+        latents = latents + (following - sigma).to(device) * predicted
     return latents.cpu()

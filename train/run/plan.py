@@ -37,16 +37,18 @@ def look_at_files(config: FitConfig, found: dict[str, Any], problems: Problems, 
     """Fill in `model` and `estimate`; the data are looked at when they should exist."""
     try:
         source = BaseModel(Path(config.model))
-        double, single = source.blocks
         found["model"] = {
-            "is_flux": True,
-            "blocks": f"{double}+{single}",
+            "is_flux": source.backbone.family == "flux",
+            "family": source.backbone.title,
+            "blocks": "+".join(map(str, source.blocks.values())),
             "dtype": "/".join(source.formats),
             "fingerprint": source.fingerprint,
         }
         targets = source.targets(config.targets)
     except QRLoRAError as error:
-        problems.append({"what": str(error), "fix": "choose a FLUX.1 model and targets that it has"})
+        problems.append(
+            {"what": str(error), "fix": "choose a FLUX.1 model, or another that is known, and targets that it has"}
+        )
         return
     shapes = [_default_shape(source)]
     if data:
@@ -84,7 +86,7 @@ def planned(config: FitConfig) -> str:
     count = sum(config.rank * (t.shape[1] if config.method != "qr" else sum(t.shape)) for t in targets)
     pictures = sum(not item.is_class for item in cache.items)
     lines = [
-        f"base       {source.path.name}, {source.blocks[0]} double and {source.blocks[1]} single blocks, "
+        f"base       {source.path.name}, {source.backbone.title}, blocks {'+'.join(map(str, source.blocks.values()))}, "
         f"fingerprint {source.fingerprint}",
         f"data       {pictures} pictures, {len(cache.items) - pictures} class pictures, {len(sampler.shapes)} buckets",
         f"memory     {plan}: about {memory_text(estimate, available)} ({breakdown(estimate)})",
@@ -97,4 +99,4 @@ def planned(config: FitConfig) -> str:
 
 def _default_shape(source: BaseModel) -> tuple[int, ...]:
     """A square picture of 512 pixels and 512 tokens of text, the published sizes."""
-    return (source.config["in_channels"] // 4, 64, 64, 512, source.config["joint_attention_dim"])
+    return (source.facts.channels, 64, 64, 512, source.facts.text_widths[0])

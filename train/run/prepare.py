@@ -20,6 +20,7 @@ from qrlora_core import FileFormatError, LayerTarget, TensorFile, TrainingCache
 from ..config import AUTO, TRAJECTORY_VERSION, FitConfig, Storage, as_table
 from ..data.batches import Sampler, generator_of
 from ..errors import TrainError
+from ..model.backbones import Backbone
 from ..model.basis import BasisOf, cached_basis
 from ..model.layer import QRLinear, inject, parameter_shapes, trained_parameters
 from ..model.source import BaseModel
@@ -66,6 +67,10 @@ class Run:
     done: int
     reporter: Reporter
     watch: StopWatch
+
+    @property
+    def backbone(self) -> Backbone:
+        return self.source.backbone
 
     @property
     def device(self) -> torch.device:
@@ -221,17 +226,21 @@ def _cache(path: Path) -> TrainingCache:
 
 def _check_data(sampler: Sampler, source: BaseModel, cache: TrainingCache) -> None:
     """Whether the cache was made for such a model."""
+    facts = source.facts
     for index, item in enumerate(cache.items):
         channels = cache.latent_shape(index)[0]
-        if 4 * channels != source.config["in_channels"]:
-            wanted = source.config["in_channels"] // 4
-            raise TrainError("data", f"the latents of {item.name} have {channels} channels, the model takes {wanted}")
+        if channels != facts.channels:
+            raise TrainError(
+                "data", f"the latents of {item.name} have {channels} channels, the model takes {facts.channels}"
+            )
     for index in range(cache.text_count):
-        text = cache.text(index)
-        found = (text.embeds.shape[1], text.pooled.shape[0])
-        expected = (source.config["joint_attention_dim"], source.config["pooled_projection_dim"])
-        if found != expected:
-            raise TrainError("data", f"the texts have widths {found}, the model takes {expected} (T5, CLIP)")
+        found = tuple(part.shape[-1] for part in cache.text(index) if part is not None)
+        if found != facts.text_widths:
+            raise TrainError(
+                "data",
+                f"the texts have widths {found}, {source.backbone.title} takes {facts.text_widths}: encode them with "
+                "its own text encoders",
+            )
     if sampler.config.caption_dropout and cache.empty_text is None:
         raise TrainError("data", "caption_dropout needs the empty caption in the cache; write the cache again")
 

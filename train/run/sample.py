@@ -133,7 +133,7 @@ class LiveAdapter:
     """Adapters on a diffusers transformer that can be exchanged without touching a weight.
 
     Args:
-        model: FluxTransformer2DModel.
+        model: diffusers' transformer.
         source: the same model on disk, where a full-QR adapter's initial basis is decomposed from.
         device: where that is done.
     """

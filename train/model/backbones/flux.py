@@ -1,7 +1,18 @@
-"""ComfyUI's names of FLUX.1's tensors, and what diffusers calls them."""
+"""FLUX.1: dev, schnell, Krea, Kontext and fine-tunes of them. The only file of the trainer that knows their names."""
 
-from qrlora_core import layer_names
+import math
+from typing import Any
 
+import torch
+from torch import Tensor
+
+from qrlora_core import EncodedText, layer_names
+from qrlora_core.targets import DOUBLE_TARGETS, SINGLE_TARGETS
+
+from ...errors import TrainError
+from .backbone import Backbone, ModelFacts, Specs, StoredRows, count_blocks, packed, unpacked
+
+_ADVICE = "Use FLUX.1-dev, -schnell or a fine-tune of them"
 _PLAIN = {
     "img_in": "x_embedder",
     "txt_in": "context_embedder",
@@ -25,23 +36,15 @@ _NORMS = {
 _BLOCKS = {"double_blocks": "transformer_blocks", "single_blocks": "single_transformer_blocks"}
 
 
-def diffusers_name(key: str, rows: int) -> list[tuple[str, int, int]]:
-    """What diffusers calls a tensor of ComfyUI's layout: (name, first row, rows) for each part of it.
-
-    Args:
-        key: without a prefix, such as `double_blocks.0.img_attn.qkv.bias`.
-        rows: length of its first dimension.
-
-    Returns:
-        Nothing for a key that is no parameter of FLUX.1.
-    """
+def stored_rows(key: str, rows: int) -> list[StoredRows]:
+    """What diffusers calls a tensor of ComfyUI's layout, such as `double_blocks.0.img_attn.qkv.bias`."""
     module, _, kind = key.rpartition(".")
     if module in _PLAIN and kind in ("weight", "bias"):
-        return [(f"{_PLAIN[module]}.{kind}", 0, rows)]
+        return [StoredRows(f"{_PLAIN[module]}.{kind}", 0, rows)]
     block, _, rest = module.partition(".")
     number, _, suffix = rest.partition(".")
     if kind == "scale" and suffix in _NORMS and block in _BLOCKS:
-        return [(f"{_BLOCKS[block]}.{number}.{_NORMS[suffix]}.weight", 0, rows)]
+        return [StoredRows(f"{_BLOCKS[block]}.{number}.{_NORMS[suffix]}.weight", 0, rows)]
     names = layer_names(f"{module}.weight") if kind in ("weight", "bias") else ()
     if not names:
         return []
@@ -49,4 +52,87 @@ def diffusers_name(key: str, rows: int) -> list[tuple[str, int, int]]:
     share = {1: rows, 3: rows // 3, 4: rows // 7}[len(names)]
     sizes = [share] * (len(names) - 1)
     sizes.append(rows - sum(sizes))
-    return [(f"{name}.{kind}", sum(sizes[:index]), sizes[index]) for index, name in enumerate(names)]
+    return [StoredRows(f"{name}.{kind}", sum(sizes[:index]), sizes[index]) for index, name in enumerate(names)]
+
+
+def facts(specs: Specs, title: str) -> ModelFacts:
+    """See `Backbone.facts`.
+
+    Raises:
+        TrainError: reason "model": a tensor is missing, or it is a variant with other inputs.
+    """
+
+    def shape(name: str) -> tuple[int, ...]:
+        if name not in specs:
+            raise TrainError("model", f"{title} is not a FLUX.1 transformer: it has no {name}. {_ADVICE}")
+        return specs[name].shape
+
+    hidden, channels = shape("x_embedder.weight")
+    head = shape("transformer_blocks.0.attn.norm_q.weight")[0]
+    out_channels = shape("proj_out.weight")[0]
+    texts = (shape("context_embedder.weight")[1], shape("time_text_embed.text_embedder.linear_1.weight")[1])
+    if channels != out_channels:
+        raise TrainError(
+            "model",
+            f"{title} takes {channels} channels and gives {out_channels}: a Fill, Depth or Canny variant with extra "
+            "inputs. Train on FLUX.1-dev, -schnell or a fine-tune of them",
+        )
+    if hidden % head:
+        raise TrainError("model", f"{title} has heads of {head} in {hidden}; FLUX.1 has heads of 128")
+    arguments = {
+        "patch_size": 1,
+        "in_channels": channels,
+        "out_channels": out_channels,
+        "num_layers": count_blocks(specs, "transformer_blocks"),
+        "num_single_layers": count_blocks(specs, "single_transformer_blocks"),
+        "attention_head_dim": head,
+        "num_attention_heads": hidden // head,
+        "joint_attention_dim": texts[0],
+        "pooled_projection_dim": texts[1],
+        "guidance_embeds": "time_text_embed.guidance_embedder.linear_1.weight" in specs,
+        "axes_dims_rope": [16, 56, 56],
+    }
+    return ModelFacts(arguments, hidden, channels // 4, texts)
+
+
+def inputs(model: Any, latents: Tensor, sigmas: Tensor, text: EncodedText, guidance: float) -> dict[str, Any]:
+    """Latents packed in 2x2 patches, positions, sigma as time; guidance where the model is distilled with it."""
+    batch, _, height, width = latents.shape
+    rows, columns = torch.meshgrid(torch.arange(height // 2), torch.arange(width // 2), indexing="ij")
+    positions = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1)
+    return {
+        "hidden_states": packed(latents),
+        "img_ids": positions.to(latents.device, torch.float32),
+        "encoder_hidden_states": text.embeds,
+        "txt_ids": torch.zeros(text.embeds.shape[1], 3, device=latents.device),
+        "pooled_projections": text.pooled,
+        "timestep": sigmas,
+        # schnell and fine-tunes of it know no guidance
+        "guidance": torch.full((batch,), guidance, device=latents.device) if model.config.guidance_embeds else None,
+    }
+
+
+def shift(tokens: int) -> float:
+    """exp(mu), mu linear from 0.5 at 256 tokens to 1.15 at 4096."""
+    return math.exp(0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256))
+
+
+FLUX = Backbone(
+    family="flux",
+    title="FLUX.1",
+    advice=_ADVICE,
+    model_class="FluxTransformer2DModel",
+    file_mark="double_blocks.0.img_attn.qkv.weight",
+    folder_mark="single_transformer_blocks.0.attn.to_q.weight",
+    block_lists=("transformer_blocks", "single_transformer_blocks"),
+    # counted with saved-tensor hooks on a small model (tests compare)
+    activation_counts={"transformer_blocks": 22.0, "single_transformer_blocks": 14.5},
+    default_layers={"transformer_blocks": DOUBLE_TARGETS, "single_transformer_blocks": SINGLE_TARGETS},
+    stored_rows=stored_rows,
+    swapped=frozenset({"norm_out.linear.weight", "norm_out.linear.bias"}),
+    facts=facts,
+    stated=("axes_dims_rope",),
+    inputs=inputs,
+    velocity=lambda output, size: unpacked(output[0], size),
+    shift=shift,
+)
