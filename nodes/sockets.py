@@ -1,6 +1,7 @@
 """What all nodes share: socket types, the category, and schemas that older hosts understand too."""
 
 import dataclasses
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,6 +31,12 @@ def schema(
     fields = {name: value for name, value in fields.items() if name in known}
     fields = {"category": CATEGORY, **fields}
     return io.Schema(node_id=node_id, display_name=display_name, description=description, **fields)
+
+
+def newest(kind: Any, name: str, **fields: Any) -> Any:
+    """An input of a kind such as `io.Combo.Input`, without the arguments that this host's version does not know."""
+    known = inspect.signature(kind).parameters
+    return kind(name, **{key: value for key, value in fields.items() if key in known})
 
 
 def delta_r_input(name: str, tooltip: str) -> Any:
