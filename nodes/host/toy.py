@@ -51,7 +51,8 @@ class ToyVAE:
     def encode(self, pixels: Tensor) -> Tensor:
         """(batch, height, width, 3), 0 to 1, of any size -> (batch, 16, 16, 16)."""
         pictures = functional.interpolate(pixels[..., :3].movedim(-1, 1).float().cpu(), size=(SIZE, SIZE), mode="area")
-        return self.format.process_out(to_latents(pictures))
+        latents: Tensor = self.format.process_out(to_latents(pictures))
+        return latents
 
     def decode(self, samples: Tensor) -> Tensor:
         """(batch, 16, 16, 16) -> (batch, 128, 128, 3), 0 to 1."""
