@@ -56,7 +56,8 @@ class Child:
     ) -> None:
         options: dict[str, object] = {}
         if os.name == "nt":
-            options["creationflags"] = subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.CREATE_NO_WINDOW
+            flags = subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.CREATE_NO_WINDOW  # type: ignore[attr-defined,unused-ignore]
+            options["creationflags"] = flags
         else:  # its own session: Ctrl-C in ComfyUI's terminal asks ComfyUI, which asks the child
             options.update(start_new_session=True, pass_fds=tuple(pass_fds))
         self.started = time.time()
@@ -85,7 +86,8 @@ class Child:
         """The exit code, or None while it runs."""
         if time.monotonic() - self._looked > _LOOK_EVERY:
             self._look()
-        return self._process.poll()
+        code: int | None = self._process.poll()
+        return code
 
     def tail(self, lines: int = 30) -> str:
         """The last lines of its output. A progress bar that redraws itself counts as one."""
@@ -163,7 +165,7 @@ class Child:
 def alive(process: psutil.Process) -> bool:
     """Whether it still runs; a zombie that its own parent has to collect does not."""
     try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.Error:
         return False
 

@@ -11,6 +11,7 @@ from ...qrlora_core import PathError, contained_path, model_fingerprint
 from ...train.config import TRAJECTORY_VERSION, EncodeConfig, FitConfig, make_config
 from ...train.data.captions import DatasetError, caption_warnings, with_trigger
 from ..host import folders, session
+from ..host.protocols import Clip, Vae
 from ..train_options import TrainOptions
 from . import dataset
 from .runs import RunFolder, key_of
@@ -35,8 +36,8 @@ class Request:
 
     model: Path
     pictures: Sequence[dataset.Picture]
-    clip: Any
-    vae: Any
+    clip: Clip
+    vae: Vae
     output_name: str
     fit: Mapping[str, Any]
     encode: EncodeConfig
@@ -79,8 +80,8 @@ def from_widgets(
     images: Sequence[Tensor] | None,
     *,
     model_name: str,
-    clip: Any,
-    vae: Any,
+    clip: Clip,
+    vae: Vae,
     dataset: str,
     instance_prompt: str,
     trigger: str,
