@@ -23,7 +23,8 @@ class ScheduleNode(io.ComfyNode):
             "mode. Each adapter can have its own; schedules in a row multiply.",
             inputs=[
                 sockets.delta_r_input("delta_r", "An adapter or a merge; all of it follows the schedule."),
-                io.Combo.Input(
+                sockets.newest(
+                    io.Combo.Input,
                     "preset",
                     options=[CUSTOM, *PRESETS, *HALVES],
                     default=CUSTOM,
