@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from demo.comfy_pack.features import SIZE
 from demo.pictures import COLOURS, PALETTES, SHAPES, TEXTURES, Look, has_mark, inside_shape
 from demo.reader import PLACES
+from demo.toy.features import SIZE
 
 from .protocol import CHECK, TUNING
 

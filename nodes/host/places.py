@@ -1,7 +1,6 @@
 """Where a model keeps its layers, and what it holds there."""
 
 from collections.abc import Iterable
-from typing import Any
 
 import comfy.model_patcher
 import comfy.utils
@@ -9,13 +8,14 @@ import torch
 from torch import Tensor
 
 from ...qrlora_core import LayerTarget, TargetError, WeightError, WeightSlice, comfy_slice, flux_targets, value_dtype
+from .protocols import ModelPatcher
 
 PREFIX = "diffusion_model."
 
 Place = tuple[str, tuple[int, int, int]] | str  # what ComfyUI takes as the key of a patch
 
 
-def flux_layers(model: Any) -> tuple[LayerTarget, ...]:
+def flux_layers(model: ModelPatcher) -> tuple[LayerTarget, ...]:
     """The published target layers of a model, with their shapes.
 
     Raises:
@@ -34,7 +34,7 @@ def flux_layers(model: Any) -> tuple[LayerTarget, ...]:
     return targets
 
 
-def place_layers(model: Any, targets: Iterable[LayerTarget]) -> dict[str, WeightSlice]:
+def place_layers(model: ModelPatcher, targets: Iterable[LayerTarget]) -> dict[str, WeightSlice]:
     """Layer name -> where this model keeps it.
 
     Raises:
@@ -69,7 +69,7 @@ def place_layers(model: Any, targets: Iterable[LayerTarget]) -> dict[str, Weight
     return places
 
 
-def require_unpatched(model: Any, places: Iterable[WeightSlice]) -> None:
+def require_unpatched(model: ModelPatcher, places: Iterable[WeightSlice]) -> None:
     """Raise TargetError when something patches these weights: what is read from them would not be what one sees."""
     patched = sorted({place.key for place in places if PREFIX + place.key in model.patches})
     if patched:
@@ -79,7 +79,7 @@ def require_unpatched(model: Any, places: Iterable[WeightSlice]) -> None:
         )
 
 
-def own_weight(model: Any, place: WeightSlice) -> tuple[Tensor, torch.dtype | None]:
+def own_weight(model: ModelPatcher, place: WeightSlice) -> tuple[Tensor, torch.dtype | None]:
     """A layer's weight without any patch, (out, in) float32, and its precision (None: packed in blocks of few bits).
 
     Raises:
@@ -114,19 +114,19 @@ def patch_key(place: WeightSlice) -> Place:
     return key if place.start is None or place.length is None else (key, (0, place.start, place.length))
 
 
-def quantised(model: Any, place: WeightSlice) -> bool:
+def quantised(model: ModelPatcher, place: WeightSlice) -> bool:
     """Whether a weight is stored in fewer bits than 16, or packed; a patch of it is rounded once more."""
     weight = _weight(model, place.key)
     packed = type(weight) not in (Tensor, torch.nn.Parameter)
     return packed or weight.dtype.itemsize < 2 or not weight.dtype.is_floating_point
 
 
-def load_device(model: Any) -> torch.device:
+def load_device(model: ModelPatcher) -> torch.device:
     """Where this model will run; heavy work on its weights goes there."""
     device: torch.device = model.load_device
     return device
 
 
-def _weight(model: Any, key: str) -> Tensor:
+def _weight(model: ModelPatcher, key: str) -> Tensor:
     weight: Tensor = comfy.utils.get_attr(model.model, PREFIX + key)
     return weight

@@ -14,9 +14,9 @@ from benchmarks.fusion.pictures import draw, read
 from benchmarks.fusion.protocol import CHECK, KINDS, SIDES, TUNING, fidelity_prompts, judged_prompts
 from benchmarks.fusion.report import picture, table
 from benchmarks.fusion.store import Study, concept_of
-from demo.comfy_pack.features import words
 from demo.model import load_toy
 from demo.pictures import COLOURS, SHAPES, TEXTURES, Look
+from demo.toy.features import words
 from qrlora_core import Adapter, AdapterLayer, decompose
 
 UNIT = CHECK[0]
