@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .comfy_pack.features import SIZE
+from .toy.features import SIZE
 
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "ring")
 COLOURS = ("red", "yellow", "green", "cyan", "blue", "magenta")

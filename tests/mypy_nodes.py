@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = ROOT / ".mypy_cache"
 PACKAGE = "qrlora_pack"
-ROOMS = ("nodes", "qrlora_core", "qrlora_plots", "train")
+ROOMS = ("nodes", "qrlora_core", "qrlora_plots", "train", "demo/toy")
 
 
 def main() -> int:
@@ -21,7 +21,8 @@ def main() -> int:
     shutil.rmtree(copy, ignore_errors=True)
     for room in ROOMS:
         shutil.copytree(ROOT / room, copy / PACKAGE / room, ignore=shutil.ignore_patterns("__pycache__"))
-    (copy / PACKAGE / "__init__.py").touch()
+    for package in (".", "demo"):
+        (copy / PACKAGE / package / "__init__.py").touch()
     command = [sys.executable, "-m", "mypy", "--config-file", ROOT / "pyproject.toml", "--cache-dir", CACHE / "nodes"]
     environment = {**os.environ, "MYPYPATH": str(copy)}
     return subprocess.run([*command, "-p", f"{PACKAGE}.nodes"], cwd=copy, env=environment, check=False).returncode

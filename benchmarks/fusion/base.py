@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from demo.comfy_pack.features import TEXT_LENGTH, TEXT_WIDTH, pooled, to_latents, word_feature
 from demo.layout import save_comfy
 from demo.model import WEIGHTS, load_toy, pack, velocity
 from demo.pictures import combinations
 from demo.pretrain import Batch, learning_rate
+from demo.toy.features import TEXT_LENGTH, TEXT_WIDTH, pooled, to_latents, word_feature
 
 from .pictures import draw
 from .protocol import EXTRAS

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from demo.comfy_pack.features import to_latents
 from demo.model import pack
 from demo.pictures import CONTENT_TRIGGER, STYLE_TRIGGER, Look
+from demo.toy.features import to_latents
 from qrlora_core import Basis
 
 from .live import Live, Pair, Update, encoded, noise_tokens

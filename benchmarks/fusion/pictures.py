@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from demo.comfy_pack.features import SIZE
 from demo.pictures import BARRED, COLOURS, HEART, PALETTES, SHAPES, SUNSET, TEXTURES, Look, has_mark, inside_shape
 from demo.reader import PLACES
+from demo.toy.features import SIZE
 
 from .protocol import CHECK, EXTRAS, TUNING
 

@@ -16,9 +16,9 @@ from benchmarks.fusion.pictures import Seen, draw, read
 from benchmarks.fusion.protocol import CHECK, EXTRAS, KINDS, TUNING, fidelity_prompts, judged_prompts
 from benchmarks.fusion.report import picture, table
 from benchmarks.fusion.store import Study
-from demo.comfy_pack.features import words
 from demo.model import load_toy
 from demo.pictures import COLOURS, SHAPES, TEXTURES, Look
+from demo.toy.features import words
 from qrlora_core import Adapter, AdapterLayer, decompose
 
 UNIT = CHECK[0]
