@@ -1,4 +1,4 @@
-"""The programs that need a host run through on a small model, so that they are known to work where a card is at hand."""
+"""The programs that need a host run through on a small model, so that they are known to work where a card is."""
 
 import os
 import subprocess
