@@ -67,9 +67,10 @@ def test_a_png_cannot_ask_for_four_gigabytes(tmp_path):
     assert peak < 50e6
 
 
-@pytest.mark.parametrize("value", ["[[1]]", "{\"a\": [16]}", "\"16\"", "[16, 56, null]", "[1e400]", f"[{'9' * 400}]"])
-    "value", ["[[1]]", '{"a": {"b": [16]}}', '"16"', "[16, 56, null]", "[1e400]", f"[{'9' * 400}]"]
-)
+ODD = ["[[1]]", '{"a": [16]}', '"16"', "[16, 56, null]", "[1e400]", f"[{'9' * 400}]"]
+
+
+@pytest.mark.parametrize("value", ODD)
 def test_a_model_folder_with_odd_positions(tmp_path, model, value):
     save_file(model, tmp_path / "m.safetensors")
     (tmp_path / "config.json").write_text(f'{{"axes_dims_rope": {value}}}')
