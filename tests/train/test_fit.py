@@ -28,7 +28,7 @@ from train.run import checkpoint, lock
 from train.run import fit as fit_module
 from train.run.fit import fit
 from train.run.lock import held_run_folder
-from train.run.prepare import make_accelerator
+from train.run.processes import make_accelerator
 from train.run.stop import Stopped, StopWatch
 
 ROOT = Path(__file__).resolve().parents[2]
