@@ -4,6 +4,7 @@ import { app } from "../../scripts/app.js";
 import { nodeById } from "./qrlora_graph.js";
 
 const WIDGET = "qrlora_example";
+const VIEW = "qrlora_view";
 const HEIGHT = 250;
 const MARGIN = 10;
 
@@ -43,4 +44,16 @@ function remove(node) {
 
 api.addEventListener("executed", ({ detail }) => remove(nodeById(detail?.display_node ?? detail?.node)));
 
-app.registerExtension({ name: "qrlora.example", loadedGraphNode: show });
+// Where a page of ours begins. The front end shows the whole of a template that is named in the address, however small.
+function lookAt() {
+  const { scale, offset } = app.graph?.extra?.[VIEW] ?? {};
+  if (!(scale > 0.1 && scale < 10) || !Array.isArray(offset) || !offset.every(Number.isFinite)) return;
+  delete app.graph.extra[VIEW]; // once: after that it is the reader's own view
+  setTimeout(() => {
+    app.canvas.ds.scale = scale;
+    app.canvas.ds.offset = [offset[0], offset[1]];
+    app.canvas.setDirty(true, true);
+  }, 1000);
+}
+
+app.registerExtension({ name: "qrlora.example", loadedGraphNode: show, afterConfigureGraph: lookAt });
