@@ -59,7 +59,7 @@ def test_one_note_and_a_picture(template):
 
 
 def test_titles_are_words(template):
-    assert re.fullmatch(r"[A-Z][\w-]*( [\w-]+)+", template[0].stem) and "_" not in template[0].stem
+    assert re.fullmatch(r"[A-Z][\w-]*,?( [\w-]+,?)+", template[0].stem) and "_" not in template[0].stem
 
 
 def test_nothing_overlaps(template):
