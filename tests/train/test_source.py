@@ -207,11 +207,25 @@ def test_a_folder_of_two_models(tmp_path):
         BaseModel(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"_class_name": "SD3Transformer2DModel"}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        "[" * 100_000,
+        '{"_class_name": "SD3Transformer2DModel"}',
+        '{"axes_dims_rope": "xyz"}',
+        '{"axes_dims_rope": [16, 56]}',
+        '{"axes_dims_rope": [16, 56, 57]}',
+    ],
+    ids=len,
+)
 def test_config_of_a_folder_that_is_damaged_or_foreign(tmp_path, text):
     saved(tmp_path / "a.safetensors")
     (tmp_path / "config.json").write_text(text)
-    with pytest.raises(TrainError, match=r"config\.json|SD3Transformer2DModel, expected FluxTransformer2DModel"):
+    with pytest.raises(
+        TrainError, match=r"config\.json|positions take 129|SD3Transformer2DModel, expected FluxTransformer2DModel"
+    ):
         BaseModel(tmp_path)
 
 

@@ -235,11 +235,21 @@ def _config(model: BaseModel) -> dict[str, Any]:
         stated = _json(own)
         if stated.get("_class_name", backbone.model_class) != backbone.model_class:
             raise TrainError("model", f"{path.name} holds a {stated['_class_name']}, expected {backbone.model_class}")
-        arguments |= {key: stated[key] for key in backbone.stated if key in stated}
+        for key in backbone.stated:
+            if key in stated and not _alike(stated[key], arguments.get(key, 1.0)):
+                raise TrainError("model", f"{path.name}: config.json states {key} {stated[key]!r}")
+            arguments[key] = stated.get(key, arguments.get(key))
     head, axes = arguments.get("attention_head_dim"), arguments.get("axes_dims_rope")
     if axes is not None and sum(axes) != head:
         raise TrainError("model", f"{path.name} has heads of {head}, its positions take {sum(axes)}")
     return arguments
+
+
+def _alike(stated: Any, usual: Any) -> bool:
+    """Whether a value of a config.json is of the kind that the family has there: a number, or as many numbers."""
+    if isinstance(usual, list):
+        return isinstance(stated, list) and len(stated) == len(usual) and all(type(part) is int for part in stated)
+    return isinstance(stated, int | float) and not isinstance(stated, bool)
 
 
 def _located(path: Path) -> Path:
@@ -274,7 +284,7 @@ def _require_all_files(folder: Path) -> None:
 def _json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise TrainError("model", f"{path.name} of the base model cannot be read: {error}") from error
     if not isinstance(value, dict):
         raise TrainError("model", f"{path.name} of the base model is no table")

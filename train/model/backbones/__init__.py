@@ -4,8 +4,10 @@ from collections.abc import Iterable
 
 from .backbone import Backbone, ModelFacts, StoredRows, count_blocks, packed, unpacked
 from .flux import FLUX
+from .qwen_image import QWEN_IMAGE
+from .z_image import Z_IMAGE
 
-BACKBONES = (FLUX,)
+BACKBONES = (FLUX, QWEN_IMAGE, Z_IMAGE)
 # keys that tell a model which is often taken for one of these
 _OTHERS = {
     "double_stream_modulation_img.lin.weight": "FLUX.2",
