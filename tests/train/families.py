@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from qrlora_core import CacheItem, EncodedPicture, EncodedText, save_cache
+from train.model.backbones.flux2 import _IN_BLOCKS as IN_BLOCKS
+from train.model.backbones.flux2 import _PLAIN as PLAIN
 
 TEXT_WIDTH = 64
 
@@ -31,6 +33,7 @@ class Small:
     host: tuple[str, dict[str, Any]]
     layers: int
     frames: bool = False
+    channels: int = 16
     to_comfy: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] = field(default=dict)
 
     def model(self) -> Any:
@@ -61,7 +64,41 @@ def z_image_to_comfy(state):
     return moved | {key: torch.cat([parts[letter] for letter in "qkv"]) for key, parts in fused.items()}
 
 
+def flux2_to_comfy(state):
+    names = {theirs: ours for ours, theirs in PLAIN.items()}
+    moved, fused = {}, {}
+    for name, value in state.items():
+        module, _, kind = name.rpartition(".")
+        block, _, tail = module.partition(".")
+        number, _, suffix = tail.partition(".")
+        if module in names:
+            value = torch.cat(value.chunk(2)[::-1]) if module == "norm_out.linear" else value
+            moved[f"{names[module]}.{kind}"] = value
+            continue
+        native = {"transformer_blocks": "double_blocks", "single_transformer_blocks": "single_blocks"}[block]
+        for ours, layers in IN_BLOCKS.items():
+            if suffix in layers and (native == "single_blocks") == (
+                ours in ("linear1", "linear2") or ours[:5] == "norm."
+            ):
+                fused.setdefault(f"{native}.{number}.{ours}.{kind}", {})[layers.index(suffix)] = value
+    return moved | {key: torch.cat([parts[i] for i in sorted(parts)]) for key, parts in fused.items()}
+
+
 FAMILIES = {
+    "flux2": Small(
+        "Flux2Transformer2DModel",
+        {"num_layers": 2, "num_single_layers": 2, "num_attention_heads": 1, "joint_attention_dim": TEXT_WIDTH,
+         "guidance_embeds": False},
+        ("Flux2", {"image_model": "flux2", "axes_dim": [32, 32, 32, 32], "num_heads": 1, "mlp_ratio": 3.0,
+                   "theta": 2000, "out_channels": 128, "global_modulation": True, "mlp_silu_act": True,
+                   "qkv_bias": False, "ops_bias": False, "default_ref_method": "index", "ref_index_scale": 10.0,
+                   "txt_ids_dims": [3], "patch_size": 1, "in_channels": 128, "hidden_size": 128,
+                   "context_in_dim": TEXT_WIDTH, "vec_in_dim": None, "depth": 2, "depth_single_blocks": 2,
+                   "guidance_embed": False}),
+        28,
+        channels=128,
+        to_comfy=flux2_to_comfy,
+    ),
     "qwen_image": Small(
         "QwenImageTransformer2DModel",
         {"num_layers": 2, "num_attention_heads": 1, "joint_attention_dim": TEXT_WIDTH},
@@ -92,10 +129,10 @@ def save_single_file(small: Small, path: Path, prefix: str = "") -> Path:
     return path
 
 
-def save_data(path: Path) -> Path:
+def save_data(path: Path, channels: int = 16) -> Path:
     """Two pictures of other sizes and two captions of other lengths, and the empty one."""
     generator = torch.Generator().manual_seed(1)
-    pictures = [EncodedPicture(torch.randn(16, *size, generator=generator)) for size in ((4, 4), (6, 4))]
+    pictures = [EncodedPicture(torch.randn(channels, *size, generator=generator)) for size in ((4, 4), (6, 4))]
     texts = [EncodedText(torch.randn(n, TEXT_WIDTH, generator=generator), None) for n in (3, 5, 7)]
     return save_cache(
         path, [CacheItem(f"{i}.png", i + 1, f"caption {i}") for i in range(2)], pictures, texts, empty_text=0

@@ -40,7 +40,7 @@ def family(request, tmp_path_factory):
     """Name, recipe, and a folder with `model.safetensors` (ComfyUI's layout) and `data.safetensors`."""
     folder = tmp_path_factory.mktemp(request.param)
     save_single_file(FAMILIES[request.param], folder / "model.safetensors")
-    save_data(folder / "data.safetensors")
+    save_data(folder / "data.safetensors", FAMILIES[request.param].channels)
     return request.param, FAMILIES[request.param], folder
 
 
@@ -128,7 +128,9 @@ def test_an_interrupted_training_ends_bit_equal(family, tmp_path):
 
 def test_texts_of_a_batch_may_have_other_lengths(family):
     """What fills up the shorter text does not change the prediction for it."""
-    _, _, folder = family
+    name, _, folder = family
+    if name == "flux2":
+        pytest.skip("it has no mask: its texts come from their encoder in one length")
     source = BaseModel(folder / "model.safetensors")
     model, generator = load_transformer(source, "fp32", "fp32").eval(), torch.Generator().manual_seed(5)
     latents, embeds = torch.randn(2, 16, 4, 4, generator=generator), torch.randn(2, 40, TEXT_WIDTH, generator=generator)
@@ -152,7 +154,7 @@ def test_what_was_trained_is_what_comfyui_applies(family, tmp_path):
         adapter = save(state)
     generator = torch.Generator().manual_seed(9)
     given = {
-        "latents": torch.randn(1, 16, 6, 4, generator=generator),
+        "latents": torch.randn(1, small.channels, 6, 4, generator=generator),
         "sigmas": torch.tensor([0.4]),
         "embeds": torch.randn(1, 7, TEXT_WIDTH, generator=generator),
     }
@@ -205,6 +207,8 @@ def test_a_diffusers_that_is_too_old_names_the_command(family):
 
 # which argument of diffusers' class says how many blocks a list has
 COUNTED = {
+    ("flux2", "transformer_blocks"): "num_layers",
+    ("flux2", "single_transformer_blocks"): "num_single_layers",
     ("qwen_image", "transformer_blocks"): "num_layers",
     ("z_image", "layers"): "n_layers",
 }
@@ -235,12 +239,12 @@ def test_activations_are_those_that_autograd_keeps(name, blocks, checkpointing, 
 
         encoded = EncodedText(torch.randn(1, text, TEXT_WIDTH), None)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            latents, sigma = torch.randn(1, 16, side, side), torch.tensor([0.5])
+            latents, sigma = torch.randn(1, small.channels, side, side), torch.tensor([0.5])
             out = velocity(model.train(), source.backbone, latents, sigma, encoded, 1.0, CPU, torch.float32)
         assert out.requires_grad
         return sum(size for size, _ in seen.values()), source
 
     (less, _), (more, source) = kept(2), kept(3)
-    unit = (side * side // 4 + text) * source.facts.hidden * 4
+    unit = (source.backbone.tokens(side, side) + text) * source.facts.hidden * 4
     expected = 1.0 if checkpointing else source.backbone.activation_counts[blocks]
     assert (more - less) / unit == pytest.approx(expected, rel=0.25)

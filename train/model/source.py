@@ -14,7 +14,7 @@ from qrlora_core.storage import TensorSpec
 from qrlora_core.targets import network_order
 
 from ..errors import TrainError
-from .backbones import BACKBONES, Backbone, StoredRows, count_blocks, foreign, recognised
+from .backbones import BACKBONES, FLUX, Backbone, StoredRows, count_blocks, foreign, recognised
 from .quantized import (
     Quantization,
     dequantized,
@@ -177,7 +177,7 @@ def _recognised(stored: Mapping[str, TensorSpec], title: str) -> tuple[Backbone,
         "model",
         f"{title} is not a {titles_text} transformer{f' but {kind}' if kind else ''}: it begins with "
         f"{', '.join(list(stored)[:3]) or 'nothing'}. Expected a ComfyUI file with {marks}, or a diffusers folder. "
-        f"{BACKBONES[0].advice}",
+        f"{FLUX.advice}",
     )
 
 
@@ -235,10 +235,10 @@ def _config(model: BaseModel) -> dict[str, Any]:
         stated = _json(own)
         if stated.get("_class_name", backbone.model_class) != backbone.model_class:
             raise TrainError("model", f"{path.name} holds a {stated['_class_name']}, expected {backbone.model_class}")
-        for key in backbone.stated:
-            if key in stated and not _alike(stated[key], arguments.get(key, 1.0)):
+        for key in (key for key in backbone.stated if key in stated):
+            if not _alike(stated[key], arguments[key]):
                 raise TrainError("model", f"{path.name}: config.json states {key} {stated[key]!r}")
-            arguments[key] = stated.get(key, arguments.get(key))
+            arguments[key] = stated[key]
     head, axes = arguments.get("attention_head_dim"), arguments.get("axes_dims_rope")
     if axes is not None and sum(axes) != head:
         raise TrainError("model", f"{path.name} has heads of {head}, its positions take {sum(axes)}")

@@ -4,14 +4,14 @@ from collections.abc import Iterable
 
 from .backbone import Backbone, ModelFacts, StoredRows, count_blocks, packed, unpacked
 from .flux import FLUX
+from .flux2 import FLUX2
 from .qwen_image import QWEN_IMAGE
 from .z_image import Z_IMAGE
 
-BACKBONES = (FLUX, QWEN_IMAGE, Z_IMAGE)
+# FLUX.2 has FLUX.1's marks besides its own, and is asked first
+BACKBONES = (FLUX2, FLUX, QWEN_IMAGE, Z_IMAGE)
 # keys that tell a model which is often taken for one of these
 _OTHERS = {
-    "double_stream_modulation_img.lin.weight": "FLUX.2",
-    "double_stream_modulation_img.linear.weight": "FLUX.2",
     "distilled_guidance_layer.in_proj.weight": "Chroma",
     "input_blocks.0.0.weight": "a Stable Diffusion 1, 2 or XL model",
     "joint_blocks.0.x_block.attn.qkv.weight": "Stable Diffusion 3",
@@ -46,6 +46,7 @@ def foreign(keys: Iterable[str]) -> str:
 
 __all__ = [
     "BACKBONES",
+    "FLUX",
     "PREFIXES",
     "Backbone",
     "ModelFacts",
