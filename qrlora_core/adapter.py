@@ -2,7 +2,7 @@
 
 import functools
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -14,6 +14,9 @@ from .targets import LayerTarget, comfy_slice, nearest, network_order
 
 AdapterMethod = Literal["delta_r", "delta_r_triangular", "qr"]
 METHODS: tuple[str, ...] = get_args(AdapterMethod)
+
+# Wraps the names of layers that are gone through, as `tqdm` does; it may stop the work by raising
+Progress = Callable[[Sequence[str]], Iterable[str]]
 
 
 class AdapterLayer(NamedTuple):
@@ -80,7 +83,6 @@ class Adapter:
         if not layers:
             raise FileFormatError(f"{name} holds no layers")
         for layer, info in layers.items():
-            comfy_slice(layer, info.shape)
             if info.rank < 1:
                 raise FileFormatError(f"{name}: {layer} has rank {info.rank}")
         self.name = name

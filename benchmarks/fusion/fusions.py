@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from demo.comfy_pack.features import words
 from demo.pictures import CONTENT_TRIGGER, STYLE_TRIGGER
+from demo.toy.features import words
 
 from .live import Factors
 from .protocol import Prompt

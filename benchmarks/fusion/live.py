@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from demo.comfy_pack.features import CHANNELS, SIZE, text_features, to_pictures
 from demo.model import pack, unpack, velocity
+from demo.toy.features import CHANNELS, SIZE, text_features, to_pictures
 
 from .protocol import SAMPLER_STEPS, Prompt
 

@@ -2,11 +2,12 @@
 
 from .patches import patched_clone, require_taken
 from .places import Place, flux_layers, load_device, own_weight, place_layers, require_unpatched
-from .session import with_progress
+from .session import interruptible, with_progress
 
 __all__ = [
     "Place",
     "flux_layers",
+    "interruptible",
     "load_device",
     "own_weight",
     "patched_clone",

@@ -152,8 +152,8 @@ def _add(digest: Any, key: str, value: Any) -> None:
         head = plain.reshape(-1)[:_SAMPLED].cpu().contiguous()
         digest.update(head.view(torch.uint8).numpy().tobytes() if head.numel() else b"")
     elif isinstance(value, list | tuple):
-        for index, one in enumerate(value):
-            _add(digest, str(index), one)
+        for index, item in enumerate(value):
+            _add(digest, str(index), item)
     elif hasattr(value, "weights"):  # a weight adapter
         _add(digest, type(value).__name__, value.weights)
     else:

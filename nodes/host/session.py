@@ -46,12 +46,6 @@ def memory() -> tuple[int | None, int]:
     return int(comfy.model_management.get_free_memory(device)), ram
 
 
-def card_memory() -> int | None:
-    """All bytes of the graphics card, None without one of its own."""
-    device = comfy.model_management.get_torch_device()
-    return None if device.type in ("cpu", "mps") else int(comfy.model_management.get_total_memory(device))
-
-
 def take_interrupt() -> bool:
     """Whether Cancel was pressed since the last call. Taking it makes a second press visible as another one."""
     if comfy.model_management.processing_interrupted():

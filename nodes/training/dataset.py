@@ -106,11 +106,11 @@ def encode(
     work: list[Any] = [*texts, *pictures]
     encoded_texts: list[EncodedText] = []
     encoded: list[EncodedPicture] = []
-    for one in host.with_progress(work):
-        if isinstance(one, str):
-            encoded_texts.append(encoders.encode_text(clip, one))
+    for item in host.with_progress(work):
+        if isinstance(item, str):
+            encoded_texts.append(encoders.encode_text(clip, item))
         else:
-            encoded.append(_encoded(one, settings, vae))
+            encoded.append(_encoded(item, settings, vae))
     broken = path.is_file()
     empty_text = texts.index("") if "" in texts else None
     try:

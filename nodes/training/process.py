@@ -104,10 +104,10 @@ class Child:
         for process in tree:
             _signal(process, kill=False)
         self._wait(tree, TERMINATE_SECONDS)
-        left = self._tree()
-        for process in left:
+        survivors = self._tree()
+        for process in survivors:
             _signal(process, kill=True)
-        self._wait(left, KILL_SECONDS)
+        self._wait(survivors, KILL_SECONDS)
         self._drain.join(KILL_SECONDS)
         if self._process.poll() is None or self._tree():
             log.error("QR-LoRA: the trainer (process %d) does not end; please end it by hand", self.pid)
@@ -122,18 +122,18 @@ class Child:
     def _tree(self) -> list[psutil.Process]:
         """The living processes of the tree; the process itself stays its own until it is waited for."""
         self._look()
-        found = dict(self._seen)
+        tree = dict(self._seen)
         if self._process.poll() is None:
             with suppress(psutil.Error):
-                found[self.pid] = psutil.Process(self.pid)
+                tree[self.pid] = psutil.Process(self.pid)
         if os.name != "nt":  # those that lost their parent are still in the session
             for pid in psutil.pids():
                 with suppress(OSError, psutil.Error):
-                    if pid not in found and os.getsid(pid) == self.pid:
+                    if pid not in tree and os.getsid(pid) == self.pid:
                         process = psutil.Process(pid)
                         if process.create_time() >= self.started - 1.0:
-                            found[pid] = process
-        return [process for process in found.values() if alive(process)]
+                            tree[pid] = process
+        return [process for process in tree.values() if alive(process)]
 
     def _wait(self, processes: list[psutil.Process], seconds: float) -> None:
         until = time.monotonic() + seconds
@@ -188,12 +188,12 @@ def end_process(pid: int, created: float) -> bool:
         tree = [*process.children(recursive=True), process]
     except psutil.Error:
         return False
-    for one in tree:
-        _signal(one, kill=False)
-    _, left = psutil.wait_procs(tree, TERMINATE_SECONDS)
-    for one in left:
-        _signal(one, kill=True)
-    psutil.wait_procs(left, KILL_SECONDS)
+    for member in tree:
+        _signal(member, kill=False)
+    _, survivors = psutil.wait_procs(tree, TERMINATE_SECONDS)
+    for member in survivors:
+        _signal(member, kill=True)
+    psutil.wait_procs(survivors, KILL_SECONDS)
     return True
 
 

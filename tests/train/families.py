@@ -25,6 +25,7 @@ class Small:
         to_comfy: diffusers' state -> ComfyUI's; None where the names are the same.
         host: ComfyUI's supported_models class, and the unet_config it would detect.
         frames: whether ComfyUI's model takes a dimension for frames.
+        host_size: what has to be larger for ComfyUI, which knows some sizes only: arguments of both.
         layers: how many linear layers are adapted.
     """
 
@@ -34,6 +35,7 @@ class Small:
     layers: int
     frames: bool = False
     channels: int = 16
+    host_size: dict[str, int] = field(default_factory=dict)
     to_comfy: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] = field(default=dict)
 
     def model(self) -> Any:
@@ -117,6 +119,7 @@ FAMILIES = {
                     "ffn_dim_multiplier": 8.0 / 3.0, "z_image_modulation": True, "time_scale": 1000.0,
                     "pad_tokens_multiple": 32}),
         14,
+        host_size={"dim": 1152, "n_heads": 9, "n_kv_heads": 9, "n_layers": 1},
         to_comfy=z_image_to_comfy,
     ),
 }  # fmt: skip
