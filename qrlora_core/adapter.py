@@ -83,6 +83,7 @@ class Adapter:
         if not layers:
             raise FileFormatError(f"{name} holds no layers")
         for layer, info in layers.items():
+            comfy_slice(layer, info.shape)
             if info.rank < 1:
                 raise FileFormatError(f"{name}: {layer} has rank {info.rank}")
         self.name = name

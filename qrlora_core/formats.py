@@ -118,6 +118,10 @@ def group_layers(
     missing = [every[role].format(layer) for layer, found in layers.items() for role in expected - found.keys()]
     if missing or not layers:
         raise FileFormatError(f"{name} is incomplete, it lacks {len(missing)} tensors: {few(sorted(missing))}")
+    unknown = [layer for layer in layers if not is_flux_layer(layer)]
+    if unknown:
+        hint = nearest(unknown[0], [layer for layer in layers if is_flux_layer(layer)])
+        raise FileFormatError(f"{name} names {len(unknown)} layers that FLUX does not have: {few(unknown)}{hint}")
     return layers
 
 
