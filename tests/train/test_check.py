@@ -80,7 +80,11 @@ def test_a_good_machine(settings):
     "changes, message, fix",
     [
         ({"model": "missing.safetensors"}, "missing.safetensors' does not exist", "FLUX.1 model"),
-        ({"model": str(GOLDEN / "official_style.safetensors")}, "not a FLUX.1 transformer", "FLUX.1 model"),
+        (
+            {"model": str(GOLDEN / "official_style.safetensors")},
+            "not a FLUX.1, FLUX.2, Qwen-Image or Z-Image transformer",
+            "FLUX.1 model",
+        ),
         ({"targets": ["attn.to_w"]}, "matches no layer", "targets"),
         ({"data": "missing.cache"}, "missing.cache", "train encode"),
         ({"device": "cuda:7"}, "cuda:7", "device"),

@@ -8,8 +8,7 @@ from .flux2 import FLUX2
 from .qwen_image import QWEN_IMAGE
 from .z_image import Z_IMAGE
 
-# FLUX.2 has FLUX.1's marks besides its own, and is asked first
-BACKBONES = (FLUX2, FLUX, QWEN_IMAGE, Z_IMAGE)
+BACKBONES = (FLUX, FLUX2, QWEN_IMAGE, Z_IMAGE)
 # keys that tell a model which is often taken for one of these
 _OTHERS = {
     "distilled_guidance_layer.in_proj.weight": "Chroma",
@@ -26,7 +25,7 @@ def recognised(keys: Iterable[str]) -> tuple[Backbone, str, bool] | None:
     names = set(keys)
     if foreign(names):
         return None
-    for backbone in BACKBONES:
+    for backbone in reversed(BACKBONES):  # FLUX.2 has FLUX.1's marks besides its own
         for prefix in PREFIXES:
             if f"{prefix}{backbone.folder_mark}" in names:
                 return backbone, prefix, True
