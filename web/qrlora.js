@@ -6,6 +6,13 @@ import { everyNode, nodeById, openWorkflow, workflowOf } from "./qrlora_graph.js
 // Two hues that none of ComfyUI's own types beside them in a FLUX graph has.
 const COLORS = { DELTA_R: "#1FBFA8", RESIDUAL: "#B07D52" };
 const WIDGET = "qrlora_report";
+// Those that report, which have their box from the start: what a run shows must not make a node grow.
+const REPORTS = [
+  ...["Apply", "BlockScale", "ContactSheet", "CreateHook", "ExportLoRA", "LoadDeltaR", "LoadResidual", "Merge", "Prompt"],
+  ...["SaveDeltaR", "SaveResidual", "ScaleSweep", "Schedule", "Similarity", "ToyAdapter"],
+].map((name) => `QRLoRA${name}`);
+const EMPTY = "What it did stands here after a run.";
+const CHOOSER = { type: "QRLoRALoadDeltaR", widget: "delta_r_name" };
 // Five lines. Fixed, so that a longer or shorter report never moves the graph; what is longer scrolls.
 const HEIGHT = 96;
 // What the canvas keeps free above and below such an element; without it a picture below would begin under the text.
@@ -16,6 +23,15 @@ const [MUTED, BYPASSED] = [2, 4];
 
 // Nodes that failed, by the server's id, until they run again: {text, workflow}. The text is "" once a run has begun.
 const failures = new Map();
+
+function addStyle() {
+  const style = document.createElement("style");
+  style.textContent = `
+    [data-qrlora-report]:empty::before { content: "${EMPTY}"; opacity: 0.6; }
+    [data-qrlora-report] img { float: right; height: ${HEIGHT - 8}px; margin-left: 8px; border-radius: 4px; }
+  `;
+  document.head.append(style);
+}
 
 function paint() {
   Object.assign(app.canvas?.default_connection_color_byType ?? {}, COLORS);
@@ -45,6 +61,7 @@ function reportWidget(node) {
     userSelect: "text",
   });
   element.setAttribute("role", "status");
+  element.dataset.qrloraReport = "";
   // Never part of the workflow: neither a widget value nor an input of the prompt.
   const widget = node.addDOMWidget(WIDGET, WIDGET, element, {
     serialize: false,
@@ -69,9 +86,45 @@ function summary(reports) {
 function put(node, text, color = TEXT) {
   if (!text && !node.widgets?.some((widget) => widget.name === WIDGET)) return; // nothing to clear
   const { element } = reportWidget(node);
-  element.textContent = text;
+  const parts = [text && node.qrloraPicture, text].filter(Boolean);
+  element.replaceChildren(...parts);
   element.style.color = color;
   node.setDirtyCanvas?.(true, true);
+}
+
+// What is in the adapter that was chosen, and the picture beside its file: before anything runs.
+async function showChosen(node) {
+  const chosen = () => node.widgets?.find((widget) => widget.name === CHOOSER.widget)?.value;
+  const name = chosen();
+  if (node.type !== CHOOSER.type || typeof name !== "string" || !name) return;
+  const query = `name=${encodeURIComponent(name)}`;
+  try {
+    const answer = await api.fetchApi(`/qrlora/adapter?${query}`);
+    const { text, picture, error } = await answer.json();
+    if (chosen() !== name) return; // another one meanwhile
+    node.qrloraPicture = picture ? pictureOf(name, api.apiURL(`/qrlora/adapter/picture?${query}`)) : null;
+    put(node, text ?? String(error ?? ""), text ? TEXT : ERROR_TEXT);
+  } catch (error) {
+    console.warn("QR-LoRA: the adapter that was chosen could not be asked about", error);
+  }
+}
+
+function pictureOf(name, address) {
+  const image = document.createElement("img");
+  Object.assign(image, { src: address, alt: `Picture of ${name}`, draggable: false });
+  return image;
+}
+
+function followChoice(node) {
+  const widget = node.widgets?.find((input) => input.name === CHOOSER.widget);
+  if (!widget) return;
+  const { callback } = widget;
+  widget.callback = function (...args) {
+    const result = callback?.apply(this, args);
+    showChosen(node);
+    return result;
+  };
+  showChosen(node);
 }
 
 function show(node, output) {
@@ -87,7 +140,11 @@ function isOurs(node) {
 
 // Undo and a change of tab make every node anew, and a node that the server has cached does not report again.
 function restore() {
-  for (const place of everyNode()) if (isOurs(place.node) && !isSilent(place.node)) show(place.node, output(place));
+  for (const place of everyNode()) {
+    if (!isOurs(place.node) || isSilent(place.node)) continue;
+    show(place.node, output(place));
+    if (place.node.type === CHOOSER.type) showChosen(place.node).then(showFailures);
+  }
   showFailures();
 }
 
@@ -146,6 +203,7 @@ async function succeeded({ detail }) {
 app.registerExtension({
   name: "QR-LoRA",
   setup() {
+    addStyle();
     paint();
     // A change of the palette clears the colours of types that it does not know.
     app.ui?.settings?.addEventListener?.("Comfy.ColorPalette.change", () => setTimeout(paint, 0));
@@ -156,6 +214,10 @@ app.registerExtension({
   afterConfigureGraph() {
     paint(); // the first palette is applied after setup; a workflow is loaded after that
     setTimeout(restore, 0); // the outputs of a tab come back just after its graph
+  },
+  nodeCreated(node) {
+    if (REPORTS.includes(node.comfyClass)) reportWidget(node);
+    if (node.comfyClass === CHOOSER.type) followChoice(node);
   },
   beforeRegisterNodeDef(nodeType, nodeData) {
     if (!nodeData.name.startsWith("QRLoRA")) return;

@@ -157,6 +157,47 @@ def test_an_error_before_the_trainer_starts_is_on_the_panel(server, page, vue):
     assert page.errors() == []
 
 
+@RENDERERS
+def test_an_adapter_is_described_as_soon_as_it_is_chosen(server, page, vue):
+    """Facts, picture, and what is wrong with the file, without a run."""
+    folder = server.base / "models" / "qrlora"
+    training.picture((64, 64), 3).save(folder / "official_style.preview.png")
+    (folder / "no adapter.safetensors").write_bytes(b"nothing")
+    opened(page, {"style": node("QRLoRALoadDeltaR", delta_r_name="official_content.safetensors")}, vue)
+    reported(page, "QRLoRALoadDeltaR", "rank 8")
+    size = page.js("return [...app.graph.nodes[0].size]")
+    choose = """
+        const widget = app.graph.nodes[0].widgets.find((one) => one.name === "delta_r_name");
+        widget.value = arguments[0];
+        widget.callback?.(widget.value);
+    """
+    image = "app.graph.nodes[0].widgets.find((one) => one.name === 'qrlora_report').element.querySelector('img')"
+    assert page.js(f"return {image} === null")
+    page.js(choose, "official_style.safetensors")
+    page.wait(f"return {image}?.naturalWidth === 64")
+    page.js(choose, "no adapter.safetensors")
+    assert "FileFormatError" in reported(page, "QRLoRALoadDeltaR", "not a readable safetensors file")
+    assert page.js(f"return {image} === null") and page.js("return [...app.graph.nodes[0].size]") == size
+    (folder / "no adapter.safetensors").unlink()
+    (folder / "official_style.preview.png").unlink()
+    assert page.errors() == []
+
+
+@RENDERERS
+def test_a_first_run_makes_no_node_grow(server, page, vue):
+    """Nodes as they are when they are put into a graph, one below the other."""
+    opened(page, merge_graph(alpha=0.25 + vue / 10), vue)
+    page.js("for (const node of app.graph.nodes) node.setSize(node.computeSize())")
+    sizes = "app.graph.nodes.map((node) => [...node.size].map(Math.round))"
+    page.js("return new Promise((done) => setTimeout(done, 500))")
+    before = page.js(f"return {sizes}")
+    run(page)
+    reported(page, "QRLoRAMerge", "15 layers")
+    reported(page, "QRLoRASaveDeltaR", "reported")
+    page.js("return new Promise((done) => setTimeout(done, 300))")
+    assert page.js(f"return {sizes}") == before
+
+
 SEARCHES = {
     "delta": "Merge \u0394R",
     "delta r": "Load \u0394R Adapter",
