@@ -73,6 +73,7 @@ def test_a_good_machine(settings):
     json.dumps(found)
     text = readable(found)
     assert text.endswith("ready to train") and "PROBLEM" not in text
+    assert "scaling    1" in text and "is_flux" not in text
     assert "memory     base_storage fp32, gradient_checkpointing off, offload 0: about 1.0 GB of " in text
 
 

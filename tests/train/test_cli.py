@@ -255,3 +255,24 @@ def test_warnings_that_are_not_of_an_import_stay(caplog):
         logging.getLogger("torchao").error("it is broken")
     logging.getLogger("torchao").warning("a real one")
     assert [record.message for record in caplog.records] == ["it is broken", "a real one"]
+
+
+def test_check_without_a_model_asks_whether_the_machine_can_train(capsys):
+    assert main(["check", "--device", "cpu"]) == DONE
+    text = capsys.readouterr().out
+    assert "model      not known" in text and text.rstrip().endswith("ready to train")
+
+
+def test_the_help_of_fit_is_in_groups(capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", "--help"])
+    text = capsys.readouterr().out
+    groups = [
+        "what and where (model, data and run_dir are required):",
+        "what is trained:",
+        "steps:",
+        "loss:",
+        "memory:",
+    ]
+    places = [text.index(f"\n{title}") for title in groups]
+    assert places == sorted(places) and text.index("--rank") > places[1] and text.index("--offload") > places[4]
