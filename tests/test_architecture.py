@@ -34,7 +34,12 @@ ALLOWED = {
 # imported inside the functions that need them, when installed
 OPTIONAL = {"train": {"torchao", "bitsandbytes", "prodigyopt"}, "qrlora_plots": {"matplotlib"}}
 # only these folders of nodes/ may import the host's own modules
-HOST_ROOMS = {"comfy": ("host",), "folder_paths": ("host",), "server": ("host", "training"), "aiohttp": ("training",)}
+HOST_ROOMS = {
+    "comfy": ("host",),
+    "folder_paths": ("host",),
+    "server": ("host", "training", "adapter_routes.py"),
+    "aiohttp": ("training", "adapter_routes.py"),
+}
 # what the nodes may import of trainer and demo, and what those may import besides the standard library and each other
 FOR_NODES = {
     "train.config": set(),
