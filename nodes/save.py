@@ -150,7 +150,7 @@ class SaveResidual(io.ComfyNode):
     ) -> io.NodeOutput:
         path = free_name(folders.save_folder(), filename)
         adapter = None if delta_r is None else _one_basis(delta_r)
-        targets = host.flux_layers(model) if adapter is None else adapter.targets
+        targets = host.published_layers(model) if adapter is None else adapter.targets
         places = host.place_layers(model, targets)
         host.require_unpatched(model, places.values())
 

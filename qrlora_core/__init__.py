@@ -14,7 +14,7 @@ from .basis import (
     same_basis,
     save_basis,
 )
-from .blocks import BlockRange, BlockScale, parse_ranges
+from .blocks import BlockRange, BlockScale, parse_kind_ranges, parse_ranges
 from .cache import CacheItem, EncodedPicture, EncodedText, TrainingCache, bucket_size, save_cache
 from .errors import (
     BasisMismatchError,
@@ -25,6 +25,7 @@ from .errors import (
     TargetError,
     WeightError,
 )
+from .families import Family, LayerKind, family_of_targets, flux_targets, layer_kind
 from .formats import file_kind, is_residual, open_adapter
 from .gate import Gate, content_gate, holds, style_gate, triggers_of
 from .linalg import Basis, base_r, core_energy, decompose, residual_weight, restored_weight
@@ -47,16 +48,7 @@ from .similarity import similarity_report
 from .similarity_schema import SimilarityReport
 from .storage import TensorFile, contained_path, free_name, model_fingerprint
 from .sweep import MAX_COMBINATIONS, SweepCell, parse_scales, sweep
-from .targets import (
-    LayerKind,
-    LayerTarget,
-    WeightSlice,
-    comfy_slice,
-    flux_targets,
-    layer_kind,
-    layer_names,
-    match_targets,
-)
+from .targets import LayerTarget, WeightSlice, match_targets
 from .truncate import Truncated, truncated
 
 __all__ = [
@@ -73,6 +65,7 @@ __all__ = [
     "CacheItem",
     "EncodedPicture",
     "EncodedText",
+    "Family",
     "FileFormatError",
     "Gate",
     "JointBasis",
@@ -101,12 +94,12 @@ __all__ = [
     "base_r",
     "basis_name",
     "bucket_size",
-    "comfy_slice",
     "contained_path",
     "content_first",
     "content_gate",
     "core_energy",
     "decompose",
+    "family_of_targets",
     "file_kind",
     "flux_targets",
     "free_name",
@@ -115,7 +108,6 @@ __all__ = [
     "is_residual",
     "joint_basis",
     "layer_kind",
-    "layer_names",
     "layer_sum",
     "match_residual",
     "match_targets",
@@ -127,6 +119,7 @@ __all__ = [
     "open_basis",
     "orthonormal",
     "own_basis",
+    "parse_kind_ranges",
     "parse_ranges",
     "parse_scales",
     "parse_schedule",
