@@ -1,6 +1,7 @@
 """One command for each thing a newcomer wants to do. Standard library only; makes its own environment in .venv.
 
-python dev.py test [pytest arguments]    lint, types and all tests (host tests too, when a ComfyUI is found)
+python dev.py test [pytest arguments]    lint, types and every test that this machine can run (COMFYUI_PATH: a ComfyUI)
+python dev.py test --quick               lint, types and the tests that start no other process, under a minute
 python dev.py demo [--no-wait]           a toy FLUX: train a content and a style on one picture each, merge, look
 python dev.py demo --golden              the merge against the published code's numbers, as a table
 """
@@ -49,7 +50,8 @@ def main() -> int:
                 for part in ("-p", name)
             ),
         ],
-        [python, "-m", "pytest", *rest],
+        [python, str(ROOT / "tests" / "mypy_nodes.py")],
+        [python, "-m", "pytest", "--durations=25", *rest],
     ]
     codes = [run(stage) for stage in stages]
     return next((code for code in codes if code), 0)

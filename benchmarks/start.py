@@ -19,7 +19,8 @@ from benchmarks.flux import RandomSource
 from qrlora_core import CacheItem, EncodedPicture, EncodedText, save_cache
 from train.config import FitConfig, make_config
 from train.events import EventWriter
-from train.run.prepare import make_accelerator, prepare
+from train.run.prepare import prepare
+from train.run.processes import make_accelerator
 from train.run.reporter import Reporter
 from train.run.stop import StopWatch
 

@@ -16,9 +16,9 @@ from torch.nn import functional
 
 from qrlora_core import CacheItem, EncodedPicture, EncodedText, save_cache
 
-from .comfy_pack.features import SIZE, text_features, to_latents
 from .model import WEIGHTS
 from .pictures import BARRED, CONTENT_TRIGGER, HEART, STYLE_TRIGGER, SUNSET, Look, draw
+from .toy.features import SIZE, text_features, to_latents
 
 Settings = Mapping[str, str | int | float]
 PACK = Path(__file__).resolve().parents[1]

@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qrlora_core import Adapter, MergeRecipe, merge, merge_report, merged_adapter, open_adapter
 from demo import golden_in_comfyui as demo_host
-from demo.small_flux import ALPHA_BETA, GOLDEN, golden_flux, golden_output, golden_tensors, own_weight, with_weights
 from demo.server import find_host
+from demo.small_flux import ALPHA_BETA, GOLDEN, golden_flux, golden_output, golden_tensors, own_weight, with_weights
+from qrlora_core import Adapter, MergeRecipe, merge, merge_report, merged_adapter, open_adapter
 
 TOLERANCE = 1e-4
 
@@ -62,7 +62,8 @@ def headless() -> int:
         output = golden_output(with_weights(patched_weights(merged_adapter(recipe))))
         worst = max(worst, row(f"alpha {alpha:g}, beta {beta:g}", output, golden[f"merged.{alpha}.{beta}.out"]))
     report = merge_report(merge(style, 1.0, content, 1.0))
-    print(f"\n{report.layers} layers, {report.shared} on one basis, {report.joint} on a joint basis, rank {report.rank}")
+    bases = f"{report.shared} on one basis, {report.joint} on a joint basis"
+    print(f"\n{report.layers} layers, {bases}, rank {report.rank}")
     print(f"{'equal' if worst <= TOLERANCE else 'NOT EQUAL'} to the published outputs within {TOLERANCE:g}")
     return 0 if worst <= TOLERANCE else 1
 

@@ -1,6 +1,8 @@
 """The demo in a real ComfyUI: the main job over HTTP, a table against the published numbers, and a page to look at.
 
-python -m demo.golden_in_comfyui [--no-wait]    COMFYUI_PATH says where ComfyUI is, COMFYUI_PYTHON which interpreter runs it
+python -m demo.golden_in_comfyui [--no-wait]
+
+COMFYUI_PATH says where ComfyUI is, COMFYUI_PYTHON which interpreter runs it.
 
 Everything happens in a scratch folder: the user's own models, workflows and settings are not touched.
 """
@@ -20,8 +22,8 @@ from typing import Any
 from safetensors.torch import load_file
 
 from demo import server as instance
-from demo.workflow import editable
 from demo.server import GOLDEN, PACK, Server
+from demo.workflow import editable
 
 WORKFLOW = PACK / "tests" / "workflows" / "merge_api.json"
 EXAMPLES = PACK / "example_workflows"

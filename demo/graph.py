@@ -1,12 +1,13 @@
-"""The demo's workflow in API form: two trainings, a merge to play with, and the sheet."""
+"""The demo's workflow: two trainings, a merge to play with, and the sheet, in API form and as a page."""
 
 from typing import Any
 
 from demo.workflow import input_specs, is_widget
 
-from .comfy_pack.features import SIZE
 from .concepts import CONTENT, ENLARGED, FIT, MERGED_PROMPT, STYLE, Settings
 from .model import STEPS, WEIGHTS
+from .page import Group, Note, View, page
+from .toy.features import SIZE
 
 Graph = dict[str, dict[str, Any]]
 CONCEPTS = {"style": STYLE, "content": CONTENT}
@@ -68,6 +69,41 @@ def graph(settings: Settings, seed: int, grid: str, in_graph: bool = True) -> Gr
         filename_prefix="sheet",
     )
     return nodes
+
+
+def demo_page(workflow: Graph, object_info: dict[str, Any]) -> dict[str, Any]:
+    """The workflow as the page that the demo opens: it begins at the trainings."""
+    training = [["style_picture", "content_picture"], ["style"], ["content"], ["options"]]
+    groups = [
+        Group("1. The toy FLUX", [["model", "clip", "vae", "prompt", "noise"]]),
+        Group("2. One picture, one adapter", training if "options" in workflow else [["style", "content"]]),
+        Group("3. Merge: turn alpha and beta, press Run", lane("merge", "merge_picture")),
+        Group("4. Every alpha and beta on one sheet", lane("sweep", "sweep_sheet"), below=True),
+    ]
+    titles = {
+        "style": "Style: <s>",
+        "content": "Content: <c>",
+        "style_picture": "The one picture of the style",
+        "content_picture": "The one picture of the content",
+        "merge_picture": "What it draws",
+        "sweep_sheet": "The sheet",
+    }
+    known = {name: title for name, title in titles.items() if name in workflow}
+    return page(workflow, object_info, groups, known, Note(NOTE, 1, (320, 420)), View(0.62, 1))
+
+
+def lane(name: str, last: str) -> list[list[str]]:
+    """What follows a merge, one beside the other."""
+    return [[name], [f"{name}_apply"], [f"{name}_sample"], [f"{name}_decode"], [last]]
+
+
+NOTE = """**What this is.** A FLUX of 2.3 million parameters learns a *content* (a heart) and a *style* (upright bars in
+orange and violet) from one picture each. Then both are merged.
+
+The two panels on the left show the trainings. When they are done, the sheet is drawn; it is also saved in the folder
+that the terminal names.
+
+**Then play:** turn *alpha* (style) and *beta* (content) in Merge \u0394R, press Run. Nothing is trained again."""
 
 
 def trained(widgets: Settings, options: Settings) -> Graph:

@@ -5,24 +5,24 @@ import shutil
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 import webbrowser
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import websocket
 from tqdm import tqdm
 
 from demo import server as instance
-from demo.workflow import editable
 from demo.server import Server, WorkflowError
+from qrlora_core import parse_scales
 
 from .concepts import CONTENT, PACK, STYLE, Settings, draw_picture
-from .graph import CONCEPTS, Graph, graph, renamed, with_defaults
+from .graph import CONCEPTS, Graph, demo_page, graph, renamed, with_defaults
 from .model import WEIGHTS
 
 PAGE, PAGE_PACK = "toy_flux", "qrlora_demo"  # a workflow, and a pack without nodes that offers it as a template
+CLIENT = "demo"
 
 
 def run(
@@ -35,7 +35,7 @@ def run(
     show: Callable[[], bool],
     wait: bool,
 ) -> bool:
-    """The story in ComfyUI; sheet, pictures and adapters are copied to `out`, and `show` then tells the numbers.
+    """The story in ComfyUI; sheet, pictures, adapters and log go to `out`, and `show` then tells the numbers.
 
     Args:
         host: ComfyUI's folder.
@@ -48,8 +48,14 @@ def run(
     """
     with tempfile.TemporaryDirectory(prefix="qr-lora-demo-", ignore_cleanup_errors=True) as scratch:
         base = make_base(Path(scratch) / "base")
-        print(f"starting ComfyUI from {host} (the first time takes a while)", flush=True)
-        with Server(host, base) as server:
+        server = Server(host, base, log=out / "comfyui.log")
+        address = f"{server.url}/?template={PAGE}&source={PAGE_PACK}"
+        print(f"page     {address}\n         answers in some ten seconds; watch the training there")
+        print(f"log      {server.log}")
+        if not wait:
+            print("         ComfyUI ends with the demo: --no-wait was given, or this is not a terminal")
+        print(f"starting ComfyUI from {host}", flush=True)
+        with server:
             in_graph = "QRLoRATrain" in server.get("/object_info")
             if not in_graph:
                 train()
@@ -57,40 +63,53 @@ def run(
                     shutil.copy(out / f"{concept.name}.safetensors", base / "models" / "qrlora")
             workflow = graph(settings, seed, grid, in_graph)
             offer_page(server, workflow)
-            entry = queued(server, workflow, int(settings["steps"]))
+            print("the page is there", flush=True)
+            if wait:
+                webbrowser.open(address)
+            entry = queued(server, workflow, int(settings["steps"]), pictures=1 + len(parse_scales(grid, "")) ** 2)
             collect(base, entry, out, in_graph)
             good = show()
-            print(f"\nlog      {server.log}")
-            print(f"page     {server.url}/?template={PAGE}&source={PAGE_PACK}   (turn alpha and beta, press Run)")
-            if wait and sys.stdin.isatty():
+            print(f"\npage     {address}\n         turn alpha and beta, press Run")
+            print(f"log      {server.log}", flush=True)
+            if wait:
                 keep(server)
+            else:
+                print("ComfyUI ends now, and the page with it", flush=True)
     return good
 
 
 def make_base(folder: Path) -> Path:
-    """A base directory with the toy, its two pictures, this pack and the toy's helper pack. Nothing else is touched."""
-    names = ("models/diffusion_models", "models/qrlora", "models/loras", "models/vae", "input", "output")
-    for name in (*names, f"custom_nodes/{PAGE_PACK}/example_workflows", "user/default/workflows"):
+    """A base directory with this pack, the toy and its two pictures. Nothing else is touched."""
+    for name in ("models/diffusion_models", "models/qrlora", "models/loras", "models/vae", "input", "output"):
         (folder / name).mkdir(parents=True)
-    shutil.copy(WEIGHTS, folder / "models" / "diffusion_models")
-    for concept in (CONTENT, STYLE):
-        draw_picture(concept, folder / "input")
-    packs = folder / "custom_nodes"
-    instance.link(PACK, packs / "qr-lora")
-    instance.link(PACK / "demo" / "comfy_pack", packs / "qrlora_toy")
-    (packs / PAGE_PACK / "__init__.py").write_text("NODE_CLASS_MAPPINGS = {}\n", encoding="utf-8")
+    for name in ("custom_nodes", "user/default/workflows"):
+        (folder / name).mkdir(parents=True)
+    instance.link(PACK, folder / "custom_nodes" / "qr-lora")
+    add_toy(folder)
     return folder
+
+
+def add_toy(base: Path) -> None:
+    """The toy's weights, its two pictures, and a pack without nodes that offers the demo's page as a template."""
+    shutil.copy(WEIGHTS, base / "models" / "diffusion_models")
+    for concept in (CONTENT, STYLE):
+        draw_picture(concept, base / "input")
+    pack = base / "custom_nodes" / PAGE_PACK
+    (pack / "example_workflows").mkdir(parents=True)
+    (pack / "__init__.py").write_text("NODE_CLASS_MAPPINGS = {}\n", encoding="utf-8")
 
 
 def offer_page(server: Server, workflow: Graph) -> None:
     """The workflow in the browser's own form: as a template, and in the list of workflows."""
-    text = json.dumps(editable(workflow, server.get("/object_info")), indent=1)
+    text = json.dumps(demo_page(workflow, server.get("/object_info")), indent=1)
     for folder in (f"custom_nodes/{PAGE_PACK}/example_workflows", "user/default/workflows"):
         (server.base / folder / f"{PAGE}.json").write_text(text, encoding="utf-8")
 
 
-def queued(server: Server, workflow: Graph, steps: int, timeout: float = 1800) -> dict[str, Any]:
-    """Run the workflow with a progress bar for each training; its history entry.
+def queued(
+    server: Server, workflow: Graph, steps: int, timeout: float = 1800, pictures: int | None = None
+) -> dict[str, Any]:
+    """Run the workflow with a progress bar for each training and one for the pictures; its history entry.
 
     Raises:
         WorkflowError: it was refused, a node failed, or it took longer than `timeout` seconds.
@@ -98,46 +117,69 @@ def queued(server: Server, workflow: Graph, steps: int, timeout: float = 1800) -
     workflow = with_defaults(workflow, server.get("/object_info"))
     numbers = {name: str(number) for number, name in enumerate(workflow, 1)}  # as on the page, whose panels then know
     names = {number: name for name, number in numbers.items()}
-    body = json.dumps({"prompt": renamed(workflow, numbers), "client_id": "demo"}).encode()
-    request = urllib.request.Request(f"{server.url}/prompt", body, {"Content-Type": "application/json"})
+    socket = websocket.create_connection(f"ws{server.url[4:]}/ws?clientId={CLIENT}", timeout=0.5)
+    bars = Bars(steps, pictures, names)
     try:
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            ticket = json.load(answer)["prompt_id"]
-    except urllib.error.HTTPError as error:
-        raise WorkflowError(error.read().decode()) from error
-    trains = any(one["class_type"] == "QRLoRATrain" for one in workflow.values())
-    bars: dict[str, Any] = {}
-    until = time.monotonic() + timeout
-    try:
+        ticket = server.submit(renamed(workflow, numbers), CLIENT)
+        until = time.monotonic() + timeout
         while time.monotonic() < until and server.process.poll() is None:
-            entry = server.get(f"/history/{ticket}").get(ticket)
-            if trains:
-                show_progress(server.get("/qrlora/train/state")["jobs"], steps, bars, names)
+            bars.hear(next_message(socket))
+            entry = server.get(f"/history/{ticket}").get(ticket) if bars.quiet else None
             if entry and entry["status"]["status_str"] == "error":
                 raise WorkflowError(json.dumps(entry["status"]["messages"]))
             if entry and entry["status"]["completed"]:
                 return {**entry, "outputs": {names[number]: value for number, value in entry["outputs"].items()}}
-            time.sleep(0.5)
     finally:
-        for bar in bars.values():
-            bar.close()
+        bars.close()
+        socket.close()
     raise WorkflowError(f"no answer within {timeout:g} s:\n{server.tail()}")
 
 
-def show_progress(jobs: list[dict[str, Any]], steps: int, bars: dict[str, Any], names: dict[str, str]) -> None:
-    """One bar per training, made when its first step is done."""
-    for job in jobs:
-        taken = [event for event in job["events"] if event["event"] == "step"]
-        if taken and job["node"] not in bars:
-            bars[job["node"]] = tqdm(total=steps, desc=f"training {names[job['node']]}", unit="step")
-        if taken:
-            bars[job["node"]].update(taken[-1]["step"] - bars[job["node"]].n)
-            bars[job["node"]].set_postfix(loss=f"{taken[-1]['smoothed_loss']:.4f}")
+def next_message(socket: Any) -> dict[str, Any]:
+    """What the server says next, {} when it says nothing for half a second or sends a picture."""
+    try:
+        data = socket.recv()
+    except websocket.WebSocketTimeoutException:
+        return {}
+    return json.loads(data) if isinstance(data, str) and data else {"type": "preview"}
+
+
+class Bars:
+    """Progress in the terminal, from what the server tells a page: each training's steps, then pictures drawn.
+
+    `quiet` says whether nothing was heard of late or a prompt ended: the moment to ask for the result.
+    """
+
+    def __init__(self, steps: int, pictures: int | None, names: dict[str, str]) -> None:
+        self._steps, self._pictures, self._names = steps, pictures, names
+        self._bars: dict[str, Any] = {}
+        self.quiet = True
+
+    def hear(self, message: dict[str, Any]) -> None:
+        kind, data = message.get("type"), message.get("data", {})
+        self.quiet = kind in (None, "execution_success", "execution_error", "execution_interrupted")
+        if kind == "qrlora.train":
+            taken = [event for event in data["events"] if event["event"] == "step"]
+            if taken:
+                bar = self._bar(data["node"], f"training {self._names[data['node']]}", "step", self._steps)
+                bar.update(taken[-1]["step"] - bar.n)
+                bar.set_postfix(loss=f"{taken[-1]['smoothed_loss']:.4f}")
+        elif kind == "progress" and self._names.get(data.get("node"), "").endswith("_sample"):
+            bar = self._bar("pictures", "drawing", "picture", self._pictures)
+            bar.update(int(data["value"] == data["max"]))
+
+    def _bar(self, key: str, title: str, unit: str, total: int | None) -> Any:
+        if key not in self._bars:
+            self._bars[key] = tqdm(total=total, desc=title, unit=unit)
+        return self._bars[key]
+
+    def close(self) -> None:
+        for bar in self._bars.values():
+            bar.close()
 
 
 def keep(server: Server) -> None:
-    """Leave the server running, with its page open, until Ctrl-C."""
-    webbrowser.open(f"{server.url}/?template={PAGE}&source={PAGE_PACK}")
+    """Leave the server running until Ctrl-C."""
     print("\nComfyUI keeps running; press Ctrl-C to end it and remove the scratch folder.", flush=True)
     try:
         server.process.wait()

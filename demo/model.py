@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from qrlora_core import Adapter
+from train.imports import quiet_imports
 
-from .comfy_pack.features import CHANNELS, SIZE, TEXT_WIDTH, text_features, to_pictures
+from .toy.features import CHANNELS, SIZE, TEXT_WIDTH, text_features, to_pictures
 
 WEIGHTS = Path(__file__).parent / "toy_flux.safetensors"
 STEPS = 20  # Euler steps of a sample; ComfyUI's scheduler `simple` has the same steps, as 20 divides 1000
@@ -30,7 +31,8 @@ CONFIG = {
 
 def new_model(**changes: int) -> nn.Module:
     """An untrained toy, fp32. Modulations and the last layer start at zero, as in DiT (arXiv 2212.09748)."""
-    from diffusers import FluxTransformer2DModel
+    with quiet_imports():
+        from diffusers import FluxTransformer2DModel
 
     model = FluxTransformer2DModel(**{**CONFIG, **changes})
     for name, layer in model.named_modules():
@@ -42,8 +44,9 @@ def new_model(**changes: int) -> nn.Module:
 
 def load_toy(path: Path = WEIGHTS) -> nn.Module:
     """A toy from ComfyUI's single file, fp32, frozen."""
-    from train.model.transformer import load_transformer
-    from train.model.source import BaseModel
+    with quiet_imports():
+        from train.model.source import BaseModel
+        from train.model.transformer import load_transformer
 
     return load_transformer(BaseModel(path), storage="fp32", precision="fp32").eval()
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .comfy_pack.features import SIZE
+from .toy.features import SIZE
 
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "ring")
 COLOURS = ("red", "yellow", "green", "cyan", "blue", "magenta")
@@ -24,7 +24,7 @@ CONTENT_TRIGGER, STYLE_TRIGGER = "<c>", "<s>"
 _SAMPLES = 4  # per pixel and direction, against jagged edges
 
 # palette -> colour of the shape, colour of its texture, colour behind
-_PALETTES = {
+PALETTES = {
     "red": ((0.90, 0.10, 0.10), (0.08, 0.10, 0.30), (0.88, 0.94, 1.00)),
     "yellow": ((0.98, 0.82, 0.05), (0.35, 0.16, 0.05), (0.92, 0.90, 1.00)),
     "green": ((0.10, 0.65, 0.15), (0.20, 0.03, 0.20), (1.00, 0.98, 0.84)),
@@ -63,13 +63,13 @@ def draw(look: Look, place: tuple[float, float] = (0, 0), size: float = 1.0) -> 
     """One picture, (3, SIZE, SIZE), 0 to 1, with the shape's centre `place` pixels right and down of the middle."""
     steps = (torch.arange(SIZE * _SAMPLES) + 0.5) / _SAMPLES - SIZE / 2
     rows, columns = torch.meshgrid(steps, steps, indexing="ij")
-    inside = _inside(look.shape, (columns - place[0]) / size, (rows - place[1]) / size)
-    fill, mark, behind = (torch.tensor(colour)[:, None, None] for colour in _PALETTES[look.colour])
-    picture = torch.where(inside, torch.where(_marked(look.texture, columns, rows), mark, fill), behind)
+    inside = inside_shape(look.shape, (columns - place[0]) / size, (rows - place[1]) / size)
+    fill, mark, behind = (torch.tensor(colour)[:, None, None] for colour in PALETTES[look.colour])
+    picture = torch.where(inside, torch.where(has_mark(look.texture, columns, rows), mark, fill), behind)
     return functional.avg_pool2d(picture, _SAMPLES)
 
 
-def _inside(shape: str, x: Tensor, y: Tensor) -> Tensor:
+def inside_shape(shape: str, x: Tensor, y: Tensor) -> Tensor:
     """Where the shape is: x right, y down, in pixels from its centre."""
     radius = torch.hypot(x, y)
     across, down = x.abs(), y.abs()
@@ -91,7 +91,7 @@ def _inside(shape: str, x: Tensor, y: Tensor) -> Tensor:
     raise ValueError(f"{shape!r} is not a shape that can be drawn")
 
 
-def _marked(texture: str, x: Tensor, y: Tensor) -> Tensor:
+def has_mark(texture: str, x: Tensor, y: Tensor) -> Tensor:
     """Where the texture's second colour is."""
     if texture == "plain":
         return torch.zeros_like(x, dtype=torch.bool)

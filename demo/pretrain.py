@@ -22,11 +22,11 @@ from tqdm import tqdm
 
 from benchmarks.common import machine
 
-from .comfy_pack.features import TEXT_LENGTH, TEXT_WIDTH, pooled, to_latents, word_feature
 from .layout import save_comfy
 from .model import WEIGHTS, load_toy, new_model, pack, sample, velocity
 from .pictures import caption, combinations, draw
 from .reader import accuracy
+from .toy.features import TEXT_LENGTH, TEXT_WIDTH, pooled, to_latents, word_feature
 
 # First everywhere, by whole tokens (4 pixels), where shapes and textures are learned whatever the place; the model is
 # too small to agree with itself on one place in this time, so that it then learns to draw in the middle.

@@ -101,16 +101,18 @@ def small_vae() -> dict[str, torch.Tensor]:
 class Server:
     """A ComfyUI server on loopback, over a base directory of its own."""
 
-    def __init__(self, host: Path, base: Path, environment: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, host: Path, base: Path, environment: dict[str, str] | None = None, log: Path | None = None
+    ) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        self.url, self.base, self.log = f"http://127.0.0.1:{port}", base, base / "server.log"
+        self.url, self.base, self.log = f"http://127.0.0.1:{port}", base, log or base / "server.log"
         command = [interpreter(host), "main.py", "--cpu", "--disable-api-nodes", "--base-directory", str(base)]
         command += ["--listen", "127.0.0.1", "--port", str(port), "--database-url", "sqlite:///:memory:"]
-        with self.log.open("w") as log:
+        with self.log.open("w") as file:
             self.process = subprocess.Popen(
-                command, cwd=host, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **(environment or {})}
+                command, cwd=host, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, **(environment or {})}
             )
 
     def __enter__(self) -> "Server":

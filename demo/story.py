@@ -1,6 +1,6 @@
 """The whole story on a toy FLUX: train a content and a style on one picture each, merge, and look.
 
-python -m demo.story [--out demo] [--no-wait] [--headless]
+python -m demo.story [--out demo_results] [--no-wait] [--headless]
 
 In a ComfyUI where one is found (COMFYUI_PATH, or ~/ComfyUI), in a scratch folder: the graph trains, merges and draws
 the sheet, and the page stays open. Without one: the same from the shell. Either way `--out` gets the two pictures, the
@@ -22,9 +22,9 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
+from demo.golden import installed_host
 from qrlora_core import Adapter, MergeRecipe, merged_adapter, open_adapter, similarity_report, sweep
 from qrlora_plots import contact_sheet, similarity_png
-from demo.golden import installed_host
 
 from . import in_comfyui as demo_host
 from .concepts import CONTENT, FIT, MERGED_PROMPT, MORE, STYLE, Settings, fit, to_image
@@ -46,12 +46,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="dev.py demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder of the results")
+    parser.add_argument("--out", type=Path, default=Path("demo_results"), help="folder of the results")
     parser.add_argument("--no-wait", action="store_true", help="end afterwards instead of keeping ComfyUI open")
     parser.add_argument("--headless", action="store_true", help="do without ComfyUI even where one is found")
     parser.add_argument("--steps", type=int, help="training steps of each adapter (fewer: a quick look)")
     parser.add_argument("--pictures", type=int, default=48, help="pictures that the reader judges per experiment")
     args = parser.parse_args(argv)
+    wait = not args.no_wait and sys.stdin.isatty()
     try:
         host = None if args.headless else installed_host()
     except FileNotFoundError as error:
@@ -78,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             os.environ["COMFYUI_PATH"] = str(host)  # where the host's part looks for an interpreter
             settings = {**FIT, **MORE, **changes}
-            good = demo_host.run(host, args.out, settings, SEED, GRID, train_outside, numbers, not args.no_wait)
+            good = demo_host.run(host, args.out, settings, SEED, GRID, train_outside, numbers, wait)
     except subprocess.CalledProcessError as error:  # the trainer has said why
         return error.returncode
     return 0 if good else 1

@@ -11,6 +11,9 @@ TALLER = {
     "QRLoRATrain": 330,
     "QRLoRAMerge": 110,
     "QRLoRAApply": 110,
+    "QRLoRALoadDeltaR": 110,
+    "QRLoRAToyAdapter": 110,
+    "QRLoRAScaleSweep": 110,
     "QRLoRAContactSheet": SHOWN + 110,
     "LoadImage": SHOWN,
     "SaveImage": SHOWN,
@@ -68,7 +71,8 @@ def _node(number: int, one: dict[str, Any], info: dict[str, Any]) -> dict[str, A
     for name, spec in specs.items():
         if is_widget(spec):
             options = spec[1] if len(spec) > 1 else {}
-            values.append(one["inputs"].get(name, options.get("default")))
+            given = one["inputs"].get(name)
+            values.append(options.get("default") if given is None or isinstance(given, list) else given)
             if options.get("control_after_generate"):
                 values.append("fixed")
     linked = [name for name in specs if isinstance(one["inputs"].get(name), list)]

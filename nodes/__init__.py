@@ -5,6 +5,7 @@ from comfy_api.latest import ComfyExtension, io
 from .apply import Apply
 from .block_scale import BlockScaleNode
 from .create_hook import CreateHook
+from .demo import ToyAdapter, ToyModel, ToyTextEncoder, ToyVAE
 from .host import folders
 from .load import LoadDeltaR, LoadResidual
 from .merge import Merge
@@ -34,6 +35,10 @@ NODES: list[type[io.ComfyNode]] = [
     CreateHook,
     ScheduleNode,
     PromptNode,
+    ToyModel,
+    ToyAdapter,
+    ToyTextEncoder,
+    ToyVAE,
 ]
 
 

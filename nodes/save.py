@@ -24,6 +24,7 @@ from ..qrlora_core import (
     truncated,
     write_residual,
 )
+from ..qrlora_core.save import AdapterFormat
 from . import host, sockets
 from .host import folders
 
@@ -62,7 +63,7 @@ class SaveDeltaR(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, delta_r: MergeRecipe, filename: str, format: str, model: Any = None, dtype: str = "as it is"
+        cls, delta_r: MergeRecipe, filename: str, format: AdapterFormat, model: Any = None, dtype: str = "as it is"
     ) -> io.NodeOutput:
         adapter = merged_adapter(delta_r)
         path = free_name(folders.save_folder(), filename)

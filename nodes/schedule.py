@@ -3,6 +3,7 @@
 from comfy_api.latest import io
 
 from ..qrlora_core import NOTHING, PRESETS, MergeRecipe, Schedule, SettingError, content_first, parse_schedule
+from ..qrlora_core.schedule import Over
 from . import report, sockets
 
 CUSTOM = "points"
@@ -22,7 +23,8 @@ class ScheduleNode(io.ComfyNode):
             "mode. Each adapter can have its own; schedules in a row multiply.",
             inputs=[
                 sockets.delta_r_input("delta_r", "An adapter or a merge; all of it follows the schedule."),
-                io.Combo.Input(
+                sockets.newest(
+                    io.Combo.Input,
                     "preset",
                     options=[CUSTOM, *PRESETS, *HALVES],
                     default=CUSTOM,
@@ -57,7 +59,7 @@ class ScheduleNode(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, preset: str | None, points: str | None, over: str | None) -> bool | str:
+    def validate_inputs(cls, preset: str | None, points: str | None, over: Over | None) -> bool | str:
         if preset == CUSTOM and points is not None and over is not None:
             try:
                 parse_schedule(points, over)

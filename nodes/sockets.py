@@ -1,6 +1,7 @@
 """What all nodes share: socket types, the category, and schemas that older hosts understand too."""
 
 import dataclasses
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ TrainOptions = io.Custom("QRLORA_TRAIN_OPTIONS")
 def schema(
     node_id: str, display_name: str, description: str, *, search_aliases: Sequence[str] = (), **fields: Any
 ) -> io.Schema:
-    """An `io.Schema` in our category. Fields that this host's version does not know yet are left out.
+    """An `io.Schema`, in our category unless another is given. Fields that this host does not know are left out.
 
     Args:
         node_id, display_name, description: as the host shows them.
@@ -28,7 +29,14 @@ def schema(
     fields["search_aliases"] = list(dict.fromkeys([typed, "qr-lora delta r", *search_aliases]))
     known = {field.name for field in dataclasses.fields(io.Schema)}
     fields = {name: value for name, value in fields.items() if name in known}
-    return io.Schema(node_id=node_id, display_name=display_name, category=CATEGORY, description=description, **fields)
+    fields = {"category": CATEGORY, **fields}
+    return io.Schema(node_id=node_id, display_name=display_name, description=description, **fields)
+
+
+def newest(kind: Any, name: str, **fields: Any) -> Any:
+    """An input of a kind such as `io.Combo.Input`, without the arguments that this host's version does not know."""
+    known = inspect.signature(kind).parameters
+    return kind(name, **{key: value for key, value in fields.items() if key in known})
 
 
 def delta_r_input(name: str, tooltip: str) -> Any:

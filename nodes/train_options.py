@@ -10,7 +10,6 @@ from comfy_api.latest import io
 from ..train.config import FitConfig, choices
 from . import sockets
 
-_GB = 1 << 30
 PRESET = "preset"
 # What a preset fills in where the user left "preset". Offload: the share of the blocks' weights that waits in RAM.
 PRESETS: Mapping[str, Mapping[str, Any]] = {
@@ -23,7 +22,7 @@ AUTO = "auto"
 _OFFLOAD = {"none": 0.0, "half": 0.5, "all": 1.0}
 _SWITCH = {"on": True, "off": False}
 _NEEDS_MORE = ("piecewise_constant",)  # rules that the node has no widget for
-_SPECS = {one.name: one for one in fields(FitConfig)}
+_SPECS = {spec.name: spec for spec in fields(FitConfig)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,18 +48,9 @@ class TrainOptions:
     stop_seconds: float = 30.0
     silence_seconds: float = 1800.0
 
-    def fit_fields(self, card_bytes: int | None) -> dict[str, Any]:
-        """Fields of FitConfig, the preset's included."""
-        return {**PRESETS[self.preset if self.preset != AUTO else fitting_preset(card_bytes)], **self.fit}
-
-
-def fitting_preset(card_bytes: int | None) -> str:
-    """The preset for a graphics card; without one, the model lies in RAM and nothing has to be squeezed."""
-    if card_bytes is None or card_bytes > 25 * _GB:
-        return "more than 24 GB"
-    if card_bytes > 18 * _GB:
-        return "24 GB"
-    return "16 GB" if card_bytes > 13 * _GB else "12 GB"
+    def fit_fields(self) -> dict[str, Any]:
+        """Fields of FitConfig, the preset's included; what auto leaves out the trainer chooses by what is free."""
+        return {**PRESETS.get(self.preset, {}), **self.fit}
 
 
 def number_input(name: str, tooltip: str, **more: Any) -> Any:
@@ -77,7 +67,7 @@ def number_input(name: str, tooltip: str, **more: Any) -> Any:
 def combo_input(name: str, tooltip: str, with_preset: bool = False) -> Any:
     """A widget for a field of FitConfig that is one of several words."""
     spec = _SPECS[name]
-    options = ([PRESET] if with_preset else []) + [one for one in choices(spec) or () if one not in _NEEDS_MORE]
+    options = ([PRESET] if with_preset else []) + [word for word in choices(spec) or () if word not in _NEEDS_MORE]
     return io.Combo.Input(name, options=options, default=PRESET if with_preset else spec.default, tooltip=tooltip)
 
 
@@ -119,7 +109,7 @@ class TrainOptionsNode(io.ComfyNode):
             fit["gradient_checkpointing"] = _SWITCH[gradient_checkpointing]
         if offload != PRESET:
             fit["offload"] = _OFFLOAD[offload]
-        elif base_storage in ("int8", "nf4"):  # those cannot be offloaded, and need it less
+        elif preset != AUTO and base_storage in ("int8", "nf4"):  # those cannot be offloaded, and need it less
             fit["offload"] = 0.0
         return io.NodeOutput(
             TrainOptions(preset, fit, keep_aspect, flip, resume, processes, stop_seconds, silence_seconds)
@@ -133,7 +123,7 @@ def _memory() -> list[Any]:
             options=[AUTO, *PRESETS],
             default=AUTO,
             tooltip="Memory of the graphics card; decides the three settings below where they say 'preset'. "
-            "auto: looks at the card.",
+            "auto: as exact as what is free allows.",
         ),
         combo_input(
             "base_storage",

@@ -1,4 +1,6 @@
-"""What every test shares: the published outputs, and hypothesis settings that a busy machine cannot fail."""
+"""What every test shares: tiers, the published outputs, and hypothesis settings that a busy machine cannot fail."""
+
+import subprocess
 
 import pytest
 from hypothesis import settings
@@ -8,6 +10,40 @@ from demo.small_flux import GOLDEN
 # an example that is slow because the machine is busy is no failure; a failing one prints how to repeat it
 settings.register_profile("pack", deadline=None, print_blob=True)
 settings.load_profile("pack")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--quick", action="store_true", help="only tests that start no other process; under a minute")
+
+
+def pytest_collection_modifyitems(config, items):
+    """The tests of the host all ask a server or a browser; the others that start a process carry the mark `process`."""
+    for item in items:
+        if "tests/host/" in item.path.as_posix():
+            item.add_marker(pytest.mark.process)
+    if config.getoption("--quick"):
+        slow = [item for item in items if item.get_closest_marker("process")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_process_in_the_quick_tier(request):
+    """With --quick a test that starts a process fails: it would belong to the other tier."""
+    if not request.config.getoption("--quick"):
+        yield
+        return
+
+    class Refused(subprocess.Popen):
+        def __init__(self, args, *rest, **more):
+            name = str(args[0] if isinstance(args, list | tuple) else args)
+            if "python" in name:  # not what a library asks the system for, such as the list of fonts
+                raise AssertionError(f"started {args}: this test needs @pytest.mark.process")
+            super().__init__(args, *rest, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subprocess, "Popen", Refused)
+        yield
 
 
 @pytest.fixture(scope="session")

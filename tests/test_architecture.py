@@ -35,12 +35,13 @@ ALLOWED = {
 OPTIONAL = {"train": {"torchao", "bitsandbytes", "prodigyopt"}, "qrlora_plots": {"matplotlib"}}
 # only these folders of nodes/ may import the host's own modules
 HOST_ROOMS = {"comfy": ("host",), "folder_paths": ("host",), "server": ("host", "training"), "aiohttp": ("training",)}
-# what the nodes may import of the trainer, and what those may import besides the standard library and each other
-TRAIN_FOR_NODES = {
+# what the nodes may import of trainer and demo, and what those may import besides the standard library and each other
+FOR_NODES = {
     "train.config": set(),
     "train.events": set(),
     "train.data.captions": set(),
     "train.data.pictures": {"numpy", "PIL"},
+    "demo.toy.features": {"torch"},
 }
 
 
@@ -73,7 +74,7 @@ def test_imports(path):
         if level:
             target = resolved(path, name, level)
             allowed = {room} if room != "nodes" else {"nodes", "qrlora_core", "qrlora_plots"}
-            assert target.split(".")[0] in allowed or target in TRAIN_FOR_NODES, f"{path.name} reaches for {target}"
+            assert target.split(".")[0] in allowed or target in FOR_NODES, f"{path.name} reaches for {target}"
             if room == "nodes" and parts[1] == "host":  # the seam serves the nodes and knows none of them
                 assert not target.startswith("nodes.") or target.startswith("nodes.host"), target
             continue
@@ -91,14 +92,14 @@ def test_optional_packages_are_not_needed_to_import(path):
             assert not {name.split(".")[0] for name in names} & OPTIONAL["train"]
 
 
-@pytest.mark.parametrize("name", TRAIN_FOR_NODES)
-def test_what_the_nodes_may_import_of_the_trainer_needs_no_torch(name):
+@pytest.mark.parametrize("name", FOR_NODES)
+def test_what_the_nodes_share_with_trainer_and_demo_needs_little_else(name):
     path = ROOT / f"{name.replace('.', '/')}.py"
     for module, level in imports(path):
         if level:
-            assert resolved(path, module, level) in TRAIN_FOR_NODES
+            assert resolved(path, module, level) in FOR_NODES
         else:
-            assert module.split(".")[0] in STDLIB | TRAIN_FOR_NODES[name]
+            assert module.split(".")[0] in STDLIB | FOR_NODES[name]
 
 
 @pytest.mark.parametrize("path", python_files("train"), ids=lambda path: path.as_posix()[-40:])
@@ -151,16 +152,20 @@ def test_nothing_outside_the_tests_imports_them(path):
     assert "tests" not in {name.split(".")[0] for name, level in imports(path) if not level}
 
 
-def test_helper_packs_stay_out_of_the_pack():
-    """The toy's and the tests' own nodes reach ComfyUI only where a demo or a test links their folders."""
-    packs = [ROOT / "demo" / "comfy_pack", ROOT / "tests" / "host" / "helper_pack"]
+def test_what_only_tests_and_demo_need_stays_out_of_the_pack():
+    """The tests' own nodes reach ComfyUI only where a test links their folder; benchmarks never do.
+
+    The toy's nodes do ship, so that a first run needs no download: in one file of nodes and one of the host's seam,
+    which share `demo.toy` (features, weights, adapters) with the demo and nothing else of it.
+    """
+    pack = ROOT / "tests" / "host" / "helper_pack"
     for path in [ROOT / "__init__.py", *python_files("qrlora_core", "train", "nodes")]:
         text = path.read_text(encoding="utf-8")
-        assert not any(pack.name in text for pack in packs) and "benchmarks" not in text and "QRLoRAToy" not in text
-    host_only = {"comfy", "comfy_api", "folder_paths"}
+        assert pack.name not in text and "benchmarks" not in text
+        assert "QRLoRAToy" not in text or path == ROOT / "nodes" / "demo.py"
     for path in python_files("demo"):
-        used = {name.split(".")[0] for name, level in imports(path) if not level} & host_only
-        assert not used or path == packs[0] / "nodes.py", f"{path.name} imports {used}"
+        used = {name.split(".")[0] for name, level in imports(path) if not level}
+        assert not used & {"comfy", "comfy_api", "folder_paths"}, f"{path.name} imports {used}"
 
 
 # What only the families' files may know: names of one model, and how it fuses its weights
@@ -197,6 +202,7 @@ def test_only_families_know_a_family(path):
 # encoding pictures and captions, and sampling from a shell, serve FLUX.1 alone so far
 ALLOWED_FAMILY_WORDS = {
     "nodes/host/encoders.py": {"Flux", "flux"},
+    "nodes/host/toy.py": {"Flux", "toy_flux_fp8.safetensors"},  # the toy is a small FLUX
     "train/data/encode.py": {"FluxPipeline"},
     "train/run/plan.py": {"flux"},
     "train/run/sample.py": {"FluxPipeline"},

@@ -36,96 +36,100 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
-    one = _command(commands, "encode", "pictures and captions -> training cache")
-    _add_settings(one, EncodeConfig)
-    one = _command(commands, "fit", "training cache and base model -> adapter; goes on where the run folder ends")
-    _add_settings(one, FitConfig)
-    _add_channel(one)
-    one.add_argument("--dry-run", action="store_true", help="print settings, memory estimate and layers, then end")
-    one = _command(commands, "check", "can this machine train? versions, device, memory, model; in seconds")
-    _add_settings(one, FitConfig)
-    one.add_argument("--no-data", action="store_true", help="the training cache does not exist yet")
-    one.add_argument("--json", action="store_true", help="one JSON object instead of lines")
+    command = _command(commands, "encode", "pictures and captions -> training cache")
+    _add_settings(command, EncodeConfig)
+    command = _command(commands, "fit", "training cache and base model -> adapter; goes on where the run folder ends")
+    _add_settings(command, FitConfig)
+    _add_channel(command)
+    command.add_argument("--dry-run", action="store_true", help="print settings, memory estimate and layers, then end")
+    command = _command(commands, "check", "can this machine train? versions, device, memory, model; in seconds")
+    _add_settings(command, FitConfig)
+    command.add_argument("--no-data", action="store_true", help="the training cache does not exist yet")
+    command.add_argument("--json", action="store_true", help="one JSON object instead of lines")
     _add_tools(commands)
     return parser
 
 
 def _add_tools(commands: Any) -> None:
     """Subcommands that do not train."""
-    one = _command(commands, "basis", "decompose a base model and keep Q and R")
-    _add_model(one)
-    one.add_argument("--output", type=Path, required=True, help="folder for the basis file, as basis_cache of fit")
-    one = _command(commands, "residual", "base model -> residual file of 10-21 GB")
-    _add_model(one)
-    one.add_argument("--adapter", type=Path, help="use this adapter's own Q and R instead of decomposing")
-    one.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the file")
-    one.add_argument("--output", type=Path, required=True, help="the file to write; must not exist")
-    one = _command(commands, "merge", "alpha * style + beta * content -> one adapter")
-    one.add_argument("--style", type=Path, required=True, help="adapter file")
-    one.add_argument("--alpha", type=_finite, default=1.0, help="how much style")
-    one.add_argument("--content", type=Path, required=True, help="adapter file")
-    one.add_argument("--beta", type=_finite, default=1.0, help="how much content")
-    one.add_argument("--on-basis-mismatch", choices=("stack", "align", "raise"), default="stack", help=_MISMATCH)
-    _add_adapter_output(one)
-    one = _command(commands, "export", "adapter -> the other format, or a standard LoRA")
-    one.add_argument("--adapter", type=Path, required=True, help="adapter file")
-    one.add_argument("--strength", type=_finite, default=1.0, help="a factor for all of it")
-    _add_adapter_output(one)
-    one = _command(commands, "similarity", "how alike two adapters are -> JSON and picture")
-    one.add_argument("first", type=Path, help="adapter file")
-    one.add_argument("second", type=Path, help="adapter file")
-    one.add_argument("--output", type=Path, required=True, help="a .json file; a .png of the same name goes beside it")
-    one.add_argument("--fixed-scale", action="store_true", help="cosines from -1 to 1, so that pictures compare")
-    one = _command(commands, "sample", "pictures over lists of alpha and beta, with contact sheets")
-    one.add_argument("--pipeline", type=Path, required=True, help="local diffusers FLUX folder")
-    one.add_argument("--style", type=Path, help="adapter file")
-    one.add_argument("--content", type=Path, help="adapter file")
-    one.add_argument("--alphas", type=_finite, nargs="+", default=[1.0], help="strengths of the style")
-    one.add_argument("--betas", type=_finite, nargs="+", default=[1.0], help="strengths of the content")
-    one.add_argument("--prompts", nargs="+", required=True, help="one or more prompts")
-    one.add_argument("--seeds", type=int, nargs="+", default=[0], help="one or more seeds")
-    one.add_argument("--steps", type=_positive, default=28, help="sampling steps")
-    one.add_argument("--guidance", type=_finite, default=3.5, help="distilled guidance")
-    one.add_argument("--width", type=_positive, default=1024, help="of the pictures")
-    one.add_argument("--height", type=_positive, default=1024, help="of the pictures")
-    one.add_argument("--precision", choices=("bf16", "fp16", "fp32"), default="bf16", help="of the pipeline")
-    one.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    one.add_argument("--offload", action="store_true", help="keep in RAM what is not in use: less GPU memory, slower")
-    one.add_argument("--output", type=Path, required=True, help="folder for the pictures")
+    command = _command(commands, "basis", "decompose a base model and keep Q and R")
+    _add_model(command)
+    command.add_argument("--output", type=Path, required=True, help="folder for the basis file, as basis_cache of fit")
+    command = _command(commands, "residual", "base model -> residual file of 10-21 GB")
+    _add_model(command)
+    command.add_argument("--adapter", type=Path, help="use this adapter's own Q and R instead of decomposing")
+    command.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the file")
+    command.add_argument("--output", type=Path, required=True, help="the file to write; must not exist")
+    command = _command(commands, "merge", "alpha * style + beta * content -> one adapter")
+    command.add_argument("--style", type=Path, required=True, help="adapter file")
+    command.add_argument("--alpha", type=_finite, default=1.0, help="how much style")
+    command.add_argument("--content", type=Path, required=True, help="adapter file")
+    command.add_argument("--beta", type=_finite, default=1.0, help="how much content")
+    command.add_argument("--on-basis-mismatch", choices=("stack", "align", "raise"), default="stack", help=_MISMATCH)
+    _add_adapter_output(command)
+    command = _command(commands, "export", "adapter -> the other format, or a standard LoRA")
+    command.add_argument("--adapter", type=Path, required=True, help="adapter file")
+    command.add_argument("--strength", type=_finite, default=1.0, help="a factor for all of it")
+    _add_adapter_output(command)
+    command = _command(commands, "similarity", "how alike two adapters are -> JSON and picture")
+    command.add_argument("first", type=Path, help="adapter file")
+    command.add_argument("second", type=Path, help="adapter file")
+    command.add_argument("--output", type=Path, required=True, help="a .json file; a .png goes beside it")
+    command.add_argument("--fixed-scale", action="store_true", help="cosines from -1 to 1, so that pictures compare")
+    command = _command(commands, "sample", "pictures over lists of alpha and beta, with contact sheets")
+    command.add_argument("--pipeline", type=Path, required=True, help="local diffusers FLUX folder")
+    command.add_argument("--style", type=Path, help="adapter file")
+    command.add_argument("--content", type=Path, help="adapter file")
+    command.add_argument("--alphas", type=_finite, nargs="+", default=[1.0], help="strengths of the style")
+    command.add_argument("--betas", type=_finite, nargs="+", default=[1.0], help="strengths of the content")
+    command.add_argument("--prompts", nargs="+", required=True, help="one or more prompts")
+    command.add_argument("--seeds", type=int, nargs="+", default=[0], help="one or more seeds")
+    command.add_argument("--steps", type=_positive, default=28, help="sampling steps")
+    command.add_argument("--guidance", type=_finite, default=3.5, help="distilled guidance")
+    command.add_argument("--width", type=_positive, default=1024, help="of the pictures")
+    command.add_argument("--height", type=_positive, default=1024, help="of the pictures")
+    command.add_argument("--precision", choices=("bf16", "fp16", "fp32"), default="bf16", help="of the pipeline")
+    command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    command.add_argument("--offload", action="store_true", help="keep in RAM what is not used: less GPU memory, slower")
+    command.add_argument("--output", type=Path, required=True, help="folder for the pictures")
 
 
 def _command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
-    one: argparse.ArgumentParser = commands.add_parser(
+    command: argparse.ArgumentParser = commands.add_parser(
         name, help=text, description=text, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    return one
+    return command
 
 
 def _add_settings(parser: argparse.ArgumentParser, kind: Any) -> None:
     """`--settings`, and one flag per setting. A flag that is not given is None, so that a file's value stays."""
     parser.add_argument("--settings", type=Path, help="a .toml or .json file with settings; flags win over it")
-    for one in fields(kind):
-        flag, text = f"--{one.name.replace('_', '-')}", one.metadata["help"]
-        if one.default is not MISSING and one.default != "" and one.default != ():
-            text += f" (default: {one.default})"
+    for setting in fields(kind):
+        flag, text = f"--{setting.name.replace('_', '-')}", setting.metadata["help"]
+        if setting.default is not MISSING and setting.default != "" and setting.default != ():
+            text += f" (default: {setting.default})"
         text = text.replace("%", "%%")
-        options: dict[str, Any] = {"dest": one.name, "default": None, "help": text}
-        allowed, kind = choices(one), plain_type(one)
-        if kind is bool and may_be_auto(one):
+        options: dict[str, Any] = {"dest": setting.name, "default": None, "help": text}
+        allowed, kind = choices(setting), plain_type(setting)
+        if kind is bool and may_be_auto(setting):
             # alone it is switched on, as ever; --no-... switches it off
             parser.add_argument(flag, type=_switch, nargs="?", const=True, metavar="{auto,on,off}", **options)
             parser.add_argument(
-                f"--no-{flag[2:]}", dest=one.name, action="store_false", default=None, help=f"the same as {flag} off"
+                f"--no-{flag[2:]}",
+                dest=setting.name,
+                action="store_false",
+                default=None,
+                help=f"as {flag} off",
             )
         elif kind is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
-        elif one.name == "resume":  # alone it means what it says: there has to be something to go on from
+        elif setting.name == "resume":  # alone it means what it says: there has to be something to go on from
             parser.add_argument(flag, choices=allowed, nargs="?", const="require", **options)
         elif allowed is not None:
             parser.add_argument(flag, choices=allowed, **options)
         elif kind is tuple:
             parser.add_argument(flag, nargs="+", metavar="NAME", **options)
-        elif may_be_auto(one):
+        elif may_be_auto(setting):
             parser.add_argument(flag, type=_auto_or_number, metavar="{auto,0..1}", **options)
         else:
             parser.add_argument(flag, type=kind, metavar=kind.__name__.upper(), **options)

@@ -41,7 +41,7 @@ def check(config: FitConfig, data: bool = True) -> dict[str, Any]:
         None where unknown), `chosen` and `memory` (what "auto" became, and in words), `scaling`, and `problems`: a list
         of {"what", "fix"}.
     """
-    found: dict[str, Any] = {
+    report: dict[str, Any] = {
         "python": f"{platform.python_version()} {sys.executable}",
         "versions": {name: _version(name) for name in (*REQUIRED, *OPTIONAL)},
         "device": None,
@@ -55,8 +55,8 @@ def check(config: FitConfig, data: bool = True) -> dict[str, Any]:
         "scaling": config.scaling,
         "problems": [],
     }
-    problems: list[dict[str, str]] = found["problems"]
-    _check_packages(found["versions"], config, problems)
+    problems: list[dict[str, str]] = report["problems"]
+    _check_packages(report["versions"], config, problems)
     if not problems:
         try:
             with quiet_imports():
@@ -67,28 +67,28 @@ def check(config: FitConfig, data: bool = True) -> dict[str, Any]:
             problems.append(
                 {"what": f"a package is broken: {error}", "fix": _pip(f"--force-reinstall --no-deps {broken}")}
             )
-            return found
-        look_at_device(config, found, problems)
-        look_at_files(config, found, problems, data)
-    return found
+            return report
+        look_at_device(config, report, problems)
+        look_at_files(config, report, problems, data)
+    return report
 
 
-def readable(found: Mapping[str, Any]) -> str:
+def readable(report: Mapping[str, Any]) -> str:
     """The same for a person."""
-    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items() if version)
-    lines = [f"python     {found['python']}", f"packages   {versions}"]
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items() if version)
+    lines = [f"python     {report['python']}", f"packages   {versions}"]
     for key in ("device", "model"):
-        value = found[key]
+        value = report[key]
         text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
         lines.append(f"{key:<10} {text or 'not known'}")
     for key in ("vram_free", "ram_free", "disk_free"):
-        if found[key] is not None:
-            lines.append(f"{key:<10} {found[key] / 1e9:.1f} GB")
-    if found["estimate"]:
-        parts = ", ".join(f"{k} {v / 1e9:.1f} GB" for k, v in found["estimate"].items())
-        lines += [f"needs      {parts}", f"memory     {found['memory']}"]
-    lines += [f"PROBLEM    {one['what']}\n           fix: {one['fix']}" for one in found["problems"]]
-    return "\n".join(lines if found["problems"] else [*lines, "ready to train"])
+        if report[key] is not None:
+            lines.append(f"{key:<10} {report[key] / 1e9:.1f} GB")
+    if report["estimate"]:
+        parts = ", ".join(f"{k} {v / 1e9:.1f} GB" for k, v in report["estimate"].items())
+        lines += [f"needs      {parts}", f"memory     {report['memory']}"]
+    lines += [f"PROBLEM    {problem['what']}\n           fix: {problem['fix']}" for problem in report["problems"]]
+    return "\n".join(lines if report["problems"] else [*lines, "ready to train"])
 
 
 def dry_run(config: FitConfig) -> str:

@@ -104,9 +104,9 @@ def _check(args: argparse.Namespace) -> int:
     config = _config(args, FitConfig, unknown if no_data else {"run_dir": "."})
     from .check import check, readable
 
-    found = check(config, data=not no_data)
-    sys.stdout.write((json.dumps(found) if args.json else readable(found)) + "\n")
-    return FAILED if found["problems"] else DONE
+    report = check(config, data=not no_data)
+    sys.stdout.write((json.dumps(report) if args.json else readable(report)) + "\n")
+    return FAILED if report["problems"] else DONE
 
 
 def _tool(module: str, name: str) -> Callable[[argparse.Namespace], int]:
@@ -148,7 +148,9 @@ def _explained(error: Exception, config: FitConfig | None) -> tuple[str, str, bo
 def _config(args: argparse.Namespace, kind: Any, defaults: Mapping[str, Any] = MappingProxyType({})) -> Any:
     """Defaults, settings file, then flags."""
     file = load_settings(args.settings) if args.settings else {}
-    flags = {one.name: getattr(args, one.name) for one in fields(kind) if getattr(args, one.name) is not None}
+    flags = {
+        setting.name: getattr(args, setting.name) for setting in fields(kind) if getattr(args, setting.name) is not None
+    }
     return make_config(kind, defaults, file, flags)
 
 

@@ -292,16 +292,16 @@ def make_config(kind: type[Config], *sources: Mapping[str, Any]) -> Config:
     Raises:
         ConfigError: a key that `kind` does not have, one that is missing, or a value that does not fit.
     """
-    known = {one.name: one for one in fields(kind)}
+    settings = {setting.name: setting for setting in fields(kind)}
     values: dict[str, Any] = {}
     for source in sources:
         for key, value in source.items():
-            if key not in known:
-                close = difflib.get_close_matches(key[:_LONGEST_SHOWN], known, n=1)
+            if key not in settings:
+                close = difflib.get_close_matches(key[:_LONGEST_SHOWN], settings, n=1)
                 hint = f"; did you mean {close[0]!r}?" if close else ""
                 raise ConfigError(f"unknown setting {_shown(key)}{hint}")
-            values[key] = _converted(known[key], value)
-    missing = [name for name, one in known.items() if one.default is MISSING and name not in values]
+            values[key] = _converted(settings[key], value)
+    missing = [name for name, setting in settings.items() if setting.default is MISSING and name not in values]
     if missing:
         raise ConfigError(f"missing settings: {', '.join(missing)}")
     return kind(**values)
@@ -312,54 +312,54 @@ def as_table(config: FitConfig | EncodeConfig) -> dict[str, Any]:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config).items()}
 
 
-def choices(one: "Field[Any]") -> tuple[str, ...] | None:
+def choices(setting: "Field[Any]") -> tuple[str, ...] | None:
     """The allowed strings of a setting, "auto" first where it is one; None when it is free."""
-    if get_origin(one.type) is Literal:
-        return get_args(one.type)
-    if may_be_auto(one) and plain_type(one) is str:
-        return (AUTO, *(name for part in get_args(one.type) for name in get_args(part) if name != AUTO))
+    if get_origin(setting.type) is Literal:
+        return get_args(setting.type)
+    if may_be_auto(setting) and plain_type(setting) is str:
+        return (AUTO, *(name for part in get_args(setting.type) for name in get_args(part) if name != AUTO))
     return None
 
 
-def may_be_auto(one: "Field[Any]") -> bool:
+def may_be_auto(setting: "Field[Any]") -> bool:
     """Whether a setting may be left to the trainer."""
-    return one.default == AUTO and get_origin(one.type) is Union
+    return setting.default == AUTO and get_origin(setting.type) is Union
 
 
-def plain_type(one: "Field[Any]") -> Any:
+def plain_type(setting: "Field[Any]") -> Any:
     """What a setting's value is when it is not "auto": bool, int, float, str or tuple."""
-    kind: Any = one.type
-    if may_be_auto(one):
-        kind = next((part for part in get_args(one.type) if get_origin(part) is not Literal), str)
+    kind: Any = setting.type
+    if may_be_auto(setting):
+        kind = next((part for part in get_args(setting.type) if get_origin(part) is not Literal), str)
     return tuple if get_origin(kind) is tuple else str if get_origin(kind) is Literal else kind
 
 
 def _selected(config: FitConfig, mark: str) -> dict[str, Any]:
     table = as_table(config) | {"alpha": config.adapter_alpha}
-    return {one.name: table[one.name] for one in fields(config) if one.metadata[mark]}
+    return {setting.name: table[setting.name] for setting in fields(config) if setting.metadata[mark]}
 
 
 def _check(config: FitConfig | EncodeConfig) -> None:
     """Types, choices and ranges of every field; a value of the wrong type never gets further."""
-    for one in fields(config):
-        value, wanted, allowed = getattr(config, one.name), plain_type(one), choices(one)
+    for setting in fields(config):
+        value, wanted, allowed = getattr(config, setting.name), plain_type(setting), choices(setting)
         if allowed is not None:
             if value not in allowed:
-                raise ConfigError(f"{one.name} is {_shown(value)}, expected one of {', '.join(allowed)}")
+                raise ConfigError(f"{setting.name} is {_shown(value)}, expected one of {', '.join(allowed)}")
             continue
-        if value == AUTO and may_be_auto(one):
+        if value == AUTO and may_be_auto(setting):
             continue
         if not isinstance(value, wanted) or (wanted is not bool and isinstance(value, bool)):
-            alternative = " or auto" if may_be_auto(one) else ""
-            raise ConfigError(f"{one.name} is {_shown(value)}, expected {wanted.__name__}{alternative}")
+            alternative = " or auto" if may_be_auto(setting) else ""
+            raise ConfigError(f"{setting.name} is {_shown(value)}, expected {wanted.__name__}{alternative}")
         if isinstance(value, str):
-            _check_text(one, value)
+            _check_text(setting, value)
         if isinstance(value, tuple) and not all(isinstance(item, str) and item for item in value):
-            raise ConfigError(f"{one.name} is {_shown(value)}, expected a list of names")
+            raise ConfigError(f"{setting.name} is {_shown(value)}, expected a list of names")
         if isinstance(value, int | float) and not isinstance(value, bool):
-            low, high = one.metadata["low"], one.metadata["high"]
+            low, high = setting.metadata["low"], setting.metadata["high"]
             if not low <= value <= high:  # NaN is in no range
-                raise ConfigError(f"{one.name} is {_shown(value)}, expected {low:g} to {high:g}")
+                raise ConfigError(f"{setting.name} is {_shown(value)}, expected {low:g} to {high:g}")
 
 
 def _shown(value: Any) -> str:
@@ -371,17 +371,17 @@ def _shown(value: Any) -> str:
     return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}... ({len(text)} characters)"
 
 
-def _check_text(one: "Field[Any]", value: str) -> None:
-    if "\0" in value or (one.default is MISSING and not value):
-        raise ConfigError(f"{one.name} is {_shown(value)}, expected a path")
+def _check_text(setting: "Field[Any]", value: str) -> None:
+    if "\0" in value or (setting.default is MISSING and not value):
+        raise ConfigError(f"{setting.name} is {_shown(value)}, expected a path")
     # a path may hold whatever its system gave it; a text that no tokenizer and no file takes would fail at the end
-    if one.name in _TEXTS and any(0xD800 <= ord(letter) < 0xE000 for letter in value):
-        raise ConfigError(f"{one.name} is {_shown(value)}, which is not valid Unicode text: retype it")
+    if setting.name in _TEXTS and any(0xD800 <= ord(letter) < 0xE000 for letter in value):
+        raise ConfigError(f"{setting.name} is {_shown(value)}, which is not valid Unicode text: retype it")
 
 
-def _converted(one: "Field[Any]", value: Any) -> Any:
+def _converted(setting: "Field[Any]", value: Any) -> Any:
     """JSON and TOML know no tuples and write 1 for 1.0; nothing else is converted."""
-    kind = plain_type(one)
+    kind = plain_type(setting)
     if kind is tuple and isinstance(value, Sequence) and not isinstance(value, str):
         return tuple(value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):

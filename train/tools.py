@@ -128,8 +128,8 @@ def require_layers(source: BaseModel, targets: Iterable[LayerTarget]) -> None:
     for target in targets:
         spec = source.specs.get(f"{target.name}.weight")
         if spec is None or spec.shape != target.shape:
-            found = spec.shape if spec else "not there"
-            raise TrainError("model", f"{target.name} is {found} in {source.path.name}, the adapter has {target.shape}")
+            held = spec.shape if spec else "not there"
+            raise TrainError("model", f"{target.name} is {held} in {source.path.name}, the adapter has {target.shape}")
 
 
 def _write(recipe: MergeRecipe, args: argparse.Namespace) -> None:

@@ -66,7 +66,7 @@ export class Chart {
     this.job = job;
     const [width, height] = this.size;
     this.inner = [width - MARGIN.left - MARGIN.right, height - MARGIN.top - MARGIN.bottom];
-    const buckets = job?.curve.thinned(Math.max(50, Math.floor(this.inner[0]))) ?? [];
+    const buckets = job?.curve.buckets ?? [];
     this.element.setAttribute("viewBox", `0 0 ${width} ${height}`);
     for (const [name, value] of [
       ["x", MARGIN.left],

@@ -1,11 +1,11 @@
 // What is known of one training run: built from its events, asked by the panel. No page, no network.
 
 export const ENDED = ["finished", "stopped", "failed"];
-const CAPACITY = 2048;
+const CAPACITY = 1024; // a point for each pixel of a wide node
 const KEPT_SAMPLES = 32;
 
 // A loss curve of bounded size: buckets of `width` steps with the lowest and highest loss and the last smoothed one.
-// A bucket that would be one too many doubles the width, so a million steps cost what two thousand do.
+// A bucket that would be one too many doubles the width, so a million steps cost what a thousand do. Drawn as it is.
 export class Curve {
   constructor(capacity = CAPACITY) {
     this.capacity = capacity;
@@ -22,8 +22,8 @@ export class Curve {
     if (!Number.isFinite(step) || !Number.isFinite(loss)) return;
     const bucket = { step, low: loss, high: loss, smoothed: Number.isFinite(smoothed) ? smoothed : loss };
     const place = this.#place(step);
-    const known = this.buckets[place - 1];
-    if (known && this.#slot(known.step) === this.#slot(step)) merge(known, bucket);
+    const before = this.buckets[place - 1];
+    if (before && this.#slot(before.step) === this.#slot(step)) merge(before, bucket);
     else this.buckets.splice(place, 0, bucket);
     if (this.buckets.length > this.capacity) this.#coarsen();
   }
@@ -31,15 +31,6 @@ export class Curve {
   // A resumed run does some steps again.
   cut(after) {
     while (this.buckets.length && this.last.step > after) this.buckets.pop();
-  }
-
-  // At most `count` buckets, for drawing.
-  thinned(count) {
-    const { buckets } = this;
-    if (buckets.length <= count) return buckets;
-    const first = buckets[0].step;
-    const span = (this.last.step - first + 1) / count;
-    return grouped(buckets, (bucket) => Math.floor((bucket.step - first) / span));
   }
 
   nearest(step) {
@@ -73,6 +64,7 @@ export class Curve {
   }
 }
 
+// Neighbours with the same key become one.
 function grouped(buckets, key) {
   const groups = [];
   let current;
@@ -189,13 +181,13 @@ export class Job {
   }
 
   #validated({ step, loss }) {
-    this.validation = this.validation.filter((one) => one.step !== step).slice(1 - CAPACITY);
+    this.validation = this.validation.filter((point) => point.step !== step).slice(1 - CAPACITY);
     this.validation.push({ step, loss });
-    this.validation.sort((one, other) => one.step - other.step);
+    this.validation.sort((before, after) => before.step - after.step);
   }
 
   #sample(step) {
     if (!Number.isInteger(step) || this.samples.includes(step)) return;
-    this.samples = [...this.samples, step].sort((one, other) => one - other).slice(-KEPT_SAMPLES);
+    this.samples = [...this.samples, step].sort((before, after) => before - after).slice(-KEPT_SAMPLES);
   }
 }

@@ -26,7 +26,8 @@ from ...qrlora_core.residual import Restored
 from . import patches
 from .initial_basis import initial_bases
 from .live import live_clone
-from .places import load_device, own_weight, place_layers, quantised
+from .places import Place, load_device, own_weight, place_layers, quantised
+from .protocols import ModelPatcher
 from .restore import RestoredWeight, add_restored, plain_clone
 from .session import interruptible, with_progress
 
@@ -45,7 +46,7 @@ MODES: tuple[str, ...] = get_args(Mode)
 
 
 def apply_recipe(
-    model: Any, recipe: MergeRecipe, strength: float, residual: Residual | None = None, mode: Mode = "auto"
+    model: ModelPatcher, recipe: MergeRecipe, strength: float, residual: Residual | None = None, mode: Mode = "auto"
 ) -> tuple[Any, str]:
     """Add `strength * recipe` to a clone of a model, in its weights or beside them.
 
@@ -88,7 +89,7 @@ def apply_recipe(
     return clone, text
 
 
-def _reason_for_live(model: Any, recipe: MergeRecipe, places: dict[str, WeightSlice], mode: Mode) -> str:
+def _reason_for_live(model: ModelPatcher, recipe: MergeRecipe, places: dict[str, WeightSlice], mode: Mode) -> str:
     """Why a recipe is applied live, "" when it is not."""
     if mode == "live":
         return "as chosen"
@@ -102,7 +103,9 @@ def _reason_for_live(model: Any, recipe: MergeRecipe, places: dict[str, WeightSl
     return ""
 
 
-def patch_model(model: Any, recipe: MergeRecipe, strength: float, residual: Residual | None = None) -> tuple[Any, str]:
+def patch_model(
+    model: ModelPatcher, recipe: MergeRecipe, strength: float, residual: Residual | None = None
+) -> tuple[Any, str]:
     """Add `strength * recipe` to a clone of a model, in its weights.
 
     Without a residual each layer gets one low-rank patch, exactly a LoRA. With one, the layer's weight is restored
@@ -140,7 +143,7 @@ def patch_model(model: Any, recipe: MergeRecipe, strength: float, residual: Resi
     return clone, _summary(sums, strength, residual, restored)
 
 
-def recipe_patches(model: Any, recipe: MergeRecipe) -> dict[patches.Place, Any]:
+def recipe_patches(model: ModelPatcher, recipe: MergeRecipe) -> dict[Place, Any]:
     """What a recipe adds to a model at strength 1, as patches; the basis of full-QR files comes from the model.
 
     Raises:
@@ -150,12 +153,12 @@ def recipe_patches(model: Any, recipe: MergeRecipe) -> dict[patches.Place, Any]:
     return patches.placed(_sums(model, recipe, places), places)
 
 
-def _places(model: Any, recipe: MergeRecipe) -> dict[str, WeightSlice]:
+def _places(model: ModelPatcher, recipe: MergeRecipe) -> dict[str, WeightSlice]:
     return place_layers(model, [target for adapter in recipe.adapters for target in adapter.targets])
 
 
 def _sums(
-    model: Any, recipe: MergeRecipe, places: dict[str, WeightSlice], core_in_residual: bool = False
+    model: ModelPatcher, recipe: MergeRecipe, places: dict[str, WeightSlice], core_in_residual: bool = False
 ) -> dict[str, LayerSum]:
     """What the recipe adds to each layer that it changes."""
     initial_of = None if core_in_residual else initial_bases(model, recipe, places)
@@ -175,7 +178,9 @@ def _open_core(recipe: MergeRecipe, name: str) -> float:
     )
 
 
-def _match(model: Any, recipe: MergeRecipe, places: dict[str, WeightSlice], residual: Residual) -> dict[str, Restored]:
+def _match(
+    model: ModelPatcher, recipe: MergeRecipe, places: dict[str, WeightSlice], residual: Residual
+) -> dict[str, Restored]:
     """For every layer the basis that restores it from the residual; an error when there is none."""
     prints = [adapter.basis_fingerprint for adapter in recipe.adapters]
     known = _checked.setdefault(model.model, {})
@@ -188,7 +193,9 @@ def _match(model: Any, recipe: MergeRecipe, places: dict[str, WeightSlice], resi
     return found
 
 
-def _match_layer(model: Any, recipe: MergeRecipe, place: WeightSlice, residual: Residual, name: str) -> Restored:
+def _match_layer(
+    model: ModelPatcher, recipe: MergeRecipe, place: WeightSlice, residual: Residual, name: str
+) -> Restored:
     weight, stored = own_weight(model, place)
     weight = weight.to(load_device(model))
     stored_residual = residual.weight(name)

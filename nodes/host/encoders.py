@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from ...qrlora_core import EncodedText, QRLoRAError
+from .protocols import Clip, Encoder, Vae
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +28,7 @@ class EncodeError(QRLoRAError):
     """The graph's CLIP or VAE does not give what FLUX takes."""
 
 
-def encode_text(clip: Any, text: str) -> EncodedText:
+def encode_text(clip: Clip, text: str) -> EncodedText:
     """The conditioning of a prompt, just as the CLIP Text Encode node makes it: (tokens, width) and (width,).
 
     Raises:
@@ -47,7 +48,7 @@ def encode_text(clip: Any, text: str) -> EncodedText:
     return EncodedText(embeds[0].detach().cpu().clone(), pooled.detach().reshape(-1).cpu().clone())
 
 
-def encode_picture(vae: Any, pixels: Tensor) -> Tensor:
+def encode_picture(vae: Vae, pixels: Tensor) -> Tensor:
     """A picture in the transformer's own latent space, just as VAE Encode and the sampler would put it there.
 
     Args:
@@ -66,10 +67,11 @@ def encode_picture(vae: Any, pixels: Tensor) -> Tensor:
             f"this VAE gives latents of shape {tuple(latent.shape)}, FLUX takes {CHANNELS} channels; load FLUX's VAE "
             "(ae.safetensors)"
         )
-    return comfy.latent_formats.Flux().process_in(latent)[0].detach().float().cpu().clone()
+    in_model_space: Tensor = comfy.latent_formats.Flux().process_in(latent)
+    return in_model_space[0].detach().float().cpu().clone()
 
 
-def decode_latent(vae: Any, latent: Tensor) -> Tensor:
+def decode_latent(vae: Vae, latent: Tensor) -> Tensor:
     """(n, 16, h, w) in model space as pictures, (n, height, width, 3), 0 to 1."""
     pixels: Tensor = vae.decode(comfy.latent_formats.Flux().process_out(latent.float()))
     return pixels.detach().float().cpu()
@@ -84,7 +86,8 @@ def resized(pixels: Tensor, width: int, height: int) -> Tensor:
     if moved.shape[1] > 3:
         alpha = comfy.utils.common_upscale(moved[:, 3:4], width, height, "bilinear", "center")
         color = torch.cat([color.to(alpha), alpha], dim=1)
-    return color[0].movedim(0, -1).clamp(0, 1)
+    resized_picture: Tensor = color[0].movedim(0, -1).clamp(0, 1)
+    return resized_picture
 
 
 def preview(latent: Tensor) -> Image.Image:
@@ -96,10 +99,11 @@ def preview(latent: Tensor) -> Image.Image:
     pixels = ((colors + 1) / 2).nan_to_num().clamp(0, 1).mul(255).to(torch.uint8)
     picture = Image.fromarray(pixels.numpy())
     factor = _PREVIEW_SIZE / max(picture.size)
-    return picture.resize(tuple(max(1, round(side * factor)) for side in picture.size), Image.Resampling.BICUBIC)
+    width, height = (max(1, round(side * factor)) for side in picture.size)
+    return picture.resize((width, height), Image.Resampling.BICUBIC)
 
 
-def weights_identity(holder: Any) -> str:
+def weights_identity(holder: Encoder) -> str:
     """Sixteen hex digits that tell one CLIP or VAE from another, LoRAs on it and its layer setting included.
 
     Raises:
@@ -148,8 +152,8 @@ def _add(digest: Any, key: str, value: Any) -> None:
         head = plain.reshape(-1)[:_SAMPLED].cpu().contiguous()
         digest.update(head.view(torch.uint8).numpy().tobytes() if head.numel() else b"")
     elif isinstance(value, list | tuple):
-        for index, one in enumerate(value):
-            _add(digest, str(index), one)
+        for index, item in enumerate(value):
+            _add(digest, str(index), item)
     elif hasattr(value, "weights"):  # a weight adapter
         _add(digest, type(value).__name__, value.weights)
     else:

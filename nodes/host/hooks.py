@@ -10,6 +10,7 @@ from ...qrlora_core import MergeRecipe
 from .application import recipe_patches
 from .patches import require_taken
 from .places import Place
+from .protocols import ModelPatcher
 
 __all__ = ["DeltaRHook", "HookGroup"]
 
@@ -29,7 +30,7 @@ class DeltaRHook(comfy.hooks.WeightHook):
         # Registered anew for every run; merging 342 layers each time would be felt. Clones share what is known.
         self.known: weakref.WeakKeyDictionary[Any, dict[Place, Any]] = weakref.WeakKeyDictionary()
 
-    def add_hook_patches(self, model: Any, model_options: Any, target_dict: Any, registered: Any) -> bool:
+    def add_hook_patches(self, model: ModelPatcher, model_options: Any, target_dict: Any, registered: Any) -> bool:
         """Called by the host with the model that is sampled, or with a text encoder, which an adapter never changes.
 
         Raises:

@@ -9,7 +9,6 @@ import logging
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -31,6 +30,7 @@ from ...qrlora_core import (
 from ...qrlora_core.storage import TensorSpec
 from . import folders
 from .places import load_device, own_weight
+from .protocols import ModelPatcher
 from .session import with_progress
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ _PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "transformer.")
 _known: weakref.WeakKeyDictionary[torch.nn.Module, dict[tuple[str, int], Basis]] = weakref.WeakKeyDictionary()
 
 
-def initial_bases(model: Any, recipe: MergeRecipe, places: dict[str, WeightSlice]) -> InitialOf | None:
+def initial_bases(model: ModelPatcher, recipe: MergeRecipe, places: dict[str, WeightSlice]) -> InitialOf | None:
     """A reader of the initial Q and R of every full-QR adapter of a recipe that lacks them; None when none does.
 
     Under the progress bar and stopped by Cancel where they have to be computed.
@@ -58,7 +58,7 @@ def initial_bases(model: Any, recipe: MergeRecipe, places: dict[str, WeightSlice
     return lambda adapter, name: known[name, adapter.layers[name].rank]
 
 
-def _fill(model: Any, adapter: Adapter, places: dict[str, WeightSlice]) -> None:
+def _fill(model: ModelPatcher, adapter: Adapter, places: dict[str, WeightSlice]) -> None:
     """Make every basis of an adapter known for this model."""
     known = _known.setdefault(model.model, {})
     missing = [name for name, info in adapter.layers.items() if (name, info.rank) not in known]
@@ -75,7 +75,7 @@ def _fill(model: Any, adapter: Adapter, places: dict[str, WeightSlice]) -> None:
         _write(path, adapter, known)
 
 
-def _file(model: Any, adapter: Adapter, places: dict[str, WeightSlice]) -> Path | None:
+def _file(model: ModelPatcher, adapter: Adapter, places: dict[str, WeightSlice]) -> Path | None:
     """Where these bases lie or will lie; None when the host does not say which file the model came from."""
     loader = getattr(model, "cached_patcher_init", None)
     source = Path(str(loader[1][0])) if loader and loader[1] and isinstance(loader[1][0], str) else None

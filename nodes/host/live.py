@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ...qrlora_core import MergeRecipe, SettingError, WeightSlice, same_basis, term_products
 from .initial_basis import initial_bases
 from .places import PREFIX
+from .protocols import ModelPatcher
 from .session import interruptible
 from .steps import Factors, StepReader
 
@@ -61,9 +62,9 @@ class FactorStore(nn.Module):
     """
 
     layout: dict[str, tuple[Stack, ...]]
-    patcher: Any
+    patcher: ModelPatcher
 
-    def __init__(self, layout: dict[str, tuple[Stack, ...]], tensors: Sequence[Tensor], model: Any) -> None:
+    def __init__(self, layout: dict[str, tuple[Stack, ...]], tensors: Sequence[Tensor], model: ModelPatcher) -> None:
         super().__init__()
         self.layout = layout
         self.tensors = nn.ParameterList([nn.Parameter(tensor, requires_grad=False) for tensor in tensors])
@@ -87,7 +88,7 @@ class LiveState:
         self.uncalled: set[nn.Module] = set()
         self._handles: list[Any] = []
 
-    def inject(self, patcher: Any) -> None:
+    def inject(self, patcher: ModelPatcher) -> None:
         """Hook every module; what a clone that is gone may have left there is taken away first."""
         self.eject(patcher)
         modules = {name: comfy.utils.get_attr(patcher.model, name) for name in self.store.layout}
@@ -153,7 +154,8 @@ class _Hook:
 
     def _tensor(self, index: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Where the host left it on the CPU for lack of memory, it comes for this use."""
-        return self.state.store.tensors[index].to(device, dtype, non_blocking=True)
+        tensor: Tensor = self.state.store.tensors[index]
+        return tensor.to(device, dtype, non_blocking=True)
 
 
 def remove_hooks(module: nn.Module) -> int:
@@ -165,7 +167,7 @@ def remove_hooks(module: nn.Module) -> int:
     return len(ours)
 
 
-def live_clone(model: Any, recipe: MergeRecipe, places: Mapping[str, WeightSlice]) -> Any:
+def live_clone(model: ModelPatcher, recipe: MergeRecipe, places: Mapping[str, WeightSlice]) -> Any:
     """A clone of `model` that adds a recipe while it runs, besides what an earlier node made it add.
 
     Args:
@@ -192,7 +194,7 @@ def live_clone(model: Any, recipe: MergeRecipe, places: Mapping[str, WeightSlice
     return clone
 
 
-def compute_dtype(model: Any) -> torch.dtype:
+def compute_dtype(model: ModelPatcher) -> torch.dtype:
     """What the model's activations are computed in."""
     dtype: torch.dtype = model.model.manual_cast_dtype or model.model.get_dtype()
     return dtype if dtype.is_floating_point and dtype.itemsize > 1 else torch.bfloat16
@@ -231,7 +233,7 @@ class _Prompts:
     def __init__(self, state: LiveState) -> None:
         self.state = state
 
-    def __call__(self, executor: Callable[..., Any], model: Any, conds: Any, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, executor: Callable[..., Any], model: ModelPatcher, conds: Any, *args: Any, **kwargs: Any) -> Any:
         self.state.reader.note_conditionings(conds)
         return executor(model, conds, *args, **kwargs)
 
@@ -241,7 +243,7 @@ _Stores = weakref.WeakValueDictionary[tuple[Any, ...], FactorStore]
 _stores: weakref.WeakKeyDictionary[nn.Module, _Stores] = weakref.WeakKeyDictionary()
 
 
-def _store(model: Any, recipe: MergeRecipe, places: Mapping[str, WeightSlice]) -> FactorStore:
+def _store(model: ModelPatcher, recipe: MergeRecipe, places: Mapping[str, WeightSlice]) -> FactorStore:
     """The factors of a recipe's adapters, whatever their strengths: turning alpha finds what is there."""
     dtype = compute_dtype(model)
     owners = ((weakref.ref(term.adapter), term.onto and weakref.ref(term.onto), term.scales) for term in recipe.terms)
@@ -262,7 +264,9 @@ class _Entry(NamedTuple):
     factor: float
 
 
-def _built(model: Any, recipe: MergeRecipe, places: Mapping[str, WeightSlice], dtype: torch.dtype) -> FactorStore:
+def _built(
+    model: ModelPatcher, recipe: MergeRecipe, places: Mapping[str, WeightSlice], dtype: torch.dtype
+) -> FactorStore:
     """Lay the factors out by module, term by term, those on one basis together."""
     initial_of = initial_bases(model, recipe, dict(places))
     modules: dict[str, dict[int, list[_Entry]]] = {}

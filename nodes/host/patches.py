@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...qrlora_core import LayerSum, Product, TargetError, WeightSlice
 from .places import Place, patch_key
+from .protocols import ModelPatcher
 
 
 class RecipePatch(WeightAdapterBase):
@@ -60,7 +61,7 @@ class RecipePatch(WeightAdapterBase):
         return weight
 
 
-def patched_clone(model: Any, patches: Mapping[Place, WeightAdapterBase], strength: float) -> Any:
+def patched_clone(model: ModelPatcher, patches: Mapping[Place, WeightAdapterBase], strength: float) -> Any:
     """A clone of `model` with these patches, all at one strength.
 
     Raises:

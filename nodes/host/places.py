@@ -17,6 +17,7 @@ from ...qrlora_core import LayerTarget, TargetError, WeightError, WeightSlice, v
 from ...qrlora_core.families import FAMILIES, Family, family_of, native_place, network_order
 from ...qrlora_core.families import published_layers as layers_of_family
 from ...qrlora_core.targets import nearest
+from .protocols import ModelPatcher
 
 PREFIX = "diffusion_model."
 
@@ -26,12 +27,12 @@ Place = tuple[str, tuple[int, int, int]] | str  # what ComfyUI takes as the key 
 _maps: weakref.WeakKeyDictionary[torch.nn.Module, dict[str, Any]] = weakref.WeakKeyDictionary()
 
 
-def model_family(model: Any) -> Family | None:
+def model_family(model: ModelPatcher) -> Family | None:
     """The family that a model is of, by the names and shapes of its weights; None for one that is not known here."""
     return family_of(_module_shapes(model))
 
 
-def published_layers(model: Any) -> tuple[LayerTarget, ...]:
+def published_layers(model: ModelPatcher) -> tuple[LayerTarget, ...]:
     """The layers of a model that are adapted by default in its family, with their shapes.
 
     Raises:
@@ -49,7 +50,7 @@ def published_layers(model: Any) -> tuple[LayerTarget, ...]:
     return targets
 
 
-def place_layers(model: Any, targets: Iterable[LayerTarget]) -> dict[str, WeightSlice]:
+def place_layers(model: ModelPatcher, targets: Iterable[LayerTarget]) -> dict[str, WeightSlice]:
     """Layer name -> where this model keeps it.
 
     Raises:
@@ -83,7 +84,7 @@ def place_layers(model: Any, targets: Iterable[LayerTarget]) -> dict[str, Weight
     return places
 
 
-def require_unpatched(model: Any, places: Iterable[WeightSlice]) -> None:
+def require_unpatched(model: ModelPatcher, places: Iterable[WeightSlice]) -> None:
     """Raise TargetError when something patches these weights: what is read from them would not be what one sees."""
     patched = sorted({place.key for place in places if PREFIX + place.key in model.patches})
     if patched:
@@ -93,7 +94,7 @@ def require_unpatched(model: Any, places: Iterable[WeightSlice]) -> None:
         )
 
 
-def own_weight(model: Any, place: WeightSlice) -> tuple[Tensor, torch.dtype | None]:
+def own_weight(model: ModelPatcher, place: WeightSlice) -> tuple[Tensor, torch.dtype | None]:
     """A layer's weight without any patch, (out, in) float32, and its precision (None: packed in blocks of few bits).
 
     Raises:
@@ -128,20 +129,20 @@ def patch_key(place: WeightSlice) -> Place:
     return key if place.start is None or place.length is None else (key, (0, place.start, place.length))
 
 
-def quantised(model: Any, place: WeightSlice) -> bool:
+def quantised(model: ModelPatcher, place: WeightSlice) -> bool:
     """Whether a weight is stored in fewer bits than 16, or packed; a patch of it is rounded once more."""
     weight = _weight(model, place.key)
     packed = type(weight) not in (Tensor, torch.nn.Parameter)
     return packed or weight.dtype.itemsize < 2 or not weight.dtype.is_floating_point
 
 
-def load_device(model: Any) -> torch.device:
+def load_device(model: ModelPatcher) -> torch.device:
     """Where this model will run; heavy work on its weights goes there."""
     device: torch.device = model.load_device
     return device
 
 
-def _candidates(model: Any, table: Mapping[str, Any], target: LayerTarget) -> list[WeightSlice]:
+def _candidates(model: ModelPatcher, table: Mapping[str, Any], target: LayerTarget) -> list[WeightSlice]:
     """Where a layer may lie in this model, what the host says first.
 
     Raises:
@@ -177,7 +178,7 @@ def _place(name: str, entry: Any) -> WeightSlice:
     return WeightSlice(key, start, length)
 
 
-def _fits(model: Any, place: WeightSlice, target: LayerTarget) -> bool:
+def _fits(model: ModelPatcher, place: WeightSlice, target: LayerTarget) -> bool:
     rows, *rest = _weight(model, place.key).shape
     columns = torch.Size(rest).numel()
     if place.start is None or place.length is None:
@@ -185,13 +186,13 @@ def _fits(model: Any, place: WeightSlice, target: LayerTarget) -> bool:
     return place.start + place.length <= rows and (place.length, columns) == target.shape
 
 
-def _host_map(model: Any) -> dict[str, Any]:
+def _host_map(model: ModelPatcher) -> dict[str, Any]:
     if model.model not in _maps:
         _maps[model.model] = comfy.lora.model_lora_keys_unet(model.model, {})
     return _maps[model.model]
 
 
-def _module_shapes(model: Any) -> dict[str, tuple[int, ...]]:
+def _module_shapes(model: ModelPatcher) -> dict[str, tuple[int, ...]]:
     """Native module name -> shape of its weight."""
     return {
         key.removeprefix(PREFIX).removesuffix(".weight"): tuple(value.shape)
@@ -200,7 +201,7 @@ def _module_shapes(model: Any) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _hint(table: Mapping[str, Any], model: Any, name: str) -> str:
+def _hint(table: Mapping[str, Any], model: ModelPatcher, name: str) -> str:
     """The nearest layers that the model does have: those that end alike, or lie in the same block."""
     last, block = name.rsplit(".", 1)[-1], name.split(".")[:2]
     names = [key.removeprefix("transformer.") for key in table if key.startswith("transformer.")]
@@ -214,13 +215,13 @@ def _key(entry: Any) -> str:
     return key
 
 
-def _has(model: Any, key: str) -> bool:
+def _has(model: ModelPatcher, key: str) -> bool:
     try:
         return len(_weight(model, key).shape) > 1
     except AttributeError:
         return False
 
 
-def _weight(model: Any, key: str) -> Tensor:
+def _weight(model: ModelPatcher, key: str) -> Tensor:
     weight: Tensor = comfy.utils.get_attr(model.model, PREFIX + key)
     return weight

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ...qrlora_core import Basis, BasisMismatchError, Residual, SettingError, TargetError, WeightSlice, restored_weight
 from .places import patch_key
+from .protocols import ModelPatcher
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ _RAM_LEFT = 2_000_000_000
 _held: weakref.WeakKeyDictionary[Residual, dict[str, Tensor]] = weakref.WeakKeyDictionary()
 
 
-def plain_clone(model: Any) -> Any:
+def plain_clone(model: ModelPatcher) -> Any:
     """A clone on the host's loader that patches weights once, when they are loaded.
 
     The dynamic loader (NVIDIA, ComfyUI 0.33 and newer) computes a weight whenever it becomes resident, and rounds it to
@@ -93,7 +94,9 @@ class RestoredWeight(WeightAdapterBase):
         return weight.copy_(restored)
 
 
-def add_restored(clone: Any, restored: Mapping[str, RestoredWeight], places: Mapping[str, WeightSlice]) -> None:
+def add_restored(
+    clone: ModelPatcher, restored: Mapping[str, RestoredWeight], places: Mapping[str, WeightSlice]
+) -> None:
     """Make these the first patches of their weights in a clone; those of an earlier node on the same rows join them.
 
     Raises:
@@ -105,7 +108,7 @@ def add_restored(clone: Any, restored: Mapping[str, RestoredWeight], places: Map
     clone.add_callback_with_key(CallbacksMP.ON_DETACH, _CALLBACK, _detached)
 
 
-def _put_first(clone: Any, place: WeightSlice, patch: RestoredWeight) -> None:
+def _put_first(clone: ModelPatcher, place: WeightSlice, patch: RestoredWeight) -> None:
     name = patch_key(place)
     key, offset = (name, None) if isinstance(name, str) else name
     queue = clone.patches.get(key, [])
@@ -133,7 +136,7 @@ def _combined(earlier: RestoredWeight, later: RestoredWeight) -> RestoredWeight:
     return RestoredWeight(set(), (q, r, scaling, core_strength + later.weights[3] - 1.0, residual, layer))
 
 
-def _loaded(patcher: Any, *_args: Any) -> None:
+def _loaded(patcher: ModelPatcher, *_args: Any) -> None:
     """After each load: widen what was patched in place, and keep the residual of what is computed at every use."""
     queues = {
         key: queue
@@ -144,14 +147,14 @@ def _loaded(patcher: Any, *_args: Any) -> None:
     _hold([patch[1] for key, queue in queues.items() if key not in patcher.backup for patch in queue])
 
 
-def _detached(patcher: Any, *_args: Any) -> None:
+def _detached(patcher: ModelPatcher, *_args: Any) -> None:
     for queue in patcher.patches.values():
         for patch in queue:
             if isinstance(patch[1], RestoredWeight):
                 _held.pop(patch[1].source[0], None)
 
 
-def _widen(patcher: Any, queues: Mapping[str, Any]) -> None:
+def _widen(patcher: ModelPatcher, queues: Mapping[str, Any]) -> None:
     """Keep restored weights of a plain fp8 model in its compute dtype.
 
     The host rounds a patched weight back to the dtype it is stored in, which would throw away just what a residual

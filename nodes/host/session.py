@@ -1,13 +1,13 @@
 """What a node asks of the running ComfyUI: memory, Cancel, the progress bar, messages to the pages."""
 
 import gc
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import comfy.model_management
 import comfy.utils
 import psutil
-from server import PromptServer
 
 Item = TypeVar("Item")
 
@@ -46,12 +46,6 @@ def memory() -> tuple[int | None, int]:
     return int(comfy.model_management.get_free_memory(device)), ram
 
 
-def card_memory() -> int | None:
-    """All bytes of the graphics card, None without one of its own."""
-    device = comfy.model_management.get_torch_device()
-    return None if device.type in ("cpu", "mps") else int(comfy.model_management.get_total_memory(device))
-
-
 def take_interrupt() -> bool:
     """Whether Cancel was pressed since the last call. Taking it makes a second press visible as another one."""
     if comfy.model_management.processing_interrupted():
@@ -75,10 +69,17 @@ class Progress:
 
 def prompt_id() -> str | None:
     """The queue entry that runs now."""
-    return getattr(PromptServer.instance, "last_prompt_id", None)
+    return getattr(_server(), "last_prompt_id", None)
 
 
 def send(kind: str, message: dict[str, Any]) -> None:
     """Tell every open page; without a server (a script that imports the nodes) nobody."""
-    if getattr(PromptServer, "instance", None) is not None:
-        PromptServer.instance.send_sync(kind, message)
+    server = _server()
+    if server is not None:
+        server.send_sync(kind, message)
+
+
+def _server() -> Any:
+    """The running server, None in a script that imports the nodes. The module needs the host's own start-up first."""
+    module = sys.modules.get("server")
+    return getattr(getattr(module, "PromptServer", None), "instance", None)

@@ -1,5 +1,6 @@
 """Pictures and captions, as they come from the graph or a folder, and as the trainer's cache."""
 
+import functools
 import hashlib
 import json
 import logging
@@ -26,6 +27,7 @@ from ...train.data.captions import DEFAULT_PROMPT, DatasetError, caption_of, pic
 from ...train.data.pictures import read_picture, require_visible
 from .. import host
 from ..host import encoders
+from ..host.protocols import Clip, Vae
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +48,7 @@ def graph_pictures(batches: Sequence[Tensor], caption: str) -> list[Picture]:
         raise DatasetError(f"instance_prompt is empty; pictures from the graph need one, such as {DEFAULT_PROMPT!r}")
     pictures = [picture for batch in batches for picture in batch]
     return [
-        Picture(f"image {number}", caption, lambda picture=picture: picture.detach().float().cpu())
+        Picture(f"image {number}", caption, functools.partial(_plain, picture))
         for number, picture in enumerate(pictures, 1)
     ]
 
@@ -58,12 +60,12 @@ def folder_pictures(folder: Path, prompt: str, trigger: str) -> list[Picture]:
         DatasetError: no picture, a caption that is not UTF-8 text, or neither caption nor prompt.
     """
     return [
-        Picture(path.name, caption_of(path, prompt, trigger), lambda path=path: _pixels(path))
+        Picture(path.name, caption_of(path, prompt, trigger), functools.partial(_pixels, path))
         for path in picture_files(folder)
     ]
 
 
-def cache_key(pictures: Sequence[Picture], settings: EncodeConfig, clip: Any, vae: Any, empty_caption: bool) -> str:
+def cache_key(pictures: Sequence[Picture], settings: EncodeConfig, clip: Clip, vae: Vae, empty_caption: bool) -> str:
     """Sixteen hex digits of everything that the cache's content follows from: pixels, captions, encoders, settings."""
     digest = hashlib.sha256()
     for picture in pictures:
@@ -77,7 +79,7 @@ def cache_key(pictures: Sequence[Picture], settings: EncodeConfig, clip: Any, va
 
 
 def encode(
-    path: Path, pictures: Sequence[Picture], settings: EncodeConfig, clip: Any, vae: Any, empty_caption: bool
+    path: Path, pictures: Sequence[Picture], settings: EncodeConfig, clip: Clip, vae: Vae, empty_caption: bool
 ) -> Path:
     """Write the training cache with the graph's own CLIP and VAE, unless it is there already.
 
@@ -104,11 +106,11 @@ def encode(
     work: list[Any] = [*texts, *pictures]
     encoded_texts: list[EncodedText] = []
     encoded: list[EncodedPicture] = []
-    for one in host.with_progress(work):
-        if isinstance(one, str):
-            encoded_texts.append(encoders.encode_text(clip, one))
+    for item in host.with_progress(work):
+        if isinstance(item, str):
+            encoded_texts.append(encoders.encode_text(clip, item))
         else:
-            encoded.append(_encoded(one, settings, vae))
+            encoded.append(_encoded(item, settings, vae))
     broken = path.is_file()
     empty_text = texts.index("") if "" in texts else None
     try:
@@ -119,7 +121,7 @@ def encode(
     return path
 
 
-def _encoded(picture: Picture, settings: EncodeConfig, vae: Any) -> EncodedPicture:
+def _encoded(picture: Picture, settings: EncodeConfig, vae: Vae) -> EncodedPicture:
     pixels = picture.load()
     height, width = pixels.shape[:2]
     size = bucket_size(width, height, settings.resolution, settings.bucket_step, settings.buckets)
@@ -132,6 +134,10 @@ def _encoded(picture: Picture, settings: EncodeConfig, vae: Any) -> EncodedPictu
         mask = torch.nn.functional.interpolate(alpha[None, None], size=latent.shape[1:], mode="area")[0, 0]
         require_visible(picture.name, mask.numpy())
     return EncodedPicture(latent, flipped, mask)
+
+
+def _plain(picture: Tensor) -> Tensor:
+    return picture.detach().float().cpu()
 
 
 def _pixels(path: Path) -> Tensor:

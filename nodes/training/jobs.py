@@ -55,26 +55,28 @@ class Job:
         """Take events in, and return them as plain values."""
         raw = [{"event": event.kind, "time": event.time, **event.data} for event in events]
         with self._lock:
-            for one in raw:
-                if one["event"] == "step":
-                    self._add_step(one)
-                else:
-                    if one["event"] == "started":  # what came after the checkpoint is done again
-                        self._steps = {step: e for step, e in self._steps.items() if step <= one["first_step"]}
-                    self._last[one["event"]] = one
-                    if one["event"] == "sample" and one["step"] not in self._samples:
-                        self._samples.append(one["step"])
+            for event in raw:
+                kind, step = event["event"], event.get("step")
+                if kind == "step":
+                    self._add_step(event)
+                    continue
+                if kind == "started":  # what came after the checkpoint is done again
+                    self._steps = {at: earlier for at, earlier in self._steps.items() if at <= event["first_step"]}
+                if kind == "sample" and step not in self._samples:
+                    self._samples.append(event["step"])
+                self._last[kind] = event
         return raw
 
-    def _add_step(self, one: dict[str, Any]) -> None:
-        """Keep every `stride`-th step and the newest, so that a training of a million steps does not fill the RAM."""
+    def _add_step(self, event: dict[str, Any]) -> None:
+        """Keep every `stride`-th step and the newest, at most `_KEPT_STEPS`: all that is drawn and sent of a run."""
         newest = next(reversed(self._steps), 1)
         if (newest - 1) % self._stride:
             del self._steps[newest]
-        self._steps[one["step"]] = one
-        if len(self._steps) > 2 * _KEPT_STEPS:
+        self._steps[event["step"]] = event
+        while len(self._steps) > _KEPT_STEPS:
             self._stride *= 2
-            self._steps = {step: e for step, e in self._steps.items() if (step - 1) % self._stride == 0 or e is one}
+            kept = ((at, step) for at, step in self._steps.items() if (at - 1) % self._stride == 0 or step is event)
+            self._steps = dict(kept)
 
     def steps(self) -> list[dict[str, Any]]:
         """Step events in order, thinned evenly when there are many; of a step that was done twice the later one."""
@@ -102,12 +104,8 @@ class Job:
         self._send(MESSAGE, message)
 
     def summary(self) -> dict[str, Any]:
-        """What a page needs to draw all of it: every step thinned to 2000, the last event of every other kind."""
+        """What a page needs to draw all of it: the steps that are kept, the last event of every other kind."""
         steps = self.steps()
-        stride = -(-len(steps) // _KEPT_STEPS) or 1
-        thinned = steps[::stride]
-        if steps and thinned[-1] is not steps[-1]:
-            thinned[-1] = steps[-1]
         with self._lock:
             others = list(self._last.values())
             samples = [f"step-{step:08}" for step in sorted(self._samples)]
@@ -118,7 +116,7 @@ class Job:
             "state": self.state,
             "text": self.text,
             "warnings": self.warnings,
-            "events": sorted(thinned + others, key=lambda one: one["time"]),
+            "events": sorted(steps + others, key=lambda event: event["time"]),
             "samples": samples,
         }
 
@@ -134,7 +132,7 @@ class Jobs:
         """A new job, in place of the node's last one."""
         job = Job(node, prompt_id, send)
         with self._lock:
-            self._jobs = [one for one in self._jobs if one.active or one.node != node][1 - _KEPT_JOBS :] + [job]
+            self._jobs = [other for other in self._jobs if other.active or other.node != node][1 - _KEPT_JOBS :] + [job]
         return job
 
     def all(self) -> list[Job]:

@@ -29,8 +29,8 @@ def loss_curve(steps: Sequence[dict[str, Any]], title: str) -> Tensor:
     draw = ImageDraw.Draw(picture)
     font = ImageFont.load_default(15)
     left, top, right, bottom = _MARGIN[0], _MARGIN[1], _SIZE[0] - _MARGIN[2], _SIZE[1] - _MARGIN[3]
-    raw = [(one["step"], one["loss"]) for one in steps if _finite(one["loss"])]
-    smooth = [(one["step"], one["smoothed_loss"]) for one in steps if _finite(one["smoothed_loss"])]
+    raw = [(step["step"], step["loss"]) for step in steps if _finite(step["loss"])]
+    smooth = [(step["step"], step["smoothed_loss"]) for step in steps if _finite(step["smoothed_loss"])]
     draw.text((left, 14), title.encode("ascii", "replace").decode(), fill=_TEXT, font=font)
     if not raw:
         draw.text((left, top + 20), "no step was reported", fill=_TEXT, font=font)

@@ -90,7 +90,9 @@ def preflight(who: owner.Owner, settings: Path, log_file: Path, cancelled: Calla
     problems = report.get("problems") or []
     if problems or code:
         lines = [
-            f"- {one.get('what', one)}\n  {one.get('fix', '')}".rstrip() for one in problems if isinstance(one, dict)
+            f"- {problem.get('what', problem)}\n  {problem.get('fix', '')}".rstrip()
+            for problem in problems
+            if isinstance(problem, dict)
         ]
         raise PreflightError("\n".join(["Training cannot start:", *(lines or [child.tail(15)]), _where(who)]))
     while len(_reports) >= _KEPT_REPORTS:
@@ -169,14 +171,14 @@ def _report(text: str) -> dict[str, Any] | None:
     for line in reversed(text.splitlines()):
         if line.startswith("{"):
             try:
-                found = json.loads(line)
+                report = json.loads(line)
             except (ValueError, RecursionError):
                 continue
-            if isinstance(found, dict) and "problems" in found:
-                return found
+            if isinstance(report, dict) and "problems" in report:
+                return report
     start = text.find("{")  # printed over several lines
     try:
-        found = json.JSONDecoder().raw_decode(text[start:])[0] if start >= 0 else None
+        report = json.JSONDecoder().raw_decode(text[start:])[0] if start >= 0 else None
     except (ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) and "problems" in found else None
+    return report if isinstance(report, dict) and "problems" in report else None

@@ -56,7 +56,8 @@ class Child:
     ) -> None:
         options: dict[str, object] = {}
         if os.name == "nt":
-            options["creationflags"] = subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.CREATE_NO_WINDOW
+            flags = subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.CREATE_NO_WINDOW  # type: ignore[attr-defined,unused-ignore]
+            options["creationflags"] = flags
         else:  # its own session: Ctrl-C in ComfyUI's terminal asks ComfyUI, which asks the child
             options.update(start_new_session=True, pass_fds=tuple(pass_fds))
         self.started = time.time()
@@ -85,7 +86,8 @@ class Child:
         """The exit code, or None while it runs."""
         if time.monotonic() - self._looked > _LOOK_EVERY:
             self._look()
-        return self._process.poll()
+        code: int | None = self._process.poll()
+        return code
 
     def tail(self, lines: int = 30) -> str:
         """The last lines of its output. A progress bar that redraws itself counts as one."""
@@ -102,10 +104,10 @@ class Child:
         for process in tree:
             _signal(process, kill=False)
         self._wait(tree, TERMINATE_SECONDS)
-        left = self._tree()
-        for process in left:
+        survivors = self._tree()
+        for process in survivors:
             _signal(process, kill=True)
-        self._wait(left, KILL_SECONDS)
+        self._wait(survivors, KILL_SECONDS)
         self._drain.join(KILL_SECONDS)
         if self._process.poll() is None or self._tree():
             log.error("QR-LoRA: the trainer (process %d) does not end; please end it by hand", self.pid)
@@ -120,18 +122,18 @@ class Child:
     def _tree(self) -> list[psutil.Process]:
         """The living processes of the tree; the process itself stays its own until it is waited for."""
         self._look()
-        found = dict(self._seen)
+        tree = dict(self._seen)
         if self._process.poll() is None:
             with suppress(psutil.Error):
-                found[self.pid] = psutil.Process(self.pid)
+                tree[self.pid] = psutil.Process(self.pid)
         if os.name != "nt":  # those that lost their parent are still in the session
             for pid in psutil.pids():
                 with suppress(OSError, psutil.Error):
-                    if pid not in found and os.getsid(pid) == self.pid:
+                    if pid not in tree and os.getsid(pid) == self.pid:
                         process = psutil.Process(pid)
                         if process.create_time() >= self.started - 1.0:
-                            found[pid] = process
-        return [process for process in found.values() if alive(process)]
+                            tree[pid] = process
+        return [process for process in tree.values() if alive(process)]
 
     def _wait(self, processes: list[psutil.Process], seconds: float) -> None:
         until = time.monotonic() + seconds
@@ -163,7 +165,7 @@ class Child:
 def alive(process: psutil.Process) -> bool:
     """Whether it still runs; a zombie that its own parent has to collect does not."""
     try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.Error:
         return False
 
@@ -186,12 +188,12 @@ def end_process(pid: int, created: float) -> bool:
         tree = [*process.children(recursive=True), process]
     except psutil.Error:
         return False
-    for one in tree:
-        _signal(one, kill=False)
-    _, left = psutil.wait_procs(tree, TERMINATE_SECONDS)
-    for one in left:
-        _signal(one, kill=True)
-    psutil.wait_procs(left, KILL_SECONDS)
+    for member in tree:
+        _signal(member, kill=False)
+    _, survivors = psutil.wait_procs(tree, TERMINATE_SECONDS)
+    for member in survivors:
+        _signal(member, kill=True)
+    psutil.wait_procs(survivors, KILL_SECONDS)
     return True
 
 

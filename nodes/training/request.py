@@ -10,7 +10,8 @@ from torch import Tensor
 from ...qrlora_core import PathError, contained_path, model_fingerprint
 from ...train.config import TRAJECTORY_VERSION, EncodeConfig, FitConfig, make_config
 from ...train.data.captions import DatasetError, caption_warnings, with_trigger
-from ..host import folders, session
+from ..host import folders
+from ..host.protocols import Clip, Vae
 from ..train_options import TrainOptions
 from . import dataset
 from .runs import RunFolder, key_of
@@ -35,8 +36,8 @@ class Request:
 
     model: Path
     pictures: Sequence[dataset.Picture]
-    clip: Any
-    vae: Any
+    clip: Clip
+    vae: Vae
     output_name: str
     fit: Mapping[str, Any]
     encode: EncodeConfig
@@ -61,7 +62,7 @@ class Request:
             "basis_cache": str(folders.runs_folder() / folders.BASES),
             "name": Path(self.output_name).name.removesuffix(_ENDING),
         }
-        return make_config(FitConfig, self.options.fit_fields(session.card_memory()), self.fit, paths)
+        return make_config(FitConfig, self.options.fit_fields(), self.fit, paths)
 
     def run_key(self, config: FitConfig, data_key: str) -> str:
         """Twelve hex digits of everything that the trained weights follow from, but for the number of steps.
@@ -79,8 +80,8 @@ def from_widgets(
     images: Sequence[Tensor] | None,
     *,
     model_name: str,
-    clip: Any,
-    vae: Any,
+    clip: Clip,
+    vae: Vae,
     dataset: str,
     instance_prompt: str,
     trigger: str,

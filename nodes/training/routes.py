@@ -27,14 +27,14 @@ def register() -> None:
     server = getattr(PromptServer, "instance", None)
     if server is None:
         return
-    known = hasattr(server, _MARK)
+    registered = hasattr(server, _MARK)
     setattr(server, _MARK, JOBS)
-    if known:
+    if registered:
         return
 
     def jobs() -> Jobs:
-        found: Jobs = getattr(server, _MARK)
-        return found
+        current: Jobs = getattr(server, _MARK)
+        return current
 
     @server.routes.get("/qrlora/train/state")
     async def state(request: web.Request) -> web.Response:

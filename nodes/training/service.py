@@ -154,7 +154,8 @@ class _Reporter:
             text = "stopping: the trainer writes a checkpoint; Cancel again ends it now"
         self._job.tell("stopping" if stopping else "running", text, events)
         if events and not stopping:
-            self._show(events[-1])
+            steps = [event for event in events if event.kind in ("step", "sample")]
+            self._show((steps or events)[-1])  # what comes after the last step in the same batch would hide it
 
     def _show(self, event: TrainEvent) -> None:
         """The bar alone: a picture beside it would make the node grow, and the panel shows the samples already."""

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import time
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -69,6 +70,16 @@ class Page:
             "return app.canvas.graph === app.graph && app.graph.nodes.length === arguments[0]",
             30,
             len(workflow["nodes"]),
+        )
+
+    def load_template(self, name: str) -> None:
+        """Open one of the pack's templates, as the front end's own list of them does."""
+        address = f"/api/workflow_templates/qr-lora/{urllib.parse.quote(name)}.json"
+        self.js(
+            "return fetch(arguments[0]).then((answer) => answer.json())"
+            ".then((workflow) => app.loadGraphData(workflow, true, true, arguments[1]))",
+            address,
+            name,
         )
 
     def js(self, script: str, *arguments: Any) -> Any:

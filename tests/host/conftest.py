@@ -7,6 +7,7 @@ import subprocess
 import pytest
 
 from demo import server as instance
+from demo.in_comfyui import add_toy
 
 HOST = instance.find_host()
 
@@ -19,14 +20,57 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session")
-def base(tmp_path_factory):
-    return instance.make_base(tmp_path_factory.mktemp("comfy") / "base")
+def server(tmp_path_factory, clip_file):
+    """The one server that all tests share, with everything in its folders that any of them needs.
+
+    Its trainer is the real one; a module that plays the fake one asks for `fake` as well. One thread: on a busy machine
+    the threads of so small a model wait for each other longer than they compute.
+    """
+    from tests.host import training
+
+    folder = tmp_path_factory.mktemp("host")
+    base = training.make_base(folder, clip_file, training.write_vae(folder / "ae.safetensors"))
+    add_toy(base)
+    with training.TrainingServer(HOST, base, {"OMP_NUM_THREADS": "1"}) as running:
+        running.patience = 400.0  # a training starts Python, torch and diffusers twice
+        yield running
+        assert not training.children(running)
 
 
 @pytest.fixture(scope="session")
-def server(base):
-    with instance.Server(HOST, base) as running:
+def bare_server(tmp_path_factory):
+    """A server whose Python has none of the packages that the pack can do without."""
+    folder = tmp_path_factory.mktemp("bare")
+    (folder / "sitecustomize.py").write_text(
+        "import sys\nfor name in ('diffusers', 'accelerate', 'peft', 'matplotlib'):\n    sys.modules[name] = None\n"
+    )
+    with instance.Server(HOST, instance.make_base(folder / "base"), {"PYTHONPATH": str(folder)}) as running:
         yield running
+
+
+@pytest.fixture
+def fake(server):
+    """The fake trainer, which does as it should unless the test plays another scenario; afterwards the real one."""
+    server.play("ok")
+    yield server
+    server.train_really()
+
+
+@pytest.fixture(scope="session")
+def chromium(server, tmp_path_factory):
+    """The one browser window that all tests share."""
+    from tests.host import browser
+
+    with browser.browser(server, tmp_path_factory.mktemp("chromium")) as window:
+        yield window
+
+
+@pytest.fixture(scope="module")
+def page(chromium, request):
+    """The window in the size that the module's WINDOW asks for, without what earlier tests left in its console."""
+    chromium.driver.set_window_size(*getattr(request.module, "WINDOW", (1500, 1500)))
+    chromium.errors()
+    return chromium
 
 
 @pytest.fixture(scope="session")

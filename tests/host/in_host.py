@@ -25,6 +25,8 @@ class Host:
         import comfy.options
 
         comfy.options.enable_args_parsing()
+        import utils.extra_config  # noqa: F401 - as main.py does: older hosts put a module utils before it later
+
         self.pack = load_module("qr_lora_pack", PACK)
         self.helpers = load_module("qr_lora_helpers", PACK / "tests" / "host" / "helper_pack")
         extension = asyncio.run(self.pack.comfy_entrypoint())

@@ -18,12 +18,6 @@ NODE = {"id": 1, "type": "QRLoRATrain", "pos": [100, 100], "size": [400, 100], "
 WORKFLOW = {"last_node_id": 1, "last_link_id": 0, "nodes": [NODE], "links": [], "groups": [], "version": 0.4}
 
 
-@pytest.fixture(scope="module")
-def page(server, tmp_path_factory):
-    with browser.browser(server, tmp_path_factory.mktemp("chromium")) as window:
-        yield window
-
-
 @pytest.fixture
 def train(page, request):
     """A graph with one Train node, id "1", in the renderer that the test asks for; what the page posts is kept."""
@@ -93,7 +87,7 @@ def module(page, script):
     )
 
 
-def test_a_million_steps_cost_no_more_than_two_thousand(train):
+def test_a_million_steps_cost_no_more_than_a_thousand(train):
     result = module(
         train,
         """
@@ -101,16 +95,16 @@ def test_a_million_steps_cost_no_more_than_two_thousand(train):
         for (let step = 1; step <= 1e6; step++) curve.add(step, step === 654321 ? 9 : 1 + (step % 2), 1e6 - step);
         const { buckets } = curve;
         return {
-          kept: buckets.length, first: buckets[0].step, last: curve.last, drawn: curve.thinned(300).length,
+          kept: buckets.length, first: buckets[0].step, last: curve.last,
           low: Math.min(...buckets.map((one) => one.low)), high: Math.max(...buckets.map((one) => one.high)),
-          peak: curve.nearest(654321).high, thinPeak: Math.max(...curve.thinned(300).map((one) => one.high)),
+          peak: curve.nearest(654321).high,
           ordered: buckets.every((one, index) => !index || buckets[index - 1].step < one.step),
         };
         """,
     )
-    assert 1000 < result["kept"] <= 2048 and 290 <= result["drawn"] <= 300 and result["ordered"]
+    assert 500 < result["kept"] <= 1024 and result["ordered"]
     assert result["first"] <= 1024 and result["last"]["step"] == 1_000_000 and result["last"]["smoothed"] == 0
-    assert result["low"] == 1 and result["high"] == result["peak"] == result["thinPeak"] == 9, "an outlier was lost"
+    assert result["low"] == 1 and result["high"] == result["peak"] == 9, "an outlier was lost"
 
 
 def test_events_that_come_twice_or_late_change_nothing(train):
@@ -304,10 +298,17 @@ def contrast(one, other):
     return (high + 0.05) / (low + 0.05)
 
 
-@pytest.mark.parametrize("palette", PALETTES)
-def test_readable_in_every_palette(train, palette):
+def test_readable_in_every_palette(train):
     """Contrast by WCAG: 4.5 for text, 3 for what is drawn; blue and orange differ for every kind of colour vision."""
     send(train, "running", started(), *map(step, range(1, 50)), {"event": "validation", "step": 9, "loss": 0.5})
+    least = {"text": 4.5, "labels": 4.5, "button": 4.5, "smoothed": 3.0, "validation": 3.0, "raw": 2.0}
+    for palette in PALETTES:
+        found = contrasts(train, palette)
+        assert all(found[name] >= limit for name, limit in least.items()), (palette, found)
+
+
+def contrasts(train, palette):
+    """Contrast of everything in the panel with its background, once the page wears a palette."""
     train.js("return app.extensionManager.setting.set('Comfy.ColorPalette', arguments[0])", palette)
     colours = train.js(f"""
         const pixel = document.createElement("canvas").getContext("2d", {{ willReadFrequently: true }});
@@ -326,6 +327,4 @@ def test_readable_in_every_palette(train, palette):
         }};
     """)
     back = colours.pop("back")
-    found = {name: round(contrast(colour, back), 2) for name, colour in colours.items()}
-    least = {"text": 4.5, "labels": 4.5, "button": 4.5, "smoothed": 3.0, "validation": 3.0, "raw": 2.0}
-    assert all(found[name] >= limit for name, limit in least.items()), found
+    return {name: round(contrast(colour, back), 2) for name, colour in colours.items()}

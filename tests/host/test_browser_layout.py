@@ -9,9 +9,8 @@ import os
 import pytest
 
 from demo.workflow import editable
-from tests.host import browser, training
-from tests.host.conftest import HOST
-from tests.host.training import FakeServer, node, train_graph
+from tests.host import browser
+from tests.host.training import node, train_graph
 
 pytestmark = [
     pytest.mark.skipif(browser.find_chromium() is None, reason=browser.HOW_TO),
@@ -19,6 +18,7 @@ pytestmark = [
 ]
 
 STEPS = 80
+WINDOW = (2200, 1500)
 PANEL = "document.querySelector('[data-qrlora-train]')"
 # Each node's place and size as the graph knows them, and as the new renderer draws them; whole pixels.
 RECTANGLES = """
@@ -30,18 +30,9 @@ RECTANGLES = """
 """
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory, clip_file):
-    base = training.make_base(tmp_path_factory.mktemp("layout"), clip_file)
-    with FakeServer(HOST, base) as running:
-        running.play("ok", seconds=0.05, sample_every=20)
-        yield running
-
-
-@pytest.fixture(scope="module")
-def page(server, tmp_path_factory):
-    with browser.browser(server, tmp_path_factory.mktemp("chromium"), (2200, 1500)) as window:
-        yield window
+@pytest.fixture(autouse=True)
+def quick_steps_with_samples(fake):
+    fake.play("ok", seconds=0.05, sample_every=20)
 
 
 def graph(name):

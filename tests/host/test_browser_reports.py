@@ -9,8 +9,7 @@ from selenium.webdriver.common.keys import Keys
 from demo.server import GOLDEN
 from demo.workflow import editable
 from tests.host import browser, training
-from tests.host.conftest import HOST
-from tests.host.training import FakeServer, node, train_graph
+from tests.host.training import node, train_graph
 
 pytestmark = [
     pytest.mark.skipif(browser.find_chromium() is None, reason=browser.HOW_TO),
@@ -20,19 +19,12 @@ pytestmark = [
 RENDERERS = pytest.mark.parametrize("vue", [False, True], ids=["classic", "vue"])
 PANEL = "document.querySelector('[data-qrlora-train]')"
 BYPASSED, ACTIVE = 4, 0
+WINDOW = (1900, 1500)
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory, clip_file):
-    base = training.make_base(tmp_path_factory.mktemp("reports"), clip_file)
-    with FakeServer(HOST, base) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def page(server, tmp_path_factory):
-    with browser.browser(server, tmp_path_factory.mktemp("chromium"), (1900, 1500)) as window:
-        yield window
+@pytest.fixture(autouse=True)
+def quick_steps(fake):
+    """The fake trainer, as the tests of errors need it."""
 
 
 def opened(page, graph, vue):

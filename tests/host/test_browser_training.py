@@ -1,41 +1,32 @@
-"""Training from the real front end with the real trainer: queue, watch, reload, stop, queue again, a picture."""
+"""Training from the real front end: queue, watch, reload, stop, queue again, a picture.
+
+Page, queue, encoders, run folders and the graph that follows are real; the steps are those of a fake trainer.
+"""
 
 import json
 import time
 
 import pytest
 
-from demo.server import PACK, Server
+from demo.server import PACK
 from demo.workflow import editable
-from tests.host import browser, training
-from tests.host.conftest import HOST
-from tests.host.test_train import owner_environment, whole_graph
+from tests.host import browser
+from tests.host.test_train import whole_graph
 from tests.host.training import children
 
 pytestmark = pytest.mark.skipif(browser.find_chromium() is None, reason=browser.HOW_TO)
 
-EXAMPLE = PACK / "example_workflows" / "qr_lora_train_and_merge.json"
+EXAMPLE = PACK / "example_workflows" / "Train and merge.json"
+WINDOW = (2600, 1500)
 LONG = 100_000  # steps that nobody waits for
 PANELS = "[...document.querySelectorAll('[data-qrlora-train]')]"
 # The panel of the node that trains now, or trained last.
 BUSY = f"{PANELS}.find((one) => !['idle', 'finished'].includes(one.dataset.state))"
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory, clip_file):
-    folder = tmp_path_factory.mktemp("browser")
-    vae = training.write_vae(folder / "ae.safetensors")
-    base = training.make_base(folder, clip_file, vae)
-    # one thread: on a busy machine the threads of so small a model wait for each other longer than they compute
-    with Server(HOST, base, {**owner_environment(base), "OMP_NUM_THREADS": "1"}) as running:
-        yield running
-        assert not children(running)
-
-
-@pytest.fixture(scope="module")
-def page(server, tmp_path_factory):
-    with browser.browser(server, tmp_path_factory.mktemp("chromium"), (2600, 1500)) as window:
-        yield window
+@pytest.fixture(autouse=True)
+def steps_that_take_a_while(fake):
+    fake.play("ok", seconds=0.1, sample_every=5)
 
 
 def set_steps(page, run, steps, others):
@@ -128,8 +119,9 @@ def test_queue_watch_reload_stop_resume(server, page, vue):
 def test_the_example_opens(server, page):
     """As the front end opens a template: both Train nodes have a panel, no input is lost."""
     browser.set_settings(server, {"Comfy.VueNodes.Enabled": True, "Comfy.ColorPalette": "dark"})
-    page.open(f"/?template={EXAMPLE.stem}&source=qr-lora")
     saved = json.loads(EXAMPLE.read_text(encoding="utf-8"))
+    page.open()
+    page.load_template(EXAMPLE.stem)
     page.wait("return app.graph.nodes.length === arguments[0]", 30, len(saved["nodes"]))
     page.wait(f"return {PANELS}.length === 2")
     assert page.js("return Object.keys(app.graph.links).length || app.graph.links.size") == len(saved["links"])

@@ -9,7 +9,7 @@ from demo import server as instance
 from tests.host.conftest import HOST, run_probe
 
 NODES = "LoadResidual LoadDeltaR Merge Apply SaveResidual SaveDeltaR ExportLoRA Train TrainOptions Similarity"
-NODES += " ScaleSweep ContactSheet BlockScale CreateHook Schedule Prompt"
+NODES += " ScaleSweep ContactSheet BlockScale CreateHook Schedule Prompt ToyModel ToyAdapter ToyTextEncoder ToyVAE"
 
 
 def older_hosts():

@@ -7,10 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from demo import server as instance
 from demo.server import GOLDEN, PACK, WorkflowError, ran
 from demo.workflow import is_widget
-from tests.host.conftest import HOST
 
 WORKFLOW = json.loads((PACK / "tests" / "workflows" / "merge_api.json").read_text())
 SNAPSHOT = PACK / "tests" / "host" / "object_info.json"
@@ -146,9 +144,9 @@ def test_numbers_out_of_range_are_refused(server, alpha):
 def test_bad_files_fail_with_the_reason_and_leave_the_server_usable(server, golden):
     folder = server.base / "models" / "qrlora"
     good = (folder / "official_style.safetensors").read_bytes()
-    (folder / "cut.safetensors").write_bytes(good[:5000])
+    (folder / "damaged.safetensors").write_bytes(good[:5000])
     (folder / "lora.safetensors").write_bytes((server.base / "models" / "vae" / "test_vae.safetensors").read_bytes())
-    for name, words in (("cut", "not a readable safetensors"), ("lora", "is not an adapter")):
+    for name, words in (("damaged", "not a readable safetensors"), ("lora", "is not an adapter")):
         graph = workflow()
         graph["2"]["inputs"]["delta_r_name"] = f"{name}.safetensors"
         with pytest.raises(WorkflowError, match=words):
@@ -210,16 +208,10 @@ def test_web_files_are_served(server):
     assert any("qr-lora/qrlora.js" in name for name in server.get("/extensions"))
 
 
-def test_loads_without_diffusers_and_accelerate(tmp_path):
+def test_loads_without_diffusers_and_accelerate(bare_server):
     """The trainer's libraries are not needed to use the nodes."""
-    (tmp_path / "block").mkdir()
-    (tmp_path / "block" / "sitecustomize.py").write_text(
-        "import sys\nfor name in ('diffusers', 'accelerate', 'peft'):\n    sys.modules[name] = None\n"
-    )
-    base = instance.make_base(tmp_path / "base")
-    with instance.Server(HOST, base, {"PYTHONPATH": str(tmp_path / "block")}) as running:
-        running.queue(workflow())
-        assert "IMPORT FAILED" not in running.log.read_text()
+    bare_server.queue(workflow())
+    assert "IMPORT FAILED" not in bare_server.log.read_text()
 
 
 def test_translations_cover_every_node_and_input(server):

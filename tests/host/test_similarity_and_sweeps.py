@@ -10,10 +10,8 @@ from PIL import Image, ImageChops, ImageDraw
 from safetensors.torch import load_file, save_file
 
 import qrlora_core as core
-from demo import server as instance
 from demo.server import GOLDEN, WorkflowError
 from qrlora_plots import text
-from tests.host.conftest import HOST
 from tests.host.test_server import gap, node, output, workflow
 
 ADAPTERS = {"style": "2", "content": "3"}
@@ -84,18 +82,14 @@ def test_similarity_draws_and_tells_the_numbers(server, fixed):
         assert "#{:02X}{:02X}{:02X}".format(*pixel) == wanted_colour, layer["name"]
 
 
-def test_similarity_without_matplotlib(tmp_path):
+def test_similarity_without_matplotlib(bare_server):
     """The numbers are there, the picture is text, and the node says what to install."""
-    (tmp_path / "block").mkdir()
-    (tmp_path / "block" / "sitecustomize.py").write_text("import sys\nsys.modules['matplotlib'] = None\n")
-    base = instance.make_base(tmp_path / "base")
-    with instance.Server(HOST, base, {"PYTHONPATH": str(tmp_path / "block")}) as running:
-        entry = running.queue(similarity())
-        assert len(json.loads(entry["outputs"]["numbers"]["text"][0])["layers"]) == 15
-        assert "-m pip install matplotlib" in entry["outputs"]["similar"]["text"][0]
-        assert 100 < picture(running, entry, "saved").height < 1000
-        sheet = running.queue(sweep_graph("1", "0, 1"))
-        assert picture(running, sheet, "sheet").width > 300
+    entry = bare_server.queue(similarity())
+    assert len(json.loads(entry["outputs"]["numbers"]["text"][0])["layers"]) == 15
+    assert "-m pip install matplotlib" in entry["outputs"]["similar"]["text"][0]
+    assert 100 < picture(bare_server, entry, "saved").height < 1000
+    sheet = bare_server.queue(sweep_graph("1", "0, 1"))
+    assert picture(bare_server, sheet, "sheet").width > 300
 
 
 def sweep_graph(alphas, betas, **sheet):

@@ -5,19 +5,17 @@ spaces, umlauts and Chinese characters.
 """
 
 import json
-import subprocess
-import sys
+from typing import NamedTuple
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from demo import server as instance
 from demo.server import WorkflowError
 from tests.host import training
-from tests.host.conftest import HOST
 from tests.host.training import (
+    OPTIONS,
     Client,
     adapter_names,
     children,
@@ -31,36 +29,20 @@ from tests.host.training import (
 )
 
 VAE = "ae.safetensors"
+CONTENT, STYLE = "M\u00fcller \u732b/content", "M\u00fcller \u732b/style"
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory, clip_file):
-    folder = tmp_path_factory.mktemp("real")
-    vae = training.write_vae(folder / "ae.safetensors")
-    base = training.make_base(folder, clip_file, vae)
-    with instance.Server(HOST, base, owner_environment(base)) as running:
-        running.patience = 400.0  # each training starts Python, torch and diffusers twice
-        yield running
-        assert not children(running)
+STEPS = 100  # so many that a Cancel after the first one comes before the last
 
 
-def owner_environment(base):
-    """ComfyUI's own interpreter where it has the trainer's packages, otherwise that of the tests, as an owner would."""
-    code = "import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, ('diffusers', 'accelerate'))))"
-    if subprocess.run([instance.interpreter(HOST), "-c", code], check=False).returncode == 0:
-        return {}
-    (base / "owner.json").write_text(json.dumps({"python": sys.executable}))
-    return {"QRLORA_CONFIG": str(base / "owner.json")}
-
-
-def whole_graph(steps=6):
-    """Two Train nodes, a merge, the patched model, a sampler, pictures."""
-    graph = train_graph("M\u00fcller \u732b/content", {"sample_every": 3}, vae=VAE, steps=steps, trigger="<c>", seed=1)
+def whole_graph(steps=STEPS, processes=1):
+    """Two Train nodes, a merge, the patched model, a sampler, pictures; the style by several processes, if so."""
+    graph = train_graph(CONTENT, {"sample_every": STEPS // 2}, vae=VAE, steps=steps, trigger="<c>", seed=1)
     graph["batch"] = node("ImageBatch", image1=["picture", 0], image2=["picture", 0])
     graph["train"]["inputs"]["images"] = ["batch", 0]
-    graph["style"] = train_node(
-        "M\u00fcller \u732b/style", trigger="<s>", steps=steps, seed=1, dataset="S\u00e4tze \u56fe", images=None
-    )
+    graph["style"] = train_node(STYLE, trigger="<s>", steps=steps, seed=1, dataset="S\u00e4tze \u56fe", images=None)
+    graph["style"]["inputs"]["options"] = ["options of style", 0]
+    graph["options of style"] = node("QRLoRATrainOptions", **{**OPTIONS, "processes": processes})
     graph |= {
         "model": node("UNETLoader", unet_name="flux 768 \u00e9.safetensors", weight_dtype="default"),
         "merge": node(
@@ -97,59 +79,71 @@ def whole_graph(steps=6):
     return graph
 
 
-def test_pictures_to_picture(server):
-    """Everything in one graph, watched as a page would watch it."""
+class Whole(NamedTuple):
+    """What came of the whole graph: its history entry, its ticket, and what a page heard."""
+
+    entry: dict
+    ticket: str
+    client: Client
+
+
+@pytest.fixture(scope="module")
+def whole(server):
+    """Everything in one graph, once, watched as a page would watch it; the tests below read what came of it."""
     client = Client(server)
-    ticket = server.submit(whole_graph(), client.id)
+    ticket = server.submit(whole_graph(processes=2), client.id)
     for _ in range(2):  # in whichever order the host takes them
         ended = client.listen(240, lambda data: data["state"] in ("finished", "failed", "stopped"))
         assert ended and ended["state"] == "finished", ended
     entry = server.wait(ticket)
     client.close()
-    outputs = entry["outputs"]
+    return Whole(entry, ticket, client)
+
+
+def test_pictures_to_picture(server, whole):
+    outputs = whole.entry["outputs"]
     assert len(outputs["save"]["images"]) == 1 and len(outputs["curve"]["images"]) == 1
-    assert len(outputs["samples"]["images"]) == 2  # of steps 3 and 6
-    name = "M\u00fcller \u732b/content.safetensors"
-    assert outputs["name"]["text"] == [name]
+    assert len(outputs["samples"]["images"]) == 2
+    assert outputs["name"]["text"] == [f"{CONTENT}.safetensors"]
     assert "adapter written" in outputs["log"]["text"][0]
     assert "15 layers" in outputs["apply"]["text"][0] and "one basis" in outputs["merge"]["text"][0]
     listed = {one.replace("\\", "/") for one in adapter_names(server)}
-    assert {name, "M\u00fcller \u732b/style.safetensors"} <= listed and not any("runs/" in one for one in listed)
-    check_messages(client, ticket)
-    check_adapter(server, name)
+    assert {f"{CONTENT}.safetensors", f"{STYLE}.safetensors"} <= listed and not any("runs/" in one for one in listed)
 
 
-def check_messages(client, ticket):
+def test_messages(whole):
     """At most five messages a second, all steps, in order, with queue entry and run; progress, but no picture."""
+    client = whole.client
     ours = [(when, one["data"]) for when, one in client.heard if one["type"] == "qrlora.train"]
     mine = [data for _, data in ours if data["node"] == "train"]
-    assert all(data["prompt_id"] == ticket for _, data in ours)
+    assert all(data["prompt_id"] == whole.ticket for _, data in ours)
     states = [data["state"] for data in mine]
     assert states[0] == "preparing" and states[-1] == "finished" and "running" in states
     events = [event for data in mine for event in data["events"]]
-    assert [event["step"] for event in events if event["event"] == "step"] == [1, 2, 3, 4, 5, 6]
-    assert [event["step"] for event in events if event["event"] == "sample"] == [3, 6]
+    assert [event["step"] for event in events if event["event"] == "step"] == [*range(1, STEPS + 1)]
+    assert [event["step"] for event in events if event["event"] == "sample"] == [STEPS // 2, STEPS]
     running = [when for when, data in ours if data["state"] == "running"]
     assert all(later - earlier > 0.1 for earlier, later in zip(running, running[3:]))
     progress = [one["data"] for _, one in client.heard if one["type"] == "progress" and one["data"]["node"] == "train"]
-    assert any(data["value"] == 6 and data["max"] == 6 for data in progress)
+    assert any(data["value"] == data["max"] == STEPS for data in progress)
     assert not any(one["type"] == "preview" for _, one in client.heard), "the host would show it below the panel"
 
 
-def check_adapter(server, name):
+def test_adapter(server, whole):
     """Rank, trigger and prompt; trained, and not at any absolute path."""
-    path = server.base / "output" / "qrlora" / name
+    path = server.base / "output" / "qrlora" / f"{CONTENT}.safetensors"
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
     assert metadata["qrlora.trigger"] == "<c>" and metadata["qrlora.prompt"] == "a photo of a <c> dog"
-    assert metadata["qrlora.steps"] == "6" and metadata["modelspec.title"] == "content"
+    assert metadata["qrlora.steps"] == str(STEPS) and metadata["modelspec.title"] == "content"
     assert str(server.base) not in json.dumps(metadata)
     down = [tensor for key, tensor in load_file(path).items() if "lora_A" in key]
     assert len(down) == 15 and all(float(tensor.abs().max()) > 0 for tensor in down)
 
 
-def test_training_sees_what_sampling_sees(server):
-    """The cache holds the very conditioning and latents of the stock nodes."""
+def test_training_sees_what_sampling_sees(fake):
+    """The cache holds the very conditioning and latents of the stock nodes. No trainer has to open it for that."""
+    server = fake
     graph = train_graph("seen", vae=VAE, steps=1)
     graph["crop"] = node(
         "ImageScale", image=["picture", 0], upscale_method="lanczos", width=64, height=64, crop="center"
@@ -174,9 +168,14 @@ def run_of(server, name):
     return [path for path in runs(server) if path.name.startswith(f"{name}-")][-1]
 
 
-def test_interrupted_and_resumed_equals_uninterrupted(server):
-    """Cancel in the middle, queue again: the adapter is bit-equal to one trained in one go."""
-    graph = train_graph("paused", {"stop_seconds": 60.0, "checkpoint_every": 0}, vae=VAE, steps=25, seed=3)
+def test_interrupted_and_resumed_equals_uninterrupted(server, whole):
+    """Cancel in the middle, queue again: the adapter is bit-equal to that of the whole graph, trained in one go."""
+    run_of(server, "content").rename(server.base / "elsewhere")  # otherwise its result would be found
+    graph = whole_graph()
+    for name in ("style", "options of style", "merge", "apply", "sampler", "decode", "save", "samples", "curve"):
+        del graph[name]
+    graph["train"]["inputs"]["output_name"] = "paused"
+    graph["options"]["inputs"] |= {"stop_seconds": 60.0, "checkpoint_every": 0}
     ticket = server.submit(graph)
     wait_for(server, lambda job: job["run"].startswith("paused") and steps_of(job), 120)
     interrupt(server)
@@ -185,17 +184,13 @@ def test_interrupted_and_resumed_equals_uninterrupted(server):
     job = state(server)
     assert job["state"] == "stopped" and not children(server)
     stopped = next(event for event in job["events"] if event["event"] == "stopped")
-    assert 0 < stopped["step"] < 25
+    assert 0 < stopped["step"] < STEPS
     server.queue(graph)
     started = next(event for event in state(server)["events"] if event["event"] == "started")
     assert started["first_step"] == stopped["step"]
-    straight = train_graph("straight", {"stop_seconds": 60.0, "checkpoint_every": 0}, vae=VAE, steps=25, seed=3)
-    run_of(server, "paused").rename(server.base / "elsewhere")  # otherwise the result would be found
-    server.queue(straight)
-    (server.base / "elsewhere").rename(server.base / "output" / "qrlora" / "runs" / "paused-moved")
-    one, other = (
-        load_file(server.base / "output" / "qrlora" / f"{name}.safetensors") for name in ("paused", "straight")
-    )
+    (server.base / "elsewhere").rename(server.base / "output" / "qrlora" / "runs" / "content-moved")
+    folder = server.base / "output" / "qrlora"
+    one, other = (load_file(folder / f"{name}.safetensors") for name in ("paused", CONTENT))
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
@@ -203,11 +198,9 @@ def steps_of(job):
     return [event["step"] for event in job["events"] if event["event"] == "step"]
 
 
-def test_two_processes(server):
-    """accelerate launch from the node; the launcher's processes go with it."""
-    entry = server.queue(train_graph("two processes", {"processes": 2}, vae=VAE, steps=2))
-    assert "finished: two processes.safetensors" in entry["outputs"]["train"]["text"][0]
-    events = (run_of(server, "two processes") / "events.jsonl").read_text(encoding="utf-8")
+def test_two_processes(server, whole):
+    """accelerate launch from the node: one training of two processes, not two trainings."""
+    events = (run_of(server, "style") / "events.jsonl").read_text(encoding="utf-8")
     assert events.count('"event":"started"') == events.count('"event":"finished"') == 1, "each trained by itself"
 
 
@@ -220,17 +213,10 @@ def test_a_model_that_is_not_flux(server):
     assert "Training cannot start" in text and "choose a FLUX.1 model" in text
 
 
-def test_a_clip_of_another_width(server):
-    """The trainer's own refusal reaches the user: the golden FLUX takes texts of width 64."""
-    with pytest.raises(WorkflowError) as error:
-        server.queue(train_graph("narrow", vae=VAE, model_name="base_bfl.safetensors"))
-    assert "the texts have widths (768, 768), the model takes (64, 64)" in training.text_of(error)
-
-
-def test_a_sample_is_served_as_a_picture(server):
+def test_a_sample_is_served_as_a_picture(server, whole):
     import urllib.parse
     import urllib.request
 
     name = urllib.parse.quote(run_of(server, "content").name)
-    with urllib.request.urlopen(f"{server.url}/qrlora/train/sample?run={name}&step=6", timeout=10) as answer:
+    with urllib.request.urlopen(f"{server.url}/qrlora/train/sample?run={name}&step={STEPS}", timeout=10) as answer:
         assert answer.headers["Content-Type"] == "image/png" and answer.read().startswith(b"\x89PNG")

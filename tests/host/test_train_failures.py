@@ -22,7 +22,7 @@ from demo.server import PACK, WorkflowError
 from tests.host import training
 from tests.host.conftest import HOST
 from tests.host.training import (
-    FakeServer,
+    TrainingServer,
     adapter_names,
     children,
     interrupt,
@@ -38,20 +38,11 @@ pytestmark = pytest.mark.skipif(os.name == "nt", reason="the fake trainer uses s
 MERGE = json.loads((PACK / "tests" / "workflows" / "merge_api.json").read_text())
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory, clip_file):
-    base = training.make_base(tmp_path_factory.mktemp("fake"), clip_file)
-    with FakeServer(HOST, base) as running:
-        yield running
-
-
 @pytest.fixture(autouse=True)
-def clean(server):
+def clean(fake):
     yield
-    running = server
-    running.play("ok")
-    assert not children(running), "a process is left"
-    left = [path for path in running.base.rglob("*") if path.name.endswith(".tmp") and path.name != "checkpoints.tmp"]
+    assert not children(fake), "a process is left"
+    left = [path for path in fake.base.rglob("*") if path.name.endswith(".tmp") and path.name != "checkpoints.tmp"]
     assert not left, "a half-written file is left"
 
 
@@ -484,42 +475,38 @@ def test_full_disk(server, tmp_path):
     assert usable(server)
 
 
-def test_two_servers_with_the_same_name_and_inputs(server, tmp_path):
+@pytest.fixture(scope="module")
+def other(server):
+    """Another ComfyUI over the same folders; the last test that uses it may kill it."""
+    log = server.log.with_name("other.log")
+    with TrainingServer(HOST, server.base, log=log) as running:
+        yield running
+
+
+def test_two_servers_with_the_same_name_and_inputs(server, other):
     """One trains, the other waits for it and takes its result."""
     server.play("ok", seconds=0.15)
-    with SecondServer(server) as other:
-        graph = train_graph("shared", seed=60, steps=20)
-        tickets = [(one, one.submit(graph)) for one in (server, other)]
-        texts = [one.wait(ticket)["outputs"]["train"]["text"][0] for one, ticket in tickets]
+    graph = train_graph("shared", seed=60, steps=20)
+    tickets = [(one, one.submit(graph)) for one in (server, other)]
+    texts = [one.wait(ticket)["outputs"]["train"]["text"][0] for one, ticket in tickets]
     assert sorted(text.split(":")[0] for text in texts) == ["already trained", "finished"]
     assert len(runs_of(server, "shared")) == 1 and count_starts(server, "shared") == 1
 
 
-class SecondServer(FakeServer):
-    """Another ComfyUI over the same folders."""
-
-    def __init__(self, server):
-        super().__init__(HOST, server.base)
-        self.log = server.log
-        self.play("ok", seconds=0.15)
-
-
-def test_comfyui_killed(tmp_path, clip_file):
-    """The trainer ends within five seconds, and the next ComfyUI goes on."""
-    base = training.make_base(tmp_path, clip_file)
-    with FakeServer(HOST, base) as first:
-        first.play("ok", seconds=0.3)
-        first.submit(train_graph("orphan"))
-        wait_for(first, running_step)
-        trainers = children(first)
-        assert len(trainers) == 1
-        first.process.kill()
-        first.process.wait()
+def test_comfyui_killed(server, other):
+    """The trainer ends within five seconds, and another ComfyUI over the same folders goes on."""
+    server.play("ok", seconds=0.3)
+    other.submit(train_graph("orphan"))
+    wait_for(other, running_step)
+    trainers = children(other)
+    assert len(trainers) == 1
+    other.process.kill()
+    other.process.wait()
     gone, left = psutil.wait_procs(trainers, timeout=5)
     assert gone and not left
-    with FakeServer(HOST, base) as second:
-        entry = second.queue(train_graph("orphan"))
-        assert "finished" in entry["outputs"]["train"]["text"][0]
+    server.play("ok")
+    entry = server.queue(train_graph("orphan"))
+    assert "finished" in entry["outputs"]["train"]["text"][0]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from demo.server import GOLDEN, PACK, ran
 from tests.host.test_patching import NODES, older_hosts
 
 WORKFLOW = json.loads((PACK / "tests" / "workflows" / "merge_api.json").read_text(encoding="utf-8"))
-HELPERS = {"QRLoRATestConditioning", "QRLoRATestForward"}
+HELPERS = {"QRLoRATestConditioning", "QRLoRATestForward", "QRLoRATestSaveConditioning"}
 
 
 @pytest.fixture(scope="module")

@@ -2,12 +2,12 @@
 
 import json
 import os
+import subprocess
 import sys
 import time
 import urllib.request
 import uuid
 import zlib
-from pathlib import Path
 
 import numpy as np
 import psutil
@@ -278,23 +278,35 @@ def runs(server):
     return sorted(path for path in (server.base / "output" / "qrlora" / "runs").glob("*") if path.name[0] != "_")
 
 
-class FakeServer(instance.Server):
-    """A server whose trainer is the fake one."""
+class TrainingServer(instance.Server):
+    """A server whose owner's file names the real trainer, or the fake one for as long as a test plays it."""
 
-    def __init__(self, host, base):
-        python = base / "fake python"
-        python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{FAKE}" "$@"\n')
-        python.chmod(0o755)
-        (base / "owner.json").write_text(json.dumps({"python": str(python)}))
-        self.python = python
-        self.part = base / "part.json"
-        self.play("ok")
-        super().__init__(host, base, {"QRLORA_CONFIG": str(base / "owner.json"), "QRLORA_FAKE": str(self.part)})
+    def __init__(self, host, base, environment=None, log=None):
+        self.part, self._owner, self._real = base / "part.json", base / "owner.json", real_python(host)
+        self._fake = base / "fake python"
+        self._fake.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{FAKE}" "$@"\n')
+        self._fake.chmod(0o755)
+        if not self._owner.is_file():  # a second server over the same folders plays what the first one does
+            self.train_really()
+        environment = {"QRLORA_CONFIG": str(self._owner), "QRLORA_FAKE": str(self.part), **(environment or {})}
+        super().__init__(host, base, environment, log)
 
     def play(self, scenario, **more):
-        """What the next trainer does."""
+        """What the next trainer does: a scenario of the fake one."""
         self.part.write_text(json.dumps({"scenario": scenario, **more}))
-        os.utime(self.python)  # as if it were installed anew: what it answered before does not count
+        os.utime(self._fake)  # as if it were installed anew: what it answered before does not count
+        self._owner.write_text(json.dumps({"python": str(self._fake)}))
+
+    def train_really(self):
+        """The next trainer is the real one."""
+        self._owner.write_text(json.dumps({"python": self._real}))
+
+
+def real_python(host):
+    """ComfyUI's own interpreter where it has the trainer's packages, otherwise that of the tests."""
+    code = "import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, ('diffusers', 'accelerate'))))"
+    own = instance.interpreter(host)
+    return own if subprocess.run([own, "-c", code], check=False).returncode == 0 else sys.executable
 
 
 def text_of(error):
@@ -308,8 +320,3 @@ def text_of(error):
 def adapter_names(server):
     listed = server.get("/object_info/QRLoRALoadDeltaR")["QRLoRALoadDeltaR"]["input"]["required"]["delta_r_name"]
     return listed[1]["options"] if isinstance(listed[0], str) else listed[0]
-
-
-def python_with_trainer():
-    """An interpreter that has diffusers and accelerate: the tests' own."""
-    return Path(sys.executable)

@@ -16,7 +16,10 @@ from tests.nodes.pack import ROOT, load
 process, watching, runs = load("training.process"), load("training.watch"), load("training.runs")
 feeds, wording = load("training.feed"), load("training.wording")
 FAKE = ROOT / "tests" / "fake_trainer.py"
-pytestmark = pytest.mark.skipif(os.name == "nt", reason="the fake trainer uses signals and limits of POSIX")
+pytestmark = [
+    pytest.mark.process,
+    pytest.mark.skipif(os.name == "nt", reason="the fake trainer uses signals and limits of POSIX"),
+]
 
 
 @pytest.fixture

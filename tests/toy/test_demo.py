@@ -1,41 +1,58 @@
 """The demo without ComfyUI, shortened: both trainings by the trainer's own command, sheet, similarity, numbers."""
 
+import contextlib
+import io
 import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from demo import story as demo
-from demo.concepts import CONTENT, STYLE, read_picture
+from demo.concepts import CONTENT, PACK, STYLE, read_picture
 from demo.judge import Row, experiments, summary, verdict
 from demo.pictures import BARRED, HEART, SUNSET
 from demo.reader import read
-from qrlora_core import open_adapter
 from qrlora_plots import contact_sheet
 
 
+class Told(NamedTuple):
+    """A demo's folder, its exit code, and what it printed."""
+
+    out: Path
+    code: int
+    printed: str
+
+
 @pytest.fixture(scope="module")
-def short(tmp_path_factory):
-    """The folder of a demo of few steps, so fast that the update can be seen after them."""
+def told(tmp_path_factory):
+    """The story by its own command line, in four steps of each training: enough to change what is drawn."""
     out = tmp_path_factory.mktemp("demo")
-    demo.train(out, {"steps": 4, "rank": 4, "alpha": 4.0, "learning_rate": 0.05})
-    return out
+    (out / "toy_style.safetensors").write_bytes(b"of an earlier demo, which is replaced")
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        code = demo.main(["--headless", "--out", str(out), "--steps", "4", "--pictures", "1"])
+    return Told(out, code, printed.getvalue())
 
 
 @pytest.fixture(scope="module")
-def adapters(short):
-    return demo.opened(short)
+def adapters(told):
+    return demo.opened(told.out)
 
 
-def test_both_adapters_are_trained_on_one_picture_each(short, adapters):
+@pytest.mark.process
+def test_both_adapters_are_trained_on_one_picture_each(told, adapters):
     for concept, adapter in ((STYLE, adapters.style), (CONTENT, adapters.content)):
         assert len(adapter.layers) == 36 and adapter.method == "delta_r_triangular"
         assert adapter.metadata["qrlora.steps"] == "4" and adapter.metadata["qrlora.trigger"] == concept.trigger
         assert any(adapter.layer(name).down.abs().max() > 0 for name in adapter.layers)
-        assert read(read_picture(short / f"{concept.name}.png")) == [concept.look]
+        assert read(read_picture(told.out / f"{concept.name}.png")) == [concept.look]
 
 
+@pytest.mark.process
 def test_the_sheet_has_a_labelled_cell_for_every_alpha_and_beta(adapters):
     model = demo.load_toy()
     labels, pictures = demo.grid_pictures(model, adapters, "0, 0.5, 1")
@@ -51,24 +68,24 @@ def test_the_sheet_has_a_labelled_cell_for_every_alpha_and_beta(adapters):
     assert all(one.tobytes() == other.tobytes() for one, other in zip(pictures, again))
 
 
-def test_show_writes_sheet_similarity_and_numbers(short, capsys):
-    good = demo.show(short, pictures=2)
-    assert not good, "four steps teach nothing"
-    printed = capsys.readouterr().out
-    rows = json.loads((short / demo.NUMBERS).read_text())
+@pytest.mark.process
+def test_it_writes_sheet_similarity_and_numbers_and_ends_with_what_it_found(told):
+    assert told.code == 1, "four steps teach nothing"
+    rows = json.loads((told.out / demo.NUMBERS).read_text())
     assert [row["title"] for row in rows] == [one.name for one in experiments()]
-    assert all(row["title"] in printed for row in rows) and "Neither adapter" in printed
-    assert Image.open(short / demo.SHEET).width > 5 * 160
-    assert Image.open(short / demo.SIMILARITY).size == (1600, 2300)
+    assert all(row["title"] in told.printed for row in rows) and "Neither adapter" in told.printed
+    assert Image.open(told.out / demo.SHEET).width > 5 * 160
+    assert Image.open(told.out / demo.SIMILARITY).size == (1600, 2300)
 
 
-def test_the_command_line_ends_with_what_it_found(tmp_path):
-    short = ["--headless", "--out", str(tmp_path), "--steps", "1", "--pictures", "1"]
-    (tmp_path / "toy_style.safetensors").write_bytes(b"of an earlier demo, which is replaced")
-    assert demo.main(short) == 1
-    assert (tmp_path / demo.SHEET).is_file() and open_adapter(tmp_path / "toy_style.safetensors").layers
+@pytest.mark.process
+def test_what_libraries_say_about_themselves_is_not_printed():
+    code = "from demo.model import load_toy, new_model; load_toy(), new_model()"
+    done = subprocess.run([sys.executable, "-c", code], cwd=PACK, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+@pytest.mark.process
 def test_what_the_trainer_refuses_ends_the_demo(tmp_path, capfd):
     assert demo.main(["--headless", "--out", str(tmp_path), "--steps", "0"]) == 2
     assert "steps" in capfd.readouterr().err

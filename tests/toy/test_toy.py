@@ -7,12 +7,12 @@ import torch
 from safetensors import safe_open
 
 from demo import pictures, reader
-from demo.comfy_pack.features import TEXT_LENGTH, text_features, to_latents, to_pictures, word_feature, words
 from demo.layout import save_comfy, to_comfy
 from demo.model import WEIGHTS, load_toy, new_model, pack, sample, unpack
 from demo.pictures import Look, caption, combinations, draw
 from demo.pretrain import EVERYWHERE, Stage, comparison, pretrain
 from demo.small_flux import base_weights, golden_flux
+from demo.toy.features import TEXT_LENGTH, text_features, to_latents, to_pictures, word_feature, words
 
 RED = [-1, -1, -1, 1, -1, -1, 1, -1]
 

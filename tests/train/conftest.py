@@ -21,7 +21,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def small_cache(path, *, class_pictures=0, mask=False, flip=False, seed=0, **more):
+def small_cache(path, *, class_pictures=0, mask=False, flip=False, seed=0, width=64, **more):
     """Three pictures in two buckets and one caption; sizes that the golden model takes."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -35,7 +35,8 @@ def small_cache(path, *, class_pictures=0, mask=False, flip=False, seed=0, **mor
     sizes = [(4, 4), (4, 4), (6, 4)] + [(4, 4)] * class_pictures
     items = [CacheItem(f"p{i}.png", 1, "a caption", 1, i >= 3) for i in range(len(sizes))]
     texts = [
-        EncodedText(torch.randn(5, 64, generator=generator), torch.randn(64, generator=generator)) for _ in range(2)
+        EncodedText(torch.randn(5, width, generator=generator), torch.randn(width, generator=generator))
+        for _ in range(2)
     ]
     return save_cache(path, items, [picture(*size) for size in sizes], texts, empty_text=0, **more)
 

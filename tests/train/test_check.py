@@ -35,6 +35,7 @@ from train.run.flow import velocity
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.process
 def test_an_interpreter_without_packages(tmp_path):
     """The commands name that very interpreter, and nothing but the standard library is needed to say so."""
     venv.create(tmp_path / "bare", with_pip=False)

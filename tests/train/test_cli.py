@@ -72,6 +72,7 @@ def test_every_setting_has_a_flag(command, kind):
     assert {f"--{one.name.replace('_', '-')}" for one in fields(kind)} <= flags
 
 
+@pytest.mark.process
 def test_help_on_a_terminal_that_knows_few_letters():
     """Windows pipes take the letters of one code page; the help text has a Greek one."""
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}

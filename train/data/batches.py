@@ -84,8 +84,8 @@ class Sampler:
         """Draw number `draw` of `draws` for a validation loss: one picture, sigma spread evenly over 0 to 1."""
         items = [index for bucket in self._buckets.values() for index in dict.fromkeys(bucket)]
         index = items[draw % len(items)]
-        one = self._draw(index, draw, 0, fixed=True)
-        return _stacked([one])._replace(sigmas=torch.tensor([(draw + 0.5) / draws]))
+        drawn = self._draw(index, draw, 0, fixed=True)
+        return _stacked([drawn])._replace(sigmas=torch.tensor([(draw + 0.5) / draws]))
 
     def _shuffled(self, which: int) -> list[list[int]]:
         size = self.config.batch_size
@@ -136,13 +136,15 @@ def generator_of(seed: int, *what: object) -> torch.Generator:
 
 def _stacked(draws: Sequence[Batch]) -> Batch:
     mask = None
-    if any(one.mask is not None for one in draws):
-        mask = torch.stack([one.mask if one.mask is not None else torch.ones(one.latents.shape[1:]) for one in draws])
+    if any(drawn.mask is not None for drawn in draws):
+        mask = torch.stack(
+            [drawn.mask if drawn.mask is not None else torch.ones(drawn.latents.shape[1:]) for drawn in draws]
+        )
     return Batch(
-        torch.stack([one.latents for one in draws]),
-        torch.stack([one.noise for one in draws]),
-        torch.stack([one.sigmas for one in draws]),
-        _stacked_texts([one.text for one in draws]),
+        torch.stack([drawn.latents for drawn in draws]),
+        torch.stack([drawn.noise for drawn in draws]),
+        torch.stack([drawn.sigmas for drawn in draws]),
+        _stacked_texts([drawn.text for drawn in draws]),
         mask,
     )
 

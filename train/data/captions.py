@@ -102,8 +102,8 @@ def with_trigger(text: str, trigger: str) -> str:
 
 def caption_warnings(captions: Iterable[str], trigger: str) -> list[str]:
     """What is probably not meant, in sentences: a trigger that no caption holds is never learned."""
-    known = list(captions)
-    if trigger.strip() and known and not any(trigger.strip() in caption for caption in known):
+    listed = list(captions)
+    if trigger.strip() and listed and not any(trigger.strip() in caption for caption in listed):
         return [
             f"no caption holds the trigger {trigger.strip()!r}, so it will call nothing: write {TRIGGER_PLACEHOLDER} "
             f"where it belongs, as in {DEFAULT_PROMPT!r}"

@@ -92,10 +92,10 @@ def require_pipeline(path: Path) -> None:
     """
     require_package("transformers", "a pipeline folder's text encoders")
     if not (path / "model_index.json").is_file():
-        found = "is a file" if path.is_file() else "has no model_index.json" if path.is_dir() else "does not exist"
+        state = "is a file" if path.is_file() else "has no model_index.json" if path.is_dir() else "does not exist"
         raise TrainError(
             "model",
-            f"the pipeline folder {str(path)!r} {found}. Expected a local diffusers FLUX.1 folder with the sub-folders "
+            f"the pipeline folder {str(path)!r} {state}. Expected a local diffusers FLUX.1 folder with the sub-folders "
             "vae, text_encoder, text_encoder_2, tokenizer and tokenizer_2; nothing is downloaded",
         )
 
@@ -161,10 +161,11 @@ def _encode_texts(config: EncodeConfig, texts: Sequence[str], device: torch.devi
         "text encoders and tokenizers",
     )
     for part, encoder in (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")):
-        known, wanted = len(getattr(pipeline, part)), getattr(pipeline, encoder).config.vocab_size
-        if known < wanted / 2:  # transformers makes an empty tokenizer where files are missing
+        words, expected = len(getattr(pipeline, part)), getattr(pipeline, encoder).config.vocab_size
+        if words < expected / 2:  # transformers makes an empty tokenizer where files are missing
             raise TrainError(
-                "model", f"the pipeline folder's {part} has a vocabulary of {known}, {encoder} of {wanted}: files lack"
+                "model",
+                f"the pipeline folder's {part} has a vocabulary of {words}, {encoder} of {expected}: files lack",
             )
     encoded = []
     for text in tqdm(texts, desc="captions"):
@@ -203,8 +204,8 @@ def _encode_picture(config: EncodeConfig, vae: Any, path: Path, number: int) -> 
     x, y = torch.rand(2, generator=generator).tolist()
     cut = fitted(picture, size, (0.5, 0.5) if config.center_crop else (x, y))
 
-    def latent(one: Image.Image) -> Tensor:
-        pixels = torch.from_numpy(np.asarray(one.convert("RGB"), dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
+    def latent(image: Image.Image) -> Tensor:
+        pixels = torch.from_numpy(np.asarray(image.convert("RGB"), dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
         distribution = vae.encode(pixels[None].to(vae.device, vae.dtype)).latent_dist
         drawn = distribution.mean
         if config.sample_latents:

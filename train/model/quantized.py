@@ -129,16 +129,16 @@ def quantization_of(
         raise _refused(layer, title, f"is stored as {name} and lacks its scales")
     local = f"{layer}.{scale}"
     if name == "mxfp8" and weight.dtype in _FLOAT8:
-        found = Quantization("mxfp8", (local,))
+        quantization = Quantization("mxfp8", (local,))
     elif name == "nvfp4" and weight.dtype == torch.uint8 and _SCALE_2 in siblings:
-        found = Quantization("nvfp4", (local, f"{layer}.{_SCALE_2}"))
+        quantization = Quantization("nvfp4", (local, f"{layer}.{_SCALE_2}"))
     elif name == "int8_tensorwise" and weight.dtype == torch.int8:
         group = int(parameters.get("convrot_groupsize", 256)) if parameters.get("convrot") else 0
-        found = Quantization("int8_convrot" if group else "int8", (local,), group)
+        quantization = Quantization("int8_convrot" if group else "int8", (local,), group)
     else:
         raise _refused(layer, title, f"is stored as {name} in {_words(weight)}, which is not known")
-    _require_fit(layer, found, siblings, scale, title)
-    return found
+    _require_fit(layer, quantization, siblings, scale, title)
+    return quantization
 
 
 def logical_shape(quantization: Quantization | None, stored: tuple[int, ...]) -> tuple[int, ...]:
@@ -198,16 +198,18 @@ def _without_config(
     return Quantization("fp8", (f"{layer}.{scale}",))
 
 
-def _require_fit(layer: str, found: Quantization, siblings: Mapping[str, TensorSpec], scale: str, title: str) -> None:
+def _require_fit(
+    layer: str, quantization: Quantization, siblings: Mapping[str, TensorSpec], scale: str, title: str
+) -> None:
     """Whether there are as many scales as the format needs, and columns that its blocks divide."""
-    rows, columns = logical_shape(found, siblings["weight"].shape)
+    rows, columns = logical_shape(quantization, siblings["weight"].shape)
     count = torch.Size(siblings[scale].shape).numel()
-    if found.format in ("mxfp8", "nvfp4"):
-        block = _MXFP8_BLOCK if found.format == "mxfp8" else _NVFP4_BLOCK
+    if quantization.format in ("mxfp8", "nvfp4"):
+        block = _MXFP8_BLOCK if quantization.format == "mxfp8" else _NVFP4_BLOCK
         tiles = -(-rows // _TILE_ROWS) * -(-(columns // block) // _TILE_COLUMNS)
         expected, group = {tiles * _TILE_ROWS * _TILE_COLUMNS}, block
     else:
-        expected, group = {1, rows}, found.group or 1
+        expected, group = {1, rows}, quantization.group or 1
         power = group
         while power % 4 == 0:
             power //= 4
@@ -217,7 +219,7 @@ def _require_fit(layer: str, found: Quantization, siblings: Mapping[str, TensorS
         raise _refused(
             layer,
             title,
-            f"is stored as {found.format} with {count} scales for {rows}x{columns} numbers; that does not fit",
+            f"is stored as {quantization.format} with {count} scales for {rows}x{columns} numbers; that does not fit",
         )
 
 

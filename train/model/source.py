@@ -166,16 +166,16 @@ def _recognised(stored: Mapping[str, TensorSpec], title: str) -> tuple[Backbone,
     Raises:
         TrainError: none of the families; the message says what it looks like.
     """
-    found = recognised(stored)
-    if found is not None:
-        return found
+    family = recognised(stored)
+    if family is not None:
+        return family
     kind = foreign(stored)
     *titles, last = (backbone.title for backbone in BACKBONES)
-    known = f"{', '.join(titles)} or {last}" if titles else last
+    titles_text = f"{', '.join(titles)} or {last}" if titles else last
     marks = ", ".join(backbone.file_mark or backbone.folder_mark for backbone in BACKBONES)
     raise TrainError(
         "model",
-        f"{title} is not a {known} transformer{f' but {kind}' if kind else ''}: it begins with "
+        f"{title} is not a {titles_text} transformer{f' but {kind}' if kind else ''}: it begins with "
         f"{', '.join(list(stored)[:3]) or 'nothing'}. Expected a ComfyUI file with {marks}, or a diffusers folder. "
         f"{BACKBONES[0].advice}",
     )
@@ -255,8 +255,8 @@ def _located(path: Path) -> Path:
     for folder in (path / "transformer", path):
         if folder.is_dir() and any(folder.glob("*.safetensors")):
             return folder
-    found = "holds no safetensors file" if path.is_dir() else "does not exist"
-    raise TrainError("model", f"the base model {str(path)!r} {found}; nothing is downloaded, so put it there first")
+    state = "holds no safetensors file" if path.is_dir() else "does not exist"
+    raise TrainError("model", f"the base model {str(path)!r} {state}; nothing is downloaded, so put it there first")
 
 
 def _require_all_files(folder: Path) -> None:

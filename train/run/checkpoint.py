@@ -150,10 +150,12 @@ def _require_tensors(checkpoint: Checkpoint, parameters: Mapping[str, tuple[int,
     for key, tensor in held.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
             raise ValueError(f"{key} holds NaN or Inf")
-    found = {key.removeprefix(PARAMETER): tuple(t.shape) for key, t in held.items() if key.startswith(PARAMETER)}
-    if found != dict(parameters):
-        different = sorted(name for name in found.keys() | parameters.keys() if found.get(name) != parameters.get(name))
-        raise ValueError(f"{different[0]} is {found.get(different[0])}, expected {parameters.get(different[0])}")
+    stored = {key.removeprefix(PARAMETER): tuple(t.shape) for key, t in held.items() if key.startswith(PARAMETER)}
+    if stored != dict(parameters):
+        different = sorted(
+            name for name in stored.keys() | parameters.keys() if stored.get(name) != parameters.get(name)
+        )
+        raise ValueError(f"{different[0]} is {stored.get(different[0])}, expected {parameters.get(different[0])}")
     entries: dict[str, set[str]] = {str(number): set() for number in range(len(parameters))}
     for key, tensor in held.items():
         if key.startswith(OPTIMIZER) and not key.startswith(f"{OPTIMIZER}group"):

@@ -21,8 +21,10 @@ from .flow import flow_loss, sample_latents
 from .lock import held_run_folder
 from .optim import optimizer_state
 from .output import save
-from .prepare import Run, make_accelerator, prepare
+from .prepare import prepare
+from .processes import make_accelerator
 from .reporter import Reporter
+from .state import TrainingState
 from .stop import Stopped, StopWatch
 
 
@@ -44,177 +46,177 @@ def fit(config: FitConfig, events: EventWriter | None = None, watch: StopWatch |
     watch = watch or StopWatch()
     accelerator = make_accelerator(config)
     with Reporter(events or EventWriter(None), accelerator.device, accelerator.is_main_process) as reporter:
-        run = None
+        state = None
         folder_lock = held_run_folder(Path(config.run_dir)) if accelerator.is_main_process else nullcontext()
         try:
             with folder_lock:
-                run = prepare(config, accelerator, reporter, watch)
-                reporter.emit("started", **_started(run))
-                train(run)
-                return save(run)
+                state = prepare(config, accelerator, reporter, watch)
+                reporter.emit("started", **_started(state))
+                train(state)
+                return save(state)
         except Stopped:
-            reporter.emit("stopped", **_stopped(run, Path(config.run_dir)))
+            reporter.emit("stopped", **_stopped(state, Path(config.run_dir)))
             raise
         finally:
             accelerator.end_training()
 
 
-def train(run: Run) -> None:
+def train(state: TrainingState) -> None:
     """Step until `config.steps`; checkpoints, samples and validation losses on the way."""
-    config, reporter = run.config, run.reporter
-    reporter.start_steps(run.done, config.steps)
-    while run.done < config.steps:
+    config, reporter = state.config, state.reporter
+    reporter.start_steps(state.done, config.steps)
+    while state.done < config.steps:
         try:
-            _agree_to_go_on(run)
-            loss = step(run)
+            _agree_to_go_on(state)
+            loss = step(state)
         except Stopped:
-            run.optimizer.zero_grad(set_to_none=True)  # a step that was not finished leaves no trace
-            if run.done:
-                checkpoint(run)
+            state.optimizer.zero_grad(set_to_none=True)  # a step that was not finished leaves no trace
+            if state.done:
+                checkpoint(state)
             raise
-        run.done += 1
-        reporter.step(run.done, config.steps, loss, run.scheduler.get_last_lr()[0])
-        if _due(run.done, config.validate_every):
-            reporter.emit("validation", step=run.done, loss=validation_loss(run))
-        if _due(run.done, config.checkpoint_every) or run.done == config.steps:
-            checkpoint(run)
-        if _due(run.done, config.sample_every):
-            sample(run)
+        state.done += 1
+        reporter.step(state.done, config.steps, loss, state.scheduler.get_last_lr()[0])
+        if _due(state.done, config.validate_every):
+            reporter.emit("validation", step=state.done, loss=validation_loss(state))
+        if _due(state.done, config.checkpoint_every) or state.done == config.steps:
+            checkpoint(state)
+        if _due(state.done, config.sample_every):
+            sample(state)
 
 
-def step(run: Run) -> float:
+def step(state: TrainingState) -> float:
     """One optimizer step; its mean loss over all processes.
 
     Raises:
         TrainError: reason "loss", when the loss is not finite; nothing was changed then.
     """
-    config, accelerator = run.config, run.accelerator
-    samplers = [(run.sampler, 1.0)]
-    if run.class_sampler and config.prior_weight:
-        samplers.append((run.class_sampler, config.prior_weight))
-    total = torch.zeros((), device=run.device)
+    config, accelerator = state.config, state.accelerator
+    samplers = [(state.sampler, 1.0)]
+    if state.class_sampler and config.prior_weight:
+        samplers.append((state.class_sampler, config.prior_weight))
+    total = torch.zeros((), device=state.device)
     for index in range(config.gradient_accumulation):
         if accelerator.num_processes == 1:
-            run.watch.check()
+            state.watch.check()
         # batches are numbered over all processes, so their number does not change what is trained
-        part = run.done * config.gradient_accumulation + index
+        part = state.done * config.gradient_accumulation + index
         number = part * accelerator.num_processes + accelerator.process_index
         for sampler, weight in samplers:
-            loss = flow_loss(run.model, run.backbone, sampler.batch(number), config, run.device, run.dtype)
+            loss = flow_loss(state.model, state.backbone, sampler.batch(number), config, state.device, state.dtype)
             loss = loss * (weight / config.gradient_accumulation)
-            run.scaler.scale(loss).backward()
+            state.scaler.scale(loss).backward()
             total += loss.detach()
-    mean = _averaged(run, total)
+    mean = _averaged(state, total)
     if not math.isfinite(mean):
         kept = newest_checkpoint(Path(config.run_dir))
         raise TrainError(
             "loss",
-            f"the loss of step {run.done + 1} is {mean}: training has diverged. "
+            f"the loss of step {state.done + 1} is {mean}: training has diverged. "
             f"{f'{kept.path.name} is kept. ' if kept else ''}Try a lower learning_rate, or precision bf16 or fp32",
         )
-    run.scaler.unscale_(run.optimizer)
+    state.scaler.unscale_(state.optimizer)
     if config.max_grad_norm:
-        torch.nn.utils.clip_grad_norm_(run.parameters.values(), config.max_grad_norm)
-    run.scaler.step(run.optimizer)
-    run.scaler.update()
-    for layer in run.layers.values():
+        torch.nn.utils.clip_grad_norm_(state.parameters.values(), config.max_grad_norm)
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    for layer in state.layers.values():
         layer.constrain()
-    run.scheduler.step()
-    run.optimizer.zero_grad(set_to_none=True)
+    state.scheduler.step()
+    state.optimizer.zero_grad(set_to_none=True)
     return mean
 
 
 @torch.no_grad()
-def validation_loss(run: Run) -> float:
+def validation_loss(state: TrainingState) -> float:
     """Mean loss over draws that are the same at every step: fixed pictures, noise, and sigma spread over 0 to 1."""
-    draws = run.config.validation_draws
+    config, draws = state.config, state.config.validation_draws
     losses = [
-        flow_loss(run.model, run.backbone, run.sampler.fixed(draw, draws), run.config, run.device, run.dtype)
+        flow_loss(state.model, state.backbone, state.sampler.fixed(draw, draws), config, state.device, state.dtype)
         for draw in range(draws)
     ]
     return float(torch.stack(losses).mean())
 
 
-def checkpoint(run: Run) -> None:
+def checkpoint(state: TrainingState) -> None:
     """Write the state of the run; the main process does."""
-    if run.accelerator.is_main_process:
-        tensors, values = optimizer_state(run.optimizer)
-        held = {f"{PARAMETER}{name}": parameter.detach() for name, parameter in run.parameters.items()}
+    if state.accelerator.is_main_process:
+        tensors, values = optimizer_state(state.optimizer)
+        held = {f"{PARAMETER}{name}": parameter.detach() for name, parameter in state.parameters.items()}
         held |= {f"{OPTIMIZER}{name}": tensor for name, tensor in tensors.items()}
-        held |= {f"{BASIS}{name}": basis_sketch(layer.q) for name, layer in run.layers.items()}
-        state: Mapping[str, Any] = {
-            "identity": run.identity,
+        held |= {f"{BASIS}{name}": basis_sketch(layer.q) for name, layer in state.layers.items()}
+        written: Mapping[str, Any] = {
+            "identity": state.identity,
             "optimizer": values,
-            "scaler": run.scaler.state_dict(),
-            "smoothed_loss": run.reporter.smoothed_loss,
+            "scaler": state.scaler.state_dict(),
+            "smoothed_loss": state.reporter.smoothed_loss,
         }
-        path = save_checkpoint(Path(run.config.run_dir), run.done, held, state, run.config.keep_checkpoints)
-        run.reporter.emit("saved", step=run.done, what="checkpoint", file=f"checkpoints/{path.name}")
-    run.accelerator.wait_for_everyone()
+        path = save_checkpoint(Path(state.config.run_dir), state.done, held, written, state.config.keep_checkpoints)
+        state.reporter.emit("saved", step=state.done, what="checkpoint", file=f"checkpoints/{path.name}")
+    state.accelerator.wait_for_everyone()
 
 
-def sample(run: Run) -> None:
+def sample(state: TrainingState) -> None:
     """Latents of the first picture's caption and size from a fixed noise, written beside the checkpoints."""
-    if not run.accelerator.is_main_process:
+    if not state.accelerator.is_main_process:
         return
-    config, cache = run.config, run.sampler.cache
+    config, cache = state.config, state.sampler.cache
     index = next(index for index, item in enumerate(cache.items) if not item.is_class)
     text = cache.text(cache.items[index].text)
     noise = torch.randn(1, *cache.latent_shape(index), generator=generator_of(config.seed, "sample"))
-    run.model.eval()
+    state.model.eval()
     latents = sample_latents(
-        run.model,
-        run.backbone,
+        state.model,
+        state.backbone,
         noise,
         text.map(lambda tensor: tensor[None]),
         config.sample_steps,
         config.sample_guidance,
-        run.device,
-        run.dtype,
+        state.device,
+        state.dtype,
     )
-    run.model.train()
-    path = Path(config.run_dir) / "samples" / f"step-{run.done:08}.safetensors"
+    state.model.train()
+    path = Path(config.run_dir) / "samples" / f"step-{state.done:08}.safetensors"
     spec = {"latent": TensorSpec(torch.float32, tuple(latents.shape))}
-    write_tensors(path, spec, [("latent", latents)], {"qrlora.step": str(run.done)}, overwrite=True)
-    run.reporter.emit("sample", step=run.done, file=f"samples/{path.name}")
+    write_tensors(path, spec, [("latent", latents)], {"qrlora.step": str(state.done)}, overwrite=True)
+    state.reporter.emit("sample", step=state.done, file=f"samples/{path.name}")
 
 
-def _started(run: Run) -> dict[str, Any]:
-    name = Path(run.config.run_dir).name
+def _started(state: TrainingState) -> dict[str, Any]:
+    name = Path(state.config.run_dir).name
     return {
         "pid": os.getpid(),
-        "steps": run.config.steps,
-        "first_step": run.done,
+        "steps": state.config.steps,
+        "first_step": state.done,
         "pack_version": __version__,
         "run_dir": name,
-        "scaling": run.config.scaling,
-        "memory": str(run.plan),
+        "scaling": state.config.scaling,
+        "memory": str(state.plan),
     }
 
 
-def _stopped(run: Run | None, run_dir: Path) -> dict[str, Any]:
+def _stopped(state: TrainingState | None, run_dir: Path) -> dict[str, Any]:
     kept = newest_checkpoint(run_dir)
-    done = run.done if run is not None else kept.step if kept else 0
+    done = state.done if state is not None else kept.step if kept else 0
     return {"step": done, "checkpoint": f"checkpoints/{kept.path.name}" if kept else ""}
 
 
-def _agree_to_go_on(run: Run) -> None:
+def _agree_to_go_on(state: TrainingState) -> None:
     """Raise Stopped in all processes when one of them was asked to stop."""
-    if run.accelerator.num_processes == 1:
-        run.watch.check()
+    if state.accelerator.num_processes == 1:
+        state.watch.check()
         return
-    asked = torch.tensor(float(run.watch.asked), device=run.device)
-    if float(run.accelerator.reduce(asked, "sum")) > 0:
+    asked = torch.tensor(float(state.watch.asked), device=state.device)
+    if float(state.accelerator.reduce(asked, "sum")) > 0:
         raise Stopped
 
 
-def _averaged(run: Run, loss: torch.Tensor) -> float:
+def _averaged(state: TrainingState, loss: torch.Tensor) -> float:
     """The mean loss over all processes; the gradients are averaged in the same exchange, in one flat tensor."""
-    if run.accelerator.num_processes == 1:
+    if state.accelerator.num_processes == 1:
         return float(loss)
-    gradients = [p.grad for p in run.parameters.values() if p.grad is not None]
+    gradients = [p.grad for p in state.parameters.values() if p.grad is not None]
     flat = torch.cat([gradient.reshape(-1) for gradient in gradients] + [loss.reshape(1)])
-    flat = run.accelerator.reduce(flat, "mean")
+    flat = state.accelerator.reduce(flat, "mean")
     for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients] + [1])):
         gradient.copy_(part.view_as(gradient))
     return float(flat[-1])

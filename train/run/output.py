@@ -11,31 +11,32 @@ from ..config import FitConfig
 from ..errors import TrainError
 from ..model.layer import trained_adapter
 from ..model.transformer import DTYPES
-from .prepare import Run, output_path
+from .prepare import output_path
+from .state import TrainingState
 
 
-def save(run: Run) -> Path:
+def save(state: TrainingState) -> Path:
     """Write the adapter, open it again, look at every tensor, and say so."""
-    path = output_path(run.config)
-    if run.accelerator.is_main_process:
-        run.reporter.phase("save", text="writing the adapter")
+    path = output_path(state.config)
+    if state.accelerator.is_main_process:
+        state.reporter.phase("save", text="writing the adapter")
         adapter = stored(
-            trained_adapter(run.layers, run.basis_of, run.config.adapter_alpha, run.config.name or path.stem),
-            run.config,
+            trained_adapter(state.layers, state.basis_of, state.config.adapter_alpha, state.config.name or path.stem),
+            state.config,
         )
-        save_adapter(adapter, path, format=run.config.output_format, metadata=adapter_metadata(run), overwrite=True)
+        save_adapter(adapter, path, format=state.config.output_format, metadata=adapter_metadata(state), overwrite=True)
         written = open_adapter(path)
-        if written.layers.keys() != run.layers.keys():
+        if written.layers.keys() != state.layers.keys():
             raise TrainError(
-                "internal", f"{path.name} has {len(written.layers)} layers, {len(run.layers)} were trained"
+                "internal", f"{path.name} has {len(written.layers)} layers, {len(state.layers)} were trained"
             )
         for name in written.layers:
             written.layer(name)  # raises when a value is not finite
-        inside = path.parent.resolve() == Path(run.config.run_dir).resolve()
+        inside = path.parent.resolve() == Path(state.config.run_dir).resolve()
         file = path.name if inside else str(path)
-        run.reporter.emit("saved", step=run.done, what="adapter", file=file)
-        run.reporter.emit("finished", step=run.done, file=file, sha256=_sha256(path))
-    run.accelerator.wait_for_everyone()
+        state.reporter.emit("saved", step=state.done, what="adapter", file=file)
+        state.reporter.emit("finished", step=state.done, file=file, sha256=_sha256(path))
+    state.accelerator.wait_for_everyone()
     return path
 
 
@@ -52,16 +53,16 @@ def stored(adapter: Adapter, config: FitConfig) -> Adapter:
     return Adapter.from_tensors(adapter.name, layers, config.adapter_alpha, method=adapter.method)
 
 
-def adapter_metadata(run: Run) -> dict[str, str]:
+def adapter_metadata(state: TrainingState) -> dict[str, str]:
     """What a reader of the file may want to know besides the standard fields; no path of this machine."""
-    config, encoded = run.config, run.sampler.cache.metadata
+    config, encoded = state.config, state.sampler.cache.metadata
     trigger = config.trigger or encoded.get("qrlora.trigger", "")
     fields = {
-        "qrlora.run_id": run.run_id,
-        "qrlora.base_fingerprint": run.source.fingerprint,
+        "qrlora.run_id": state.run_id,
+        "qrlora.base_fingerprint": state.source.fingerprint,
         "qrlora.trigger": trigger,
         "qrlora.prompt": config.prompt or encoded.get("qrlora.prompt", ""),
-        "qrlora.steps": str(run.done),
+        "qrlora.steps": str(state.done),
         "qrlora.learning_rate": f"{config.learning_rate:g}",
         "qrlora.seed": str(config.seed),
         "modelspec.trigger_phrase": trigger,

@@ -14,30 +14,30 @@ from ..data.batches import Sampler
 from ..errors import TrainError
 from ..model.source import BaseModel
 from .estimate import breakdown, choose_memory, free_memory, gigabytes, memory_text, require_memory
-from .prepare import make_accelerator
+from .processes import make_accelerator
 
 Problems = list[dict[str, str]]
 
 
-def look_at_device(config: FitConfig, found: dict[str, Any], problems: Problems) -> None:
+def look_at_device(config: FitConfig, report: dict[str, Any], problems: Problems) -> None:
     """Fill in `device`, `vram_free` and `ram_free`."""
-    found["ram_free"] = psutil.virtual_memory().available
+    report["ram_free"] = psutil.virtual_memory().available
     try:
         device = make_accelerator(config).device
     except TrainError as error:
         problems.append({"what": str(error), "fix": "set device to auto or cpu, or install torch for this GPU"})
         return
-    found["device"] = str(device)
+    report["device"] = str(device)
     if device.type == "cuda":
-        found["device"] = f"{device} ({torch.cuda.get_device_name(device)})"
-        found["vram_free"] = torch.cuda.mem_get_info(device)[0]
+        report["device"] = f"{device} ({torch.cuda.get_device_name(device)})"
+        report["vram_free"] = torch.cuda.mem_get_info(device)[0]
 
 
-def look_at_files(config: FitConfig, found: dict[str, Any], problems: Problems, data: bool) -> None:
+def look_at_files(config: FitConfig, report: dict[str, Any], problems: Problems, data: bool) -> None:
     """Fill in `model` and `estimate`; the data are looked at when they should exist."""
     try:
         source = BaseModel(Path(config.model))
-        found["model"] = {
+        report["model"] = {
             "is_flux": source.backbone.family == "flux",
             "family": source.backbone.title,
             "blocks": "+".join(map(str, source.blocks.values())),
@@ -57,16 +57,16 @@ def look_at_files(config: FitConfig, found: dict[str, Any], problems: Problems, 
         except QRLoRAError as error:
             problems.append({"what": str(error), "fix": "write the training cache with `python -m train encode`"})
     # without a device the problem is another one, and an estimate for the CPU is better than none
-    available = free_memory(torch.device(found["device"].split(" ")[0] if found["device"] else "cpu"))
+    available = free_memory(torch.device(report["device"].split(" ")[0] if report["device"] else "cpu"))
     plan, estimate = choose_memory(config, source, targets, shapes, available)
     # the basis, two checkpoints and one being written, and the adapter
     disk = 2 * sum(config.rank * sum(target.shape) * 4 for target in targets) + 4 * estimate.trained
-    found["estimate"] = {"vram": estimate.vram, "ram": estimate.ram, "disk": disk}
-    found["chosen"] = asdict(plan)
-    found["memory"] = f"{plan}: about {memory_text(estimate, available)}"
-    if found["disk_free"] < disk:
+    report["estimate"] = {"vram": estimate.vram, "ram": estimate.ram, "disk": disk}
+    report["chosen"] = asdict(plan)
+    report["memory"] = f"{plan}: about {memory_text(estimate, available)}"
+    if report["disk_free"] < disk:
         problems.append({"what": f"the run needs about {gigabytes(disk)} of disk", "fix": "free some room"})
-    if found["device"] and config.memory_check:
+    if report["device"] and config.memory_check:
         try:
             require_memory(estimate, available)
         except TrainError as error:

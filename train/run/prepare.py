@@ -3,103 +3,51 @@
 import hashlib
 import json
 import logging
-import os
 import uuid
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
-from torch import Tensor, nn
+from torch import Tensor
 
 from qrlora_core import FileFormatError, LayerTarget, TensorFile, TrainingCache
 
-from ..config import AUTO, TRAJECTORY_VERSION, FitConfig, Storage, as_table
+from ..config import TRAJECTORY_VERSION, FitConfig, as_table
 from ..data.batches import Sampler, generator_of
 from ..errors import TrainError
-from ..model.backbones import Backbone
 from ..model.basis import BasisOf, cached_basis
 from ..model.layer import QRLinear, inject, parameter_shapes, trained_parameters
 from ..model.source import BaseModel
-from ..model.transformer import BITS, DTYPES, load_transformer
-from .checkpoint import (
-    BASIS,
-    OPTIMIZER,
-    PARAMETER,
-    Checkpoint,
-    basis_sketch,
-    newest_checkpoint,
-    remove_leftovers,
-    set_damaged_aside,
-)
+from ..model.transformer import DTYPES, load_transformer
+from .checkpoint import remove_leftovers, set_damaged_aside
 from .estimate import MemoryPlan, choose_memory, estimate_memory, free_memory, memory_text, require_memory
-from .optim import make_optimizer, make_scheduler, restore_optimizer
+from .optim import make_optimizer, make_scheduler
+from .processes import agreed_plan
 from .reporter import Reporter
+from .resume import checkpoint_to_resume, require_same_basis, restore_checkpoint, storage_begun_with
+from .state import TrainingState
 from .stop import StopWatch
 
 log = logging.getLogger(__name__)
 
-SAME_SKETCH = 1e-2  # a basis computed again differs by rounding; another one by as much as its own length
 
-
-@dataclass(slots=True)
-class Run:
-    """A run that is ready for its next step."""
-
-    config: FitConfig
-    plan: MemoryPlan
-    accelerator: Any
-    source: BaseModel
-    sampler: Sampler
-    class_sampler: Sampler
-    model: Any
-    layers: dict[str, QRLinear]
-    parameters: dict[str, nn.Parameter]
-    basis_of: BasisOf
-    optimizer: torch.optim.Optimizer
-    scheduler: Any
-    scaler: Any
-    identity: dict[str, Any]
-    run_id: str
-    done: int
-    reporter: Reporter
-    watch: StopWatch
-
-    @property
-    def backbone(self) -> Backbone:
-        return self.source.backbone
-
-    @property
-    def device(self) -> torch.device:
-        device: torch.device = self.accelerator.device
-        return device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return DTYPES[self.config.precision]
-
-
-def prepare(config: FitConfig, accelerator: Any, reporter: Reporter, watch: StopWatch) -> Run:
+def prepare(config: FitConfig, accelerator: Any, reporter: Reporter, watch: StopWatch) -> TrainingState:
     """Check the settings against the files, find where to go on, load the model and put the trained layers in.
 
     Raises:
         TrainError: with the reason.
         QRLoRAError: a file, target or weight does not fit.
     """
-    run_dir, main = Path(config.run_dir), accelerator.is_main_process
+    run_dir = Path(config.run_dir)
     reporter.phase("load", text="reading the base model's header and the data")
     source, cache = BaseModel(Path(config.model)), _cache(Path(config.data))
     sampler, class_sampler = Sampler(cache, config), Sampler(cache, config, is_class=True)
     _check_data(sampler, source, cache)
     targets = source.targets(config.targets)
-    shapes = sampler.shapes + class_sampler.shapes
-    available = free_memory(accelerator.device)
-    plan, _ = choose_memory(config, source, targets, shapes, available, _begun_with(run_dir, config))
-    plan = _agreed(plan, accelerator)
-    estimate = estimate_memory(config, plan, source, targets, shapes)
+    shapes, available = sampler.shapes + class_sampler.shapes, free_memory(accelerator.device)
+    plan, _ = choose_memory(config, source, targets, shapes, available, storage_begun_with(run_dir, config))
+    plan = agreed_plan(plan, accelerator)
     identity = {
         "version": TRAJECTORY_VERSION,
         "base": source.fingerprint,
@@ -109,53 +57,28 @@ def prepare(config: FitConfig, accelerator: Any, reporter: Reporter, watch: Stop
         "base_storage": plan.base_storage,
     }
     run_id = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-    checkpoint = _resumed(config, identity, parameter_shapes(targets, config.method, config.rank))
+    checkpoint = checkpoint_to_resume(config, identity, parameter_shapes(targets, config.method, config.rank))
     _require_own_output(output_path(config), run_id)
+    estimate = estimate_memory(config, plan, source, targets, shapes)
     if config.memory_check:
         require_memory(estimate, available)
-    if main:
+    if accelerator.is_main_process:
         log.info("%s: about %s", plan, memory_text(estimate, available))
         remove_leftovers(run_dir)
         set_damaged_aside(run_dir, checkpoint)
         _write_settings(config, plan)
-
-    def on_basis(done: int, total: int) -> None:
-        watch.check()
-        reporter.phase("basis", done, total, "decomposing the base model")
-
-    def on_model(done: int, total: int) -> None:
-        watch.check()
-        reporter.phase("model", done, total, "loading the base model")
-
-    folder = Path(config.basis_cache) if config.basis_cache else run_dir.parent / "basis"
-    # Apple's GPUs have no float64, which the decomposition needs in one place
-    device = torch.device("cpu") if accelerator.device.type == "mps" else accelerator.device
-    with accelerator.local_main_process_first():  # the others find the file
-        basis_of, _ = cached_basis(folder, source, targets, config.rank, config.decomposition, device, on_basis)
-    _require_same_basis(checkpoint, targets, basis_of)
-    model = load_transformer(source, plan.base_storage, config.precision, accelerator.device, plan.offload, on_model)
-    layers = inject(
-        model,
-        targets,
-        basis_of,
-        config.method,
-        config.scaling,
-        start_of=lambda target: _start(config, target),
-        device=accelerator.device,
-        dtype=DTYPES[config.precision],
-    )
-    if plan.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
-    model.train()
+    basis_of = _basis(config, source, targets, accelerator, reporter, watch)
+    require_same_basis(checkpoint, targets, basis_of)
+    model, layers = _model(config, plan, source, targets, basis_of, accelerator, reporter, watch)
     parameters = trained_parameters(layers)
     optimizer = make_optimizer(parameters.values(), config)
-    done = _restore(checkpoint, parameters, optimizer)
+    done = restore_checkpoint(checkpoint, parameters, optimizer)
     scaler = torch.amp.GradScaler(accelerator.device.type, enabled=config.precision == "fp16")
     if checkpoint is not None:
         reporter.smoothed_loss = checkpoint.state["smoothed_loss"]
         if checkpoint.state["scaler"]:
             scaler.load_state_dict(checkpoint.state["scaler"])
-    return Run(
+    return TrainingState(
         config=config,
         plan=plan,
         accelerator=accelerator,
@@ -177,40 +100,64 @@ def prepare(config: FitConfig, accelerator: Any, reporter: Reporter, watch: Stop
     )
 
 
+def _basis(
+    config: FitConfig,
+    source: BaseModel,
+    targets: tuple[LayerTarget, ...],
+    accelerator: Any,
+    reporter: Reporter,
+    watch: StopWatch,
+) -> BasisOf:
+    """The basis of every target, from its file or decomposed now."""
+
+    def on_progress(done: int, total: int) -> None:
+        watch.check()
+        reporter.phase("basis", done, total, "decomposing the base model")
+
+    folder = Path(config.basis_cache) if config.basis_cache else Path(config.run_dir).parent / "basis"
+    # Apple's GPUs have no float64, which the decomposition needs in one place
+    device = torch.device("cpu") if accelerator.device.type == "mps" else accelerator.device
+    with accelerator.local_main_process_first():  # the others find the file
+        basis_of, _ = cached_basis(folder, source, targets, config.rank, config.decomposition, device, on_progress)
+    return basis_of
+
+
+def _model(
+    config: FitConfig,
+    plan: MemoryPlan,
+    source: BaseModel,
+    targets: tuple[LayerTarget, ...],
+    basis_of: BasisOf,
+    accelerator: Any,
+    reporter: Reporter,
+    watch: StopWatch,
+) -> tuple[Any, dict[str, QRLinear]]:
+    """The frozen transformer with the trained layers in it."""
+
+    def on_progress(done: int, total: int) -> None:
+        watch.check()
+        reporter.phase("model", done, total, "loading the base model")
+
+    model = load_transformer(source, plan.base_storage, config.precision, accelerator.device, plan.offload, on_progress)
+    layers = inject(
+        model,
+        targets,
+        basis_of,
+        config.method,
+        config.scaling,
+        start_of=lambda target: _start(config, target),
+        device=accelerator.device,
+        dtype=DTYPES[config.precision],
+    )
+    if plan.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    model.train()
+    return model, layers
+
+
 def output_path(config: FitConfig) -> Path:
     """Where the adapter goes."""
     return Path(config.output) if config.output else Path(config.run_dir) / "adapter.safetensors"
-
-
-def make_accelerator(config: FitConfig) -> Any:
-    """Accelerate's view of this process: its device, its number, how many there are.
-
-    Raises:
-        TrainError: reason "settings": the device cannot be used, or the launcher's processes do not find each other.
-    """
-    try:
-        wanted = None if config.device == "auto" else torch.zeros(1, device=config.device).device
-    except (RuntimeError, AssertionError) as error:
-        raise TrainError("settings", f"device {config.device!r} cannot be used: {error}") from error
-    if wanted is not None and wanted.type != "cpu":
-        os.environ.setdefault("ACCELERATE_TORCH_DEVICE", config.device)
-    # without a graphics card accelerate joins a launcher's processes only when it is told that they are for the CPU
-    accelerator = Accelerator(cpu=config.device == "cpu" or (wanted is None and not _has_accelerator()))
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    if started != accelerator.num_processes:  # each would train by itself, into the same files
-        raise TrainError(
-            "settings", f"the launcher started {started} processes, but accelerate joined {accelerator.num_processes}"
-        )
-    if wanted is not None and accelerator.device.type != wanted.type:  # the launcher or its config file says otherwise
-        raise TrainError("settings", f"device is {config.device!r}, but accelerate was set up for {accelerator.device}")
-    return accelerator
-
-
-def _has_accelerator() -> bool:
-    """Whether device "auto" is anything but the CPU."""
-    if hasattr(torch, "accelerator"):  # since torch 2.6; knows every kind of card
-        return bool(torch.accelerator.is_available())
-    return bool(torch.cuda.is_available() or torch.backends.mps.is_available())
 
 
 def _cache(path: Path) -> TrainingCache:
@@ -234,11 +181,11 @@ def _check_data(sampler: Sampler, source: BaseModel, cache: TrainingCache) -> No
                 "data", f"the latents of {item.name} have {channels} channels, the model takes {facts.channels}"
             )
     for index in range(cache.text_count):
-        found = tuple(part.shape[-1] for part in cache.text(index) if part is not None)
-        if found != facts.text_widths:
+        widths = tuple(part.shape[-1] for part in cache.text(index) if part is not None)
+        if widths != facts.text_widths:
             raise TrainError(
                 "data",
-                f"the texts have widths {found}, {source.backbone.title} takes {facts.text_widths}: encode them with "
+                f"the texts have widths {widths}, {source.backbone.title} takes {facts.text_widths}: encode them with "
                 "its own text encoders",
             )
     if sampler.config.caption_dropout and cache.empty_text is None:
@@ -256,86 +203,6 @@ def _require_own_output(path: Path, run_id: str) -> None:
             owner = None
         if owner != run_id:
             raise TrainError("settings", f"{path.name} exists and is not of this run; choose another output or run_dir")
-
-
-def _agreed(plan: MemoryPlan, accelerator: Any) -> MemoryPlan:
-    """The main process's plan, in all processes: their cards may have different amounts of memory free."""
-    if accelerator.num_processes == 1:
-        return plan
-    agreed: MemoryPlan = broadcast_object_list([plan])[0]
-    return agreed
-
-
-def _begun_with(run_dir: Path, config: FitConfig) -> Storage | None:
-    """How an earlier start of this run held the base, where that is left to the trainer: it decides the trajectory."""
-    newest = newest_checkpoint(run_dir) if config.base_storage == AUTO and config.resume != "never" else None
-    held = newest.state["identity"].get("base_storage") if newest is not None else None
-    return held if held in BITS else None
-
-
-def _resumed(
-    config: FitConfig, identity: dict[str, Any], parameters: Mapping[str, tuple[int, ...]]
-) -> Checkpoint | None:
-    """The checkpoint to go on from, once it is sure that it belongs to these settings, model and data."""
-    run_dir = Path(config.run_dir)
-    # of other settings every tensor has other shapes; that is a mistake of the user and no damage
-    checkpoint = newest_checkpoint(run_dir)
-    if checkpoint is not None and not _different(checkpoint, identity):
-        checkpoint = newest_checkpoint(run_dir, parameters)
-    if checkpoint is None:
-        if config.resume == "require":
-            raise TrainError("resume", "there is no checkpoint in run_dir to resume from")
-        return None
-    if config.resume == "never":
-        raise TrainError("resume", "run_dir holds checkpoints of an earlier run; resume it, or choose another folder")
-    then, different = checkpoint.state["identity"], _different(checkpoint, identity)
-    if "base" in different:
-        raise TrainError("resume", f"this run began with another base model ({then['base']}, now {identity['base']})")
-    if "data" in different:
-        raise TrainError("resume", "this run began with other pictures or captions; use another run_dir")
-    if different:
-        changes = ", ".join(f"{key} {then.get(key)!r} -> {identity[key]!r}" for key in different)
-        raise TrainError("resume", f"this run began with other settings: {changes}. Use another run_dir")
-    if checkpoint.step > config.steps:
-        raise TrainError("resume", f"the run has {checkpoint.step} steps already; steps is {config.steps}")
-    return checkpoint
-
-
-def _different(checkpoint: Checkpoint, identity: Mapping[str, Any]) -> list[str]:
-    """In what a checkpoint's run differs from this one."""
-    then = checkpoint.state["identity"]
-    return [key for key in identity if json.dumps(then.get(key)) != json.dumps(identity[key])]
-
-
-def _require_same_basis(checkpoint: Checkpoint | None, targets: Sequence[LayerTarget], basis_of: BasisOf) -> None:
-    """Whether the basis is the one that a checkpoint's tensors were trained on.
-
-    Raises:
-        TrainError: reason "resume": a dR means nothing on another Q.
-    """
-    sketches = checkpoint.tensors(BASIS) if checkpoint is not None else {}
-    for target in targets if sketches else ():
-        then, now = sketches.get(target.name), basis_sketch(basis_of(target.name).q)
-        if then is None or float((then - now).norm()) > SAME_SKETCH * float(now.norm()):
-            raise TrainError(
-                "resume",
-                f"this run began on another basis of {target.name}: put the file back into the folder of bases, or use "
-                "another run_dir",
-            )
-
-
-def _restore(
-    checkpoint: Checkpoint | None, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
-) -> int:
-    """Put a checkpoint's tensors in place; how many steps it has."""
-    if checkpoint is None:
-        return 0
-    held = checkpoint.tensors(PARAMETER)
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(held[name])
-    restore_optimizer(optimizer, checkpoint.tensors(OPTIMIZER), checkpoint.state["optimizer"])
-    return checkpoint.step
 
 
 def _start(config: FitConfig, target: LayerTarget) -> Tensor | None:

@@ -41,8 +41,8 @@ def sample(args: argparse.Namespace) -> None:
     require_pipeline(args.pipeline)
     source = BaseModel(args.pipeline)
     style, content = (MergeRecipe.of(open_adapter(path)) if path else None for path in (args.style, args.content))
-    for known in (style, content):  # before gigabytes are loaded
-        require_layers(source, known.adapters[0].targets if known else ())
+    for recipe in (style, content):  # before gigabytes are loaded
+        require_layers(source, recipe.adapters[0].targets if recipe else ())
     args.output.mkdir(parents=True, exist_ok=True)
     pipeline = load_part(
         lambda: FluxPipeline.from_pretrained(args.pipeline, torch_dtype=DTYPES[args.precision], local_files_only=True),
@@ -189,7 +189,7 @@ class LiveAdapter:
 
 def _recipe(style: MergeRecipe | None, alpha: float, content: MergeRecipe | None, beta: float) -> MergeRecipe:
     parts: Sequence[tuple[MergeRecipe | None, float]] = ((style, alpha), (content, beta))
-    known = [(recipe, strength) for recipe, strength in parts if recipe is not None]
-    if len(known) == 1:
-        return known[0][0].scaled(known[0][1])
-    return merge(known[0][0], known[0][1], known[1][0], known[1][1])
+    given = [(recipe, strength) for recipe, strength in parts if recipe is not None]
+    if len(given) == 1:
+        return given[0][0].scaled(given[0][1])
+    return merge(given[0][0], given[0][1], given[1][0], given[1][1])

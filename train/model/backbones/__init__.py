@@ -21,25 +21,25 @@ PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "model.", "transfo
 
 def recognised(keys: Iterable[str]) -> tuple[Backbone, str, bool] | None:
     """The family of a file's or folder's keys, the prefix before its own, and whether they are diffusers' names."""
-    known = set(keys)
-    if foreign(known):
+    names = set(keys)
+    if foreign(names):
         return None
     for backbone in BACKBONES:
         for prefix in PREFIXES:
-            if f"{prefix}{backbone.folder_mark}" in known:
+            if f"{prefix}{backbone.folder_mark}" in names:
                 return backbone, prefix, True
-            if backbone.file_mark and f"{prefix}{backbone.file_mark}" in known:
+            if backbone.file_mark and f"{prefix}{backbone.file_mark}" in names:
                 return backbone, prefix, False
     return None
 
 
 def foreign(keys: Iterable[str]) -> str:
     """What keys belong to when it is known and cannot be trained on, else ""."""
-    known = set(keys)
+    names = set(keys)
     for mark, title in _OTHERS.items():
-        if any(f"{prefix}{mark}" in known for prefix in PREFIXES):
+        if any(f"{prefix}{mark}" in names for prefix in PREFIXES):
             return title
-    return "one packed by SVDQuant (Nunchaku) or AWQ" if any(key.endswith(".qweight") for key in known) else ""
+    return "one packed by SVDQuant (Nunchaku) or AWQ" if any(key.endswith(".qweight") for key in names) else ""
 
 
 __all__ = [

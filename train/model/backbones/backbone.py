@@ -119,8 +119,8 @@ def count_blocks(specs: Specs, blocks: str) -> int:
     """
     held: dict[int, set[str]] = {}
     for name in specs:
-        kind, _, rest = name.partition(".")
-        number, _, suffix = rest.partition(".")
+        kind, _, tail = name.partition(".")
+        number, _, suffix = tail.partition(".")
         if kind == blocks and number.isdecimal() and len(number) < 5:
             held.setdefault(int(number), set()).add(suffix)
     if set(held) != set(range(len(held))):

@@ -42,8 +42,8 @@ def stored_rows(key: str, rows: int) -> list[StoredRows]:
     module, _, kind = key.rpartition(".")
     if module in _PLAIN and kind in ("weight", "bias"):
         return [StoredRows(f"{_PLAIN[module]}.{kind}", 0, rows)]
-    block, _, rest = module.partition(".")
-    number, _, suffix = rest.partition(".")
+    block, _, tail = module.partition(".")
+    number, _, suffix = tail.partition(".")
     if kind == "scale" and suffix in _NORMS and block in _BLOCKS:
         return [StoredRows(f"{_BLOCKS[block]}.{number}.{_NORMS[suffix]}.weight", 0, rows)]
     names = native_layers(TABLE, module) if kind in ("weight", "bias") else ()

@@ -1,16 +1,21 @@
-"""The toy's CLIP and VAE, as objects that ComfyUI's own nodes and Train take like any other."""
+"""The toy FLUX of the demo as the objects that ComfyUI's own nodes, Apply and Train take like any others."""
 
+from pathlib import Path
 from typing import Any
 
 import comfy.latent_formats
 import comfy.model_patcher
+import comfy.sd
 import torch
-from comfy_api.latest import ComfyExtension, io
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .features import SIZE, text_features, to_latents, to_pictures
+from ...demo.toy.features import SIZE, text_features, to_latents, to_pictures
+from ...qrlora_core import Adapter, QRLoRAError, open_adapter
 
+FOLDER = Path(__file__).resolve().parents[2] / "demo" / "toy"
+WEIGHTS = FOLDER / "toy_flux_fp8.safetensors"
+ADAPTERS = ("style", "content")
 ENLARGED = 4  # times; with pixel unshuffle by 2, latents are an eighth of a picture, as those of FLUX are
 
 
@@ -46,7 +51,8 @@ class ToyVAE:
     def encode(self, pixels: Tensor) -> Tensor:
         """(batch, height, width, 3), 0 to 1, of any size -> (batch, 16, 16, 16)."""
         pictures = functional.interpolate(pixels[..., :3].movedim(-1, 1).float().cpu(), size=(SIZE, SIZE), mode="area")
-        return self.format.process_out(to_latents(pictures))
+        latents: Tensor = self.format.process_out(to_latents(pictures))
+        return latents
 
     def decode(self, samples: Tensor) -> Tensor:
         """(batch, 16, 16, 16) -> (batch, 128, 128, 3), 0 to 1."""
@@ -54,46 +60,24 @@ class ToyVAE:
         return functional.interpolate(pictures, scale_factor=ENLARGED).movedim(1, -1)
 
 
+def load_model() -> Any:
+    """The toy as ComfyUI's loader makes it of any FLUX file.
+
+    Raises:
+        QRLoRAError: a ComfyUI that takes every FLUX for one of 12 billion weights.
+    """
+    try:
+        return comfy.sd.load_diffusion_model(str(WEIGHTS))
+    except RuntimeError as error:  # tensors of other sizes than it has made room for
+        raise QRLoRAError("the toy FLUX needs a newer ComfyUI, which reads the size of a FLUX from its file") from error
+
+
+def load_adapter(name: str) -> Adapter:
+    """The adapter that the demo trained on one picture: "style" or "content"."""
+    return open_adapter(FOLDER / f"toy_{name}.safetensors")
+
+
 def _nothing_to_load() -> comfy.model_patcher.ModelPatcher:
     """A patcher without weights: hosts and nodes ask CLIP and VAE for one."""
     cpu = torch.device("cpu")
     return comfy.model_patcher.ModelPatcher(nn.Module(), load_device=cpu, offload_device=cpu)
-
-
-class TextEncoder(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="QRLoRAToyTextEncoder",
-            display_name="Toy FLUX Text Encoder",
-            category="QR-LoRA/toy",
-            description="Knows every word as a fixed random vector. Say: a circle in red striped style.",
-            inputs=[],
-            outputs=[io.Clip.Output(tooltip="For CLIP Text Encode and Train \u0394R.")],
-        )
-
-    @classmethod
-    def execute(cls) -> io.NodeOutput:
-        return io.NodeOutput(ToyCLIP())
-
-
-class VAE(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="QRLoRAToyVAE",
-            display_name="Toy FLUX VAE",
-            category="QR-LoRA/toy",
-            description="Turns latents of the toy FLUX into pictures of 128 x 128 pixels and back, without a network.",
-            inputs=[],
-            outputs=[io.Vae.Output(tooltip="For VAE Decode, VAE Encode and Train \u0394R.")],
-        )
-
-    @classmethod
-    def execute(cls) -> io.NodeOutput:
-        return io.NodeOutput(ToyVAE())
-
-
-class ToyExtension(ComfyExtension):
-    async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [TextEncoder, VAE]

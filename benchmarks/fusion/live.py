@@ -1,0 +1,113 @@
+"""Adapters beside the weights of a diffusers model: `y = W x + sum_i a_i(sigma, prompt) Q_i (dR_i x)`.
+
+The factors a_i are a table (batch, adapters) that is read in every forward pass, so they may differ between samples
+(a gate by the prompt) and between steps (a schedule), and turning them costs nothing.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from demo.model import pack, unpack, velocity
+from demo.toy.features import CHANNELS, SIZE, text_features, to_pictures
+
+from .protocol import SAMPLER_STEPS, Prompt
+
+
+class Pair(NamedTuple):
+    """A layer's update: up (out, rank) times down (rank, in)."""
+
+    up: Tensor
+    down: Tensor
+
+
+Update = Mapping[str, Pair]  # layer name -> update
+Factors = Callable[[float], Tensor]  # sigma -> (batch, adapters)
+
+
+class LiveLinear(nn.Module):
+    """A frozen linear layer with any number of low-rank updates beside it, all in one pair of products.
+
+    Shapes: input (batch, ..., in) -> output (batch, ..., out).
+    """
+
+    def __init__(self, base: nn.Linear, live: "Live") -> None:
+        super().__init__()
+        self.base = base
+        self.live = [live]  # in a list, so that it is no submodule
+        self.pairs: list[Pair] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base(x)
+        table = self.live[0].table
+        if table is None or not self.pairs:
+            return y
+        down = torch.cat([pair.down for pair in self.pairs])
+        up = torch.cat([pair.up for pair in self.pairs], 1)
+        ranks = torch.tensor([len(pair.down) for pair in self.pairs])
+        scale = table.repeat_interleave(ranks, 1).view(len(x), *[1] * (x.ndim - 2), -1)
+        return y + (x @ down.mT * scale) @ up.mT
+
+
+class Live:
+    """A model whose target layers are wrapped; `table` (batch, adapters) holds the factors, None for the base alone.
+
+    Args:
+        model: changed in place; its parameters are frozen.
+        targets: names of the layers.
+        half: compute products in bf16, twice as fast on processors that know it.
+    """
+
+    def __init__(self, model: nn.Module, targets: Sequence[str], half: bool = False) -> None:
+        self.model, self.half = model.requires_grad_(False), half
+        self.table: Tensor | None = None
+        self.layers: dict[str, LiveLinear] = {}
+        for name in targets:
+            parent, _, child = name.rpartition(".")
+            owner = model.get_submodule(parent)
+            self.layers[name] = LiveLinear(owner.get_submodule(child), self)
+            owner.register_module(child, self.layers[name])
+
+    def wear(self, updates: Sequence[Update]) -> None:
+        """Put these adapters on, in the order of the table's columns.
+
+        Raises:
+            KeyError: an update has not the layers that were wrapped.
+        """
+        for name, layer in self.layers.items():
+            layer.pairs = [update[name] for update in updates]
+
+    def velocity(self, tokens: Tensor, sigma: Tensor, features: Tensor, pooled: Tensor, table: Tensor | None) -> Tensor:
+        """The model's prediction, (batch, 64, 64), with these factors."""
+        self.table = table
+        try:
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.half):
+                return velocity(self.model, tokens, sigma, features, pooled).float()
+        finally:
+            self.table = None
+
+    @torch.no_grad()
+    def sample(self, prompts: Sequence[Prompt], factors: Factors | None = None, steps: int = SAMPLER_STEPS) -> Tensor:
+        """One picture for each prompt, (len(prompts), 3, SIZE, SIZE), 0 to 1, by Euler steps of equal length."""
+        features, pooled = encoded([prompt.text for prompt in prompts])
+        tokens = noise_tokens([prompt.noise for prompt in prompts])
+        for step in range(steps):
+            sigma = 1 - step / steps
+            table = factors(sigma) if factors else None
+            times = torch.full((len(prompts),), sigma)
+            tokens = tokens - self.velocity(tokens, times, features, pooled, table) / steps
+        return to_pictures(unpack(tokens))
+
+
+def encoded(texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Features (batch, words, width) and pooled features (batch, width) of prompts."""
+    features, pooled = (torch.cat(parts) for parts in zip(*(text_features(text) for text in texts)))
+    return features, pooled
+
+
+def noise_tokens(seeds: Sequence[int]) -> Tensor:
+    """Noise of these seeds, (batch, 64, 64)."""
+    shape = (CHANNELS, SIZE // 2, SIZE // 2)
+    return pack(torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]))

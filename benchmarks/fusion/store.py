@@ -1,0 +1,156 @@
+"""The study's folder: base, adapters and results are made once and found again, so a run that was stopped goes on."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+
+from qrlora_core import Basis, TensorFile, decompose
+from train.model.source import BaseModel
+
+from .base import LESSONS, Lesson, study_base
+from .fusions import Fusion
+from .learn import RECIPES, Learned, Paths, Recipe, learn, shows
+from .live import Live, Pair
+from .pictures import read
+from .protocol import EXTRAS, KINDS, VERSION, Prompt, Unit, judged_prompts
+
+log = logging.getLogger(__name__)
+Shares = dict[str, float]  # of the pictures of one kind: content, style, both, words, extra
+SIDES = ("content", "style")
+
+
+class Study:
+    """Adapters and readings of a folder.
+
+    Args:
+        folder: where everything is kept.
+        pictures: of each kind, unit and method.
+        lessons: of the base's training.
+        adapter_steps: at most so many (a quick look, kept apart).
+        half: products in bf16.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        pictures: int,
+        lessons: Sequence[Lesson] = LESSONS,
+        adapter_steps: int | None = None,
+        half: bool = False,
+    ) -> None:
+        folder = folder / f"v{VERSION}-{'bf16' if half else 'fp32'}"
+        model, path = study_base(folder, lessons, _logged("base", 100), half)
+        self.folder = folder / f"{path.stem}-{adapter_steps or 'full'}"
+        self.pictures, self.adapter_steps = pictures, adapter_steps
+        targets = BaseModel(path).targets(())
+        self.live = Live(model, [target.name for target in targets], half)
+        rank = max(recipe.rank for recipe in RECIPES.values())
+        self.bases: dict[str, Basis] = {
+            name: decompose(layer.base.weight, rank) for name, layer in self.live.layers.items()
+        }
+
+    @cached_property
+    def paths(self) -> Paths:
+        """The base's own sampling paths."""
+        return Paths(self.live)
+
+    def adapter(self, unit: Unit, side: str, recipe: Recipe) -> Learned:
+        """An adapter of the unit's concept; another unit with the same concept and seed has the same one."""
+        concept = unit.content if side == "content" else unit.style[0]
+        name = f"{recipe.name}-{concept}-{unit.seed}"
+        path = self.folder / "adapters" / f"{name}.safetensors"
+        if not path.is_file():
+            log.info("training %s", name)
+            limit = {} if self.adapter_steps is None else {"last": self.adapter_steps}
+            made = learn(
+                self.live,
+                self.bases,
+                unit,
+                side,
+                recipe,
+                _logged(name, 80),
+                paths=self.paths if recipe.preserve else None,
+                **limit,
+            )
+            log.info("%s: %d steps, read right %.3f", name, made.steps, made.fidelity)
+            tensors = {
+                f"{layer}.{part}": tensor.contiguous()
+                for layer, pair in made.update.items()
+                for part, tensor in pair._asdict().items()
+            }
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(".partial")
+            save_file(tensors, partial, {"steps": str(made.steps), "fidelity": str(made.fidelity)})
+            partial.replace(path)
+        tensors, metadata = load_file(path), TensorFile(path).metadata
+        update = {layer: Pair(tensors[f"{layer}.up"], tensors[f"{layer}.down"]) for layer in self.live.layers}
+        return Learned(update, int(metadata["steps"]), float(metadata["fidelity"]))
+
+    def readings(self, fusion: Fusion, unit: Unit, kinds: Sequence[str] = KINDS) -> dict[str, Shares]:
+        """What the reader sees of a unit, kind by kind; sampled where it is not known yet."""
+        path = self.folder / "readings" / f"{unit.name}-{self.pictures}.json"
+        known: dict[str, Shares] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        prompts = [prompt for prompt in judged_prompts(self.pictures) if prompt.kind in kinds]
+        keys = {kind: _key(fusion, kind, [one for one in prompts if one.kind == kind]) for kind in kinds}
+        wanted = [prompt for prompt in prompts if keys[prompt.kind] not in known]
+        if wanted:
+            recipe = RECIPES[fusion.adapters]
+            self.live.wear([self.adapter(unit, side, recipe).update for side in SIDES])
+            seen = read(self.live.sample(wanted, fusion.factors(wanted)))
+            for kind in dict.fromkeys(prompt.kind for prompt in wanted):
+                pairs = [(prompt, one) for prompt, one in zip(wanted, seen) if prompt.kind == kind]
+                known[keys[kind]] = _shares(unit, pairs)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(".partial")
+            partial.write_text(json.dumps(known, indent=1), encoding="utf-8")
+            partial.replace(path)
+        return {kind: known[key] for kind, key in keys.items()}
+
+
+def _shares(unit: Unit, pairs: Sequence[tuple[Prompt, object]]) -> Shares:
+    """Shares of one kind's pictures; `right` is all that the prompt asks for at once."""
+    sums = dict.fromkeys(("content", "style", "both", "words", "extra", "right"), 0)
+    for prompt, seen in pairs:
+        content, style = (shows(unit, side, seen.look) for side in SIDES)
+        rest = all(want in ("", got) for want, got in zip(prompt.look, seen.look))
+        extra = seen.extras == frozenset(filter(None, [prompt.extra]))
+        asked = {"both": content and style, "both+": content and style and extra, "content": content, "style": style}
+        sums["content"] += content
+        sums["style"] += style
+        sums["both"] += content and style
+        sums["words"] += rest
+        sums["extra"] += extra
+        sums["right"] += asked.get(prompt.kind, True) and rest
+    return {name: count / len(pairs) for name, count in sums.items()}
+
+
+def _key(fusion: Fusion, kind: str, prompts: Sequence[Prompt]) -> str:
+    """What decides a kind's pictures, in short: prompts, noise, adapters and factors, not a fusion's name."""
+    schedules = [fusion.schedule(prompt.text) for prompt in prompts]
+    adapters = fusion.adapters if any(schedules) else "base"
+    facts = json.dumps([EXTRAS, prompts, schedules])
+    return f"{kind} {adapters} {hashlib.sha256(facts.encode()).hexdigest()[:12]}"
+
+
+def _logged(name: str, every: int) -> Callable[[int, float], None]:
+    def on_step(step: int, loss: float) -> None:
+        if step % every == 0:
+            log.info("%s: step %d, loss %.4f", name, step, loss)
+
+    return on_step
+
+
+def trained(study: Study, units: Sequence[Unit], recipes: Sequence[str]) -> Iterator[tuple[str, str, Unit, Learned]]:
+    """Every adapter that these units need: recipe, side, unit, adapter."""
+    for recipe in recipes:
+        done: set[tuple[str, object, int]] = set()
+        for unit in units:
+            for side, concept in zip(SIDES, (unit.content, unit.style)):
+                if (side, concept, unit.seed) not in done:
+                    done.add((side, concept, unit.seed))
+                    yield recipe, side, unit, study.adapter(unit, side, RECIPES[recipe])

@@ -1,0 +1,133 @@
+"""The template "QR-LoRA in a minute": two adapters, a merge, a sheet, on the toy FLUX that ships with the pack.
+
+    python -m demo.minute    writes example_workflows/QR-LoRA in a minute.{json,jpg}, from a run in a real ComfyUI
+
+Until it runs, its sheet shows the picture of that run.
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from . import server as instance
+from .concepts import ENLARGED, MERGED_PROMPT, PACK
+from .golden import installed_host
+from .graph import Graph, lane, node, with_defaults
+from .model import STEPS
+from .page import Group, Note, View, page
+from .toy.features import SIZE
+
+NAME = "QR-LoRA in a minute"
+FOLDER = PACK / "example_workflows"
+GRID = "0, 0.5, 1"
+SEED = 9  # of 32 the one from which the merge is drawn clearest, by eye
+PICTURE = "qr_lora_in_a_minute.jpg"  # in web/, where web/qrlora_example.js finds it
+TEXT = """**No download, no settings: press Run** (some seconds on a CPU).
+
+Two adapters for a toy FLUX come with this pack, each trained on *one* picture: a style (upright bars in orange and
+violet) and a content (a heart).
+
+- **alpha** turns the style, **beta** the content. Change them in *Merge*, press Run again.
+- On the sheet every alpha meets every beta. It shows an earlier run until you press Run.
+
+With adapters of your own: the template *Merge style and content*. The orange nodes stand where Load Diffusion Model,
+DualCLIPLoader, Load VAE and Load \u0394R Adapter stand there."""
+TITLES = {
+    "style": "Style <s>",
+    "content": "Content <c>",
+    "merge": "Merge: turn alpha and beta",
+    "picture": "The merge",
+    "sheet": "Every alpha and beta",
+}
+TOY = ("model", "clip", "vae", "style", "content")
+
+
+def graph() -> Graph:
+    """The workflow in API form."""
+    nodes: Graph = {
+        "model": node("QRLoRAToyModel"),
+        "clip": node("QRLoRAToyTextEncoder"),
+        "vae": node("QRLoRAToyVAE"),
+        "style": node("QRLoRAToyAdapter", adapter="style"),
+        "content": node("QRLoRAToyAdapter", adapter="content"),
+        "prompt": node("CLIPTextEncode", text=MERGED_PROMPT, clip=["clip", 0]),
+        "noise": node("EmptySD3LatentImage", width=SIZE * ENLARGED, height=SIZE * ENLARGED, batch_size=1),
+        "merge": node("QRLoRAMerge", alpha=1.0, beta=1.0, on_basis_mismatch="stack", **both()),
+        "sweep": node("QRLoRAScaleSweep", alphas=GRID, betas=GRID, on_basis_mismatch="stack", **both()),
+    }
+    for name in ("merge", "sweep"):
+        nodes[f"{name}_apply"] = node("QRLoRAApply", model=["model", 0], delta_r=[name, 0], strength=1.0)
+        nodes[f"{name}_sample"] = node(
+            "KSampler",
+            model=[f"{name}_apply", 0],
+            positive=["prompt", 0],
+            negative=["prompt", 0],
+            latent_image=["noise", 0],
+            seed=SEED,
+            steps=STEPS,
+            cfg=1.0,
+            sampler_name="euler",
+            scheduler="simple",
+            denoise=1.0,
+        )
+        nodes[f"{name}_decode"] = node("VAEDecode", samples=[f"{name}_sample", 0], vae=["vae", 0])
+    nodes["picture"] = node("PreviewImage", images=["merge_decode", 0])
+    nodes["sheet"] = node(
+        "QRLoRAContactSheet",
+        images=["sweep_decode", 0],
+        labels=["sweep", 1],
+        columns=0,
+        max_size=512,
+        title=["sweep", 2],
+        filename_prefix="qr-lora-in-a-minute",
+    )
+    return nodes
+
+
+def both() -> dict[str, Any]:
+    return {"delta_r_style": ["style", 0], "delta_r_content": ["content", 0]}
+
+
+def template(object_info: dict[str, Any]) -> dict[str, Any]:
+    """The page."""
+    groups = [
+        Group("1. A model and two adapters", [["style", "content", "model", "clip", "vae"], ["prompt", "noise"]]),
+        Group("2. Merge: turn alpha and beta, press Run", lane("merge", "picture")),
+        Group("3. Every alpha and beta on one sheet", lane("sweep", "sheet"), below=True),
+    ]
+    note = Note(TEXT, 0, (360, 420))
+    made = page(graph(), object_info, groups, TITLES, note, View(0.52, 0))
+    for name, one in zip(graph(), made["nodes"]):
+        if name in TOY:
+            one |= {"color": "#5a3d1e", "bgcolor": "#6f4c26"}
+        if name == "sheet":
+            one["properties"]["qrlora_example"] = PICTURE
+    return made
+
+
+def main() -> int:
+    host = installed_host()
+    if host is None:
+        print(instance.HOW_TO, file=sys.stderr)
+        return 2
+    with tempfile.TemporaryDirectory(prefix="qr-lora-minute-", ignore_cleanup_errors=True) as scratch:
+        with instance.Server(host, instance.make_base(Path(scratch) / "base")) as server:
+            info = server.get("/object_info")
+            entry = server.queue(with_defaults(graph(), info))
+            saved = entry["outputs"]["sheet"]["images"][0]
+            sheet = Image.open(server.base / "output" / saved["subfolder"] / saved["filename"]).convert("RGB")
+        made = template(info)
+    (FOLDER / f"{NAME}.json").write_text(json.dumps(made, indent=1, ensure_ascii=True) + "\n", encoding="utf-8")
+    sheet.save(FOLDER / f"{NAME}.jpg", quality=85, optimize=True)
+    sheet.thumbnail((380, 380))
+    sheet.save(PACK / "web" / PICTURE, quality=80, optimize=True)
+    print(FOLDER / f"{NAME}.json")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""Thumbnails of the templates: what the toy draws, instead of a graph of grey boxes.
+
+python -m demo.thumbnails    writes example_workflows/*.jpg, but for that of `demo.minute`
+"""
+
+from collections.abc import Sequence
+
+import torch
+from PIL import Image, ImageDraw
+
+from qrlora_core import Adapter, MergeRecipe, merge, merged_adapter, open_adapter, similarity_report, sweep
+from qrlora_plots import contact_sheet, similarity_figure
+from qrlora_plots.text import font_for
+
+from .concepts import CONTENT, MERGED_PROMPT, STYLE, to_image
+from .minute import FOLDER as TEMPLATES
+from .minute import SEED
+from .model import load_toy, patched, sample
+from .pictures import draw
+from .ship import FOLDER, FP8
+
+TILE, GAP = 256, 64
+PAPER, INK = "#f4f1ea", "#33302a"
+
+
+def main() -> None:
+    style, content = (open_adapter(FOLDER / f"{one.name}.safetensors") for one in (STYLE, CONTENT))
+    pictures = {one.name: to_image(draw(one.look)) for one in (STYLE, CONTENT)}
+    drawn = drawn_by(style, content)
+    made = {
+        "Merge style and content": row([pictures[CONTENT.name], "+", pictures[STYLE.name], "=", drawn["merged"]]),
+        "Train and merge": stacked(
+            row([pictures[CONTENT.name], ">", drawn["content"]]), row([pictures[STYLE.name], ">", drawn["style"]])
+        ),
+        "Sweep alpha and beta": sheet(style, content),
+        "Compare two adapters": compared(style, content),
+    }
+    for name, picture in made.items():
+        picture.thumbnail((720, 720))
+        picture.convert("RGB").save(TEMPLATES / f"{name}.jpg", quality=82, optimize=True)
+
+
+def drawn_by(style: Adapter, content: Adapter) -> dict[str, Image.Image]:
+    """What each adapter draws beside what it was trained on, and both together."""
+    toy = load_toy(FP8)
+    both = merged_adapter(merge(MergeRecipe.of(style), 1.0, MergeRecipe.of(content), 1.0))
+    wanted = {
+        "content": (content, "a <c> in blue dotted style"),
+        "style": (style, "a triangle in <s> style"),
+        "merged": (both, MERGED_PROMPT),
+    }
+    return {
+        name: to_image(sample(patched(toy, adapter), [prompt], [SEED])[0]) for name, (adapter, prompt) in wanted.items()
+    }
+
+
+def row(parts: Sequence[Image.Image | str]) -> Image.Image:
+    """Pictures in a line, with signs between them."""
+    count = sum(isinstance(part, Image.Image) for part in parts)
+    paper = Image.new("RGB", (count * TILE + (len(parts) - count + 2) * GAP, TILE + 2 * GAP), PAPER)
+    pen, left = ImageDraw.Draw(paper), GAP
+    for part in parts:
+        if isinstance(part, str):
+            pen.text((left + GAP // 2, GAP + TILE // 2), part, INK, font_for(part, GAP), anchor="mm")
+            left += GAP
+        else:
+            paper.paste(part.resize((TILE, TILE), Image.Resampling.NEAREST), (left, GAP))
+            left += TILE
+    return paper
+
+
+def stacked(upper: Image.Image, lower: Image.Image) -> Image.Image:
+    paper = Image.new("RGB", (upper.width, upper.height + lower.height - GAP), PAPER)
+    paper.paste(upper, (0, 0))
+    paper.paste(lower, (0, upper.height - GAP))
+    return paper
+
+
+def sheet(style: Adapter, content: Adapter) -> Image.Image:
+    toy, grid = load_toy(FP8), "0:1:0.25"
+    cells = sweep(MergeRecipe.of(style), grid, MergeRecipe.of(content), grid)
+    pixels = [sample(patched(toy, merged_adapter(cell.recipe)), [MERGED_PROMPT], [SEED])[0] for cell in cells]
+    return contact_sheet([to_image(one) for one in pixels], [cell.label for cell in cells]).image
+
+
+def compared(style: Adapter, content: Adapter) -> Image.Image:
+    """The upper half of the similarity picture."""
+    import io
+
+    data = io.BytesIO()
+    similarity_figure(similarity_report(style, content)).savefig(data, format="png", dpi=60)
+    whole = Image.open(data)
+    return whole.crop((0, 0, whole.width, whole.height // 2))
+
+
+if __name__ == "__main__":
+    with torch.no_grad():
+        main()

@@ -1,0 +1,201 @@
+"""The study's parts, each in seconds: what it fixes, what it applies, what it counts, and that it goes on."""
+
+import itertools
+import json
+
+import pytest
+import torch
+
+from benchmarks.fusion import protocol
+from benchmarks.fusion.base import Lesson
+from benchmarks.fusion.fusions import ON, Fusion, Stage, content_first, fixed, half_then_full
+from benchmarks.fusion.learn import RECIPES, Paths, Recipe, _Step, learn
+from benchmarks.fusion.live import Live, Pair, encoded
+from benchmarks.fusion.measures import Numbers, difference, harmonic, interval, numbers
+from benchmarks.fusion.pictures import Seen, draw, read
+from benchmarks.fusion.protocol import CHECK, EXTRAS, KINDS, TUNING, fidelity_prompts, judged_prompts
+from benchmarks.fusion.report import picture, table
+from benchmarks.fusion.store import Study
+from demo.model import load_toy
+from demo.pictures import COLOURS, SHAPES, TEXTURES, Look
+from demo.toy.features import words
+from qrlora_core import Adapter, AdapterLayer, decompose
+
+UNIT = CHECK[0]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def live():
+    model = load_toy().requires_grad_(False)
+    return Live(model, ["transformer_blocks.1.attn.to_q", "single_transformer_blocks.0.attn.to_v"])
+
+
+def random_updates(live, count, rank=4):
+    generator = torch.Generator().manual_seed(5)
+
+    def pair(layer):
+        out, width = layer.base.weight.shape
+        return Pair(*(torch.randn(shape, generator=generator) * 0.2 for shape in ((out, rank), (rank, width))))
+
+    return [{name: pair(layer) for name, layer in live.layers.items()} for _ in range(count)]
+
+
+def test_tuning_and_check_share_nothing():
+    assert len(CHECK) >= 9 and len(set(CHECK)) == len(CHECK)
+    for field in ("content", "style", "seed"):
+        tuned, checked = ({getattr(unit, field) for unit in units} for units in (TUNING, CHECK))
+        assert not tuned & checked
+    old = {*SHAPES, *COLOURS, *TEXTURES}
+    assert not old & {word for unit in (*TUNING, *CHECK) for word in (unit.content, *unit.style)}
+
+
+def test_judged_words_are_no_words_of_training():
+    trained = {word for part in protocol.TRAINED for word in part} | {protocol.TRAINED_EXTRA}
+    trained |= {*protocol.CONTENT_LOOK, protocol.STYLE_LOOK}
+    judged = {word for prompt in judged_prompts() for word in words(prompt.text)}
+    assert not trained & judged
+    for side in ("content", "style"):
+        assert not judged & {word for prompt in fidelity_prompts(side) for word in words(prompt.text)} - {"<c>", "<s>"}
+    noises = {prompt.noise for prompt in judged_prompts()}
+    assert not noises & {prompt.noise for side in ("content", "style") for prompt in fidelity_prompts(side)}
+
+
+def test_the_reader_reads_what_is_drawn():
+    concepts = [Look(unit.content, *unit.style) for unit in (*TUNING, *CHECK)]
+    looks = concepts + [Look("ring", *UNIT.style), Look(UNIT.content, "cyan", "dotted"), Look("cross", "red", "plain")]
+    asked = list(itertools.product(looks, ("", *EXTRAS)))
+    pictures = torch.stack([draw(*one) for one in asked])
+    noise = 0.1 * torch.randn(pictures.shape, generator=torch.Generator().manual_seed(0))
+    assert read(pictures + noise) == [Seen(look, frozenset(filter(None, [extra]))) for look, extra in asked]
+
+
+def test_live_equals_patched_weights(live):
+    """What is sampled beside the weights is what the same updates in the weights give."""
+    updates, factors = random_updates(live, 2), (0.7, -0.4)
+    prompts = judged_prompts(1)
+    live.wear(updates)
+    beside = live.sample(prompts, lambda _sigma: torch.tensor([factors] * len(prompts)), steps=3)
+    bare = live.sample(prompts, steps=3)
+    for name, layer in live.layers.items():
+        for factor, update in zip(factors, updates):
+            layer.base.weight.data.addmm_(update[name].up, update[name].down, alpha=factor)
+    assert not torch.allclose(beside, bare, atol=1e-2)
+    assert torch.allclose(beside, live.sample(prompts, steps=3), atol=1e-5)
+
+
+def test_factors_are_each_samples_own(live):
+    """A gate in a batch of several prompts gives each what it gets alone, and the base where no trigger stands."""
+    live.wear(random_updates(live, 2))
+    fusion = Fusion("gate", gate=True, both=content_first(0.5), style=half_then_full(0.5))
+    prompts = judged_prompts(1)
+    together = live.sample(prompts, fusion.factors(prompts), steps=4)
+    for prompt, found in zip(prompts, together):
+        assert torch.allclose(found, live.sample([prompt], fusion.factors([prompt]), steps=4)[0], atol=1e-5)
+    none = [prompt.kind for prompt in prompts].index("none")
+    assert torch.allclose(together[none], live.sample([prompts[none]], steps=4)[0], atol=1e-5)
+
+
+def test_schedules():
+    both = judged_prompts(1)[:1]
+    factors = Fusion("first", both=content_first(0.5, overlap=0.25, keep=0.3)).factors(both)
+    assert [factors(sigma)[0].tolist() for sigma in (1.0, 0.75, 0.5)] == [[1, 0], [1, 1], pytest.approx([0.3, 1])]
+    assert content_first(0.5) == (Stage(0.5, 1, 0), Stage(0, 0, 1)) and fixed(1, 1) == ON
+    old = "a ring in cyan dotted style"
+    assert Fusion("gate", gate=True).schedule(old) == () and Fusion("sum").schedule(old) == ON
+    assert Fusion("gate", gate=True).schedule("a <C> in cyan dotted style") == (Stage(0, 1, 0),)
+
+
+def test_numbers_and_intervals():
+    shares = {"content": 0.5, "style": 1.0, "both": 0.5, "words": 0.6, "extra": 0.25, "right": 0.4}
+    found = numbers(dict.fromkeys(KINDS, shares))
+    assert found == pytest.approx((0.5, 1.0, 2 / 3, 0.6, 0.25, 0.4))
+    assert harmonic(0.0, 1.0) == 0.0
+    rows = [Numbers(*[value] * 6) for value in (0.1, 0.5, 0.9)]
+    others = [Numbers(*[value - 0.2] * 6) for value in (0.1, 0.5, 0.9)]
+    assert difference(rows, others, "h") == pytest.approx((0.2, 0.2, 0.2))  # paired: units differ, the gain does not
+    spread = interval([row.h for row in rows])
+    assert spread.mean == pytest.approx(0.5) and spread.low < 0.5 < spread.high
+    assert "0.50 [" in table({"one": rows})
+
+
+def test_training_starts_from_the_base_and_learns(live):
+    bases = {name: decompose(layer.base.weight, 16) for name, layer in live.layers.items()}
+    losses = []
+    made = learn(live, bases, UNIT, "content", RECIPES["qr"], lambda _step, loss: losses.append(loss), last=2)
+    live.wear([])
+    with torch.no_grad():
+        bare, _ = _Step(live, UNIT, "content", RECIPES["qr"], torch.Generator().manual_seed(UNIT.seed), None)()
+    assert losses[0] == pytest.approx(float(bare)) and len(losses) == 2
+    for name, pair in made.update.items():
+        assert torch.equal(pair.up, bases[name].q) and pair.down.any() and torch.equal(pair.down, pair.down.triu())
+    plain = learn(live, bases, UNIT, "content", RECIPES["lora8"], last=2)
+    assert all(pair.up.any() and pair.down.shape[0] == 8 for pair in plain.update.values())
+    # what is trained here is an adapter as any other
+    layers = {name: AdapterLayer(pair.up, pair.down) for name, pair in made.update.items()}
+    assert Adapter.from_tensors("study", layers, 16).rank == 16
+
+
+def test_preserve_costs_nothing_until_something_is_learnt(live):
+    bases = {name: decompose(layer.base.weight, 16) for name, layer in live.layers.items()}
+    generator = torch.Generator().manual_seed(1)
+    paths = Paths(live, count=4)
+    tokens, sigma, features, pooled, velocity = paths.draw(3, generator)
+    assert torch.allclose(live.velocity(tokens, sigma, features, pooled, None), velocity, atol=1e-5)
+    step = _Step(live, UNIT, "content", Recipe("preserve", preserve=2.0), generator, paths)
+    live.wear([{name: Pair(basis.q, torch.full_like(basis.r, 0.01)) for name, basis in bases.items()}])
+    with torch.no_grad():
+        assert all(float(step()[1]) == 0 for _ in range(10))
+    assert step._weight(step.smoothed) == pytest.approx(0)
+    for _ in range(100):
+        weight = step._weight(0.0)
+    assert 1.9 < weight <= 2  # all of it when the picture is learnt
+    for _ in range(100):
+        weight = step._weight(10.0)
+    assert weight == 0  # a concept that is being unlearnt gets its way
+
+
+def test_neutral_prompts_hold_no_trigger_and_no_judged_word(live, monkeypatch):
+    seen = []
+    monkeypatch.setattr("benchmarks.fusion.learn.encoded", lambda texts: seen.extend(texts) or encoded(texts))
+    Paths(live, count=40)
+    found = {word for text in seen for word in words(text)}
+    judged = {word for prompt in judged_prompts() for word in words(prompt.text)}
+    assert len(seen) == 40 and not found & judged and not found & {"<c>", "<s>"}
+
+
+def test_a_study_goes_on_where_it_was(tmp_path, monkeypatch):
+    """A second start trains nothing and samples nothing, and gives the same numbers."""
+    study = Study(tmp_path, pictures=2, lessons=(Lesson(1, 0.5, 1),), adapter_steps=1)
+    fusion = Fusion("gate", gate=True)
+    first = study.readings(fusion, UNIT)
+    assert set(first) == set(KINDS)
+    again = Study(tmp_path, pictures=2, lessons=(Lesson(1, 0.5, 1),), adapter_steps=1)
+
+    def refuse(*_args, **_settings):
+        raise AssertionError("that was there already")
+
+    monkeypatch.setattr("benchmarks.fusion.store.learn", refuse)
+    monkeypatch.setattr(again.live, "sample", refuse)
+    assert again.readings(fusion, UNIT) == first
+    # prompts without a trigger meet the base: another gated fusion shares them, another schedule does not
+    assert again.readings(Fusion("other", gate=True, both=content_first(0.5)), UNIT, ["none"])["none"] == first["none"]
+    with pytest.raises(AssertionError, match="there already"):
+        again.readings(Fusion("other", gate=True, both=content_first(0.5)), UNIT, ["both"])
+
+
+def test_picture_and_results(tmp_path):
+    pytest.importorskip("matplotlib")
+    rows = [Numbers(*[value] * 6) for value in (0.1, 0.5, 0.9)]
+    assert picture({"one": rows, "two": rows[::-1]}, tmp_path / "fusion.png").stat().st_size > 1000
+    from benchmarks.fusion.report import save
+
+    stored = json.loads(save(tmp_path, CHECK[:3], {"one": rows}, {"date": "today"}).read_text())
+    assert stored["results"]["one"][CHECK[2].name]["h"] == 0.9 and stored["version"] == protocol.VERSION

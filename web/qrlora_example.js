@@ -1,0 +1,46 @@
+// What a template's node will show once it has run, shown before: a picture of this pack, named by the node's property.
+import { api } from "../../scripts/api.js";
+import { app } from "../../scripts/app.js";
+import { nodeById } from "./qrlora_graph.js";
+
+const WIDGET = "qrlora_example";
+const HEIGHT = 250;
+const MARGIN = 10;
+
+function show(node) {
+  const name = node.properties?.[WIDGET];
+  // A workflow is somebody else's: it names a picture in this folder and nothing else.
+  if (!node.type?.startsWith("QRLoRA") || !/^[a-z_]+\.jpg$/.test(name ?? "")) return;
+  const element = document.createElement("figure");
+  Object.assign(element.style, { margin: 0, height: `${HEIGHT}px`, minHeight: `${HEIGHT}px`, textAlign: "center" });
+  const picture = document.createElement("img");
+  picture.src = new URL(name, import.meta.url).href;
+  picture.alt = "An earlier run of this workflow";
+  Object.assign(picture.style, { maxWidth: "100%", height: `${HEIGHT - 20}px`, objectFit: "contain" });
+  const caption = document.createElement("figcaption");
+  caption.textContent = "An earlier run. Press Run for your own.";
+  Object.assign(caption.style, { font: "12px/20px sans-serif", color: "var(--input-text, #ddd)" });
+  element.append(picture, caption);
+  // Never part of the workflow: neither a widget value nor an input of the prompt.
+  const widget = node.addDOMWidget(WIDGET, WIDGET, element, {
+    serialize: false,
+    hideOnZoom: false,
+    getMinHeight: () => HEIGHT + 2 * MARGIN,
+    getMaxHeight: () => HEIGHT + 2 * MARGIN,
+  });
+  widget.serialize = false;
+}
+
+function remove(node) {
+  const widget = node?.widgets?.find((one) => one.name === WIDGET);
+  if (!widget) return;
+  const size = [...node.size]; // what comes in its place has the same room
+  widget.onRemove?.();
+  node.widgets.splice(node.widgets.indexOf(widget), 1);
+  node.setSize(size);
+  node.setDirtyCanvas?.(true, true);
+}
+
+api.addEventListener("executed", ({ detail }) => remove(nodeById(detail?.display_node ?? detail?.node)));
+
+app.registerExtension({ name: "qrlora.example", loadedGraphNode: show });
