@@ -16,7 +16,7 @@ from ..qrlora_core import (
     style_gate,
     triggers_of,
 )
-from . import report, sockets
+from . import host, report, sockets
 
 ACTS = ("always", "by prompt", "by prompt, content first")
 
@@ -100,7 +100,8 @@ class Merge(io.ComfyNode):
             delta_r_content = delta_r_content.gated(_gates(content_gate, content_trigger, style_words, moment, prompt))
         merged = merge(delta_r_style, alpha, delta_r_content, beta, on_basis_mismatch)
         missing = [name for name, one in (("style", delta_r_style), ("content", delta_r_content)) if not one.terms]
-        return io.NodeOutput(merged, ui={"text": [report.merge_text(merged, merge_report(merged), missing)]})
+        done = merge_report(merged, host.interruptible)
+        return io.NodeOutput(merged, ui={"text": [report.merge_text(merged, done, missing)]})
 
 
 def _triggers(recipe: MergeRecipe, given: str) -> tuple[str, ...]:

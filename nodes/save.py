@@ -65,10 +65,10 @@ class SaveDeltaR(io.ComfyNode):
     def execute(
         cls, delta_r: MergeRecipe, filename: str, format: AdapterFormat, model: Any = None, dtype: str = "as it is"
     ) -> io.NodeOutput:
-        adapter = merged_adapter(delta_r)
+        adapter = merged_adapter(delta_r, progress=host.interruptible)
         path = free_name(folders.save_folder(), filename)
         base_r = _base_r_of(model, adapter) if model is not None else None
-        save_adapter(adapter, path, format=format, base_r=base_r, dtype=_DTYPES.get(dtype))
+        save_adapter(adapter, path, format=format, base_r=base_r, dtype=_DTYPES.get(dtype), progress=host.interruptible)
         return _saved(path, folders.save_folder())
 
 
@@ -105,11 +105,13 @@ class ExportLoRA(io.ComfyNode):
 
     @classmethod
     def execute(cls, delta_r: MergeRecipe, filename: str, dtype: str = "bfloat16", rank: int = 0) -> io.NodeOutput:
-        folder, adapter, note = folders.save_folder("loras"), merged_adapter(delta_r), ""
+        folder, note = folders.save_folder("loras"), ""
+        adapter = merged_adapter(delta_r, progress=host.interruptible)
         if rank:
             adapter, lost = truncated(adapter, rank, host.with_progress)
             note = f"rank {adapter.rank}: {100 * lost:.2g} % of the energy left out"
-        path = save_adapter(adapter, free_name(folder, filename), dtype=_DTYPES.get(dtype))
+        path = free_name(folder, filename)
+        save_adapter(adapter, path, dtype=_DTYPES.get(dtype), progress=host.interruptible)
         return _saved(path, folder, note)
 
 

@@ -44,7 +44,8 @@ class Similarity(io.ComfyNode):
 
     @classmethod
     def execute(cls, delta_r_a: MergeRecipe, delta_r_b: MergeRecipe, fixed_scale: bool) -> io.NodeOutput:
-        found = similarity_report(merged_adapter(delta_r_a), merged_adapter(delta_r_b), host.with_progress)
+        a, b = (merged_adapter(recipe, progress=host.interruptible) for recipe in (delta_r_a, delta_r_b))
+        found = similarity_report(a, b, host.with_progress)
         lines = [report.similarity_text(found)]
         picture, missing = _picture(found, lines, fixed_scale)
         shown = ui.PreviewImage(picture, cls=cls).as_dict()

@@ -2,7 +2,7 @@
 
 import functools
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -15,6 +15,9 @@ from .targets import LayerTarget, nearest
 
 AdapterMethod = Literal["delta_r", "delta_r_triangular", "qr"]
 METHODS: tuple[str, ...] = get_args(AdapterMethod)
+
+# Wraps the names of layers that are gone through, as `tqdm` does; it may stop the work by raising
+Progress = Callable[[Sequence[str]], Iterable[str]]
 
 
 class AdapterLayer(NamedTuple):

@@ -1,8 +1,16 @@
 """The one family of exceptions: each message says what was found, what was expected and what to do."""
 
+_LONGEST = 6000  # characters of a message: a hostile file has names of megabytes
+
 
 class QRLoRAError(Exception):
     """Base of every error this pack raises on purpose."""
+
+    def __init__(self, message: str = "") -> None:
+        if len(message) > _LONGEST:
+            half = _LONGEST // 2
+            message = f"{message[:half]} [... {len(message) - 2 * half} characters ...] {message[-half:]}"
+        super().__init__(message)
 
 
 class WeightError(QRLoRAError):

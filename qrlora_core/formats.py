@@ -9,6 +9,7 @@ from typing import Literal, cast
 import torch
 
 from .adapter import METHODS, Adapter, AdapterLayer, AdapterMethod, LayerInfo
+from .blocks import shortened
 from .errors import FileFormatError
 from .families import FAMILIES, find
 from .linalg import ORTHONORMAL, Basis, orthonormality_error, trapezoid_error
@@ -36,6 +37,7 @@ _DRIFT = 0.5
 
 _opened: weakref.WeakValueDictionary[tuple[str, int, int], Adapter] = weakref.WeakValueDictionary()
 
+_LONGEST_NAME = 160  # characters of a layer's name in a message
 _ADAPTER_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -150,7 +152,9 @@ def group_layers(
 def few(items: Iterable[str], count: int = 3) -> str:
     """The first few of many names, for a message."""
     items = list(items)
-    return ", ".join(items[:count]) + (f" and {len(items) - count} more" if len(items) > count else "")
+    return ", ".join(shortened(item, _LONGEST_NAME) for item in items[:count]) + (
+        f" and {len(items) - count} more" if len(items) > count else ""
+    )
 
 
 def _open_published(file: TensorFile) -> Adapter:
@@ -167,6 +171,8 @@ def _open_published(file: TensorFile) -> Adapter:
         return AdapterLayer(q, file.tensor(keys["delta_r"]), initial)
 
     method = _stated_method(file, default="delta_r")
+    if method == "qr":  # would be read as Q' and R' and take the core away
+        raise FileFormatError(f"{file.path.name} holds Q and \u0394R, but its metadata say method qr; it is damaged")
     return Adapter(_title(file), method, infos, read, has_initial=has_base, metadata=file.metadata, hold=True)
 
 

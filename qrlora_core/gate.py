@@ -4,10 +4,13 @@ import re
 from dataclasses import dataclass
 
 from .adapter import Adapter
+from .blocks import LONGEST_TEXT, require_short
+from .errors import SettingError
 from .schedule import Schedule, content_first
 
 # Attention weights and escapes of ComfyUI's prompt syntax: "(<c>:1.2)", "((dog))", "\\("
 _SYNTAX = re.compile(r"\\([()])|[()\[\]{}]|:\s*[+-]?\d+(?:\.\d+)?(?=\s*[)\]}]|$)")
+MAX_TRIGGERS = 100
 _SPACE = re.compile(r"\s+")
 _TRIGGER_KEYS = ("qrlora.trigger", "modelspec.trigger_phrase")
 
@@ -60,10 +63,25 @@ def holds(prompt: str, trigger: str) -> bool:
 
 
 def triggers_of(adapter: Adapter, given: str = "") -> tuple[str, ...]:
-    """The triggers of an adapter: `given`, separated by commas, or else those that its file states."""
-    texts = [given] if given.strip() else [adapter.metadata.get(key, "") for key in _TRIGGER_KEYS]
-    found = (part.strip() for text in texts for part in text.split(","))
-    return tuple(dict.fromkeys(part for part in found if part))
+    """The triggers of an adapter: `given`, separated by commas, or else those that its file states.
+
+    A prompt is searched for every one of them: of what a file states only the first MAX_TRIGGERS count.
+
+    Raises:
+        SettingError: `given` holds more than MAX_TRIGGERS, or is longer than any person writes.
+    """
+    if given.strip():
+        require_short(given, "the trigger")
+        found = _words(given)
+        if len(found) > MAX_TRIGGERS:
+            raise SettingError(f"{len(found)} triggers are given, {MAX_TRIGGERS} are the most")
+        return found
+    stated = [adapter.metadata.get(key, "")[:LONGEST_TEXT] for key in _TRIGGER_KEYS]
+    return _words(",".join(stated))[:MAX_TRIGGERS]
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
 
 
 def style_gate(

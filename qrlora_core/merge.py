@@ -5,14 +5,14 @@ both updates are written on a joint basis (exact, rank at most r1 + r2), or the 
 """
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Generic, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from .adapter import Adapter, AdapterLayer, LayerInfo
+from .adapter import Adapter, AdapterLayer, LayerInfo, Progress
 from .basis import joint_basis, orthonormal, same_basis
 from .errors import BasisMismatchError, SettingError, TargetError
 from .formats import few
@@ -149,7 +149,11 @@ def layer_sum(
 
 
 def merged_adapter(
-    recipe: MergeRecipe, *, initial_of: InitialOf | None = None, core_in_residual: bool = False
+    recipe: MergeRecipe,
+    *,
+    initial_of: InitialOf | None = None,
+    core_in_residual: bool = False,
+    progress: Progress | None = None,
 ) -> Adapter:
     """Compute a recipe: the one adapter that is saved, exported and compared; it adds what is applied live.
 
@@ -160,6 +164,7 @@ def merged_adapter(
     Args:
         recipe: what to merge.
         initial_of, core_in_residual: see `layer_sum`.
+        progress: wraps the names of the layers that are gone through; it may stop the work by raising.
 
     Raises:
         BasisMismatchError: a full-QR term has no initial Q and R, and neither argument says where they are.
@@ -177,7 +182,7 @@ def merged_adapter(
         return terms[0].adapter
     layers: dict[str, AdapterLayer] = {}
     infos: dict[str, LayerInfo] = {}
-    for name in recipe.layer_names:
+    for name in _through(recipe.layer_names, progress):
         parts = [term for term in terms if (term.changes(name) if active else name in term.adapter.layers)]
         if not parts:
             continue
@@ -213,15 +218,19 @@ def joined(products: tuple[Product, ...]) -> AdapterLayer:
     return AdapterLayer(joint.q, down, Basis(joint.q, joint.parts[0] @ first.base_r.float()))
 
 
-def merge_report(recipe: MergeRecipe) -> MergeReport:
+def merge_report(recipe: MergeRecipe, progress: Progress | None = None) -> MergeReport:
     """Say what happens to the bases, layer by layer; strengths do not matter, block factors of 0 do.
 
     Reads every Q once for a set of adapters: turning alpha computes nothing again.
+
+    Args:
+        recipe: what is merged.
+        progress: wraps the names of the layers that are gone through; it may stop the work by raising.
     """
     shared, joint, rank, dropped, off = 0, 0, 0, 0, 0
     lost: dict[str, float] = {}
     lost_energy = whole_energy = 0.0
-    for name in recipe.layer_names:
+    for name in _through(recipe.layer_names, progress):
         owners: list[Adapter] = []
         for term in recipe.terms:
             if name not in term.adapter.layers or term.block_factor(name) == 0:
@@ -245,6 +254,10 @@ def merge_report(recipe: MergeRecipe) -> MergeReport:
             rank = max(rank, kept)
     total = lost_energy / whole_energy if whole_energy > 0 else 0.0
     return MergeReport(len(recipe.layer_names), shared, joint, len(lost), lost, total, rank, dropped, off)
+
+
+def _through(names: tuple[str, ...], progress: Progress | None) -> Iterable[str]:
+    return names if progress is None else progress(names)
 
 
 def _require_one_model(recipe: MergeRecipe) -> None:

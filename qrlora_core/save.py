@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import __version__
-from .adapter import Adapter, AdapterLayer
+from .adapter import Adapter, AdapterLayer, Progress
 from .errors import BasisMismatchError, FileFormatError
 from .families import family_of_targets, layer_kind
 from .formats import (
@@ -39,6 +39,7 @@ def save_adapter(
     dtype: torch.dtype | None = None,
     metadata: Mapping[str, str] | None = None,
     overwrite: bool = False,
+    progress: Progress | None = None,
 ) -> Path:
     """Write an adapter; what was written is opened and checked before it takes its name.
 
@@ -52,6 +53,7 @@ def save_adapter(
         dtype: how Q and dR are stored; None: as the adapter holds them. bfloat16 halves the file and costs the update
             about 0.2 % (fact 7 of the design is about sums, not about storage).
         metadata: fields besides, or instead of, the standard ones.
+        progress: wraps the names of the layers that are gone through; it may stop the work by raising.
 
     Raises:
         BasisMismatchError: the format needs tensors that the adapter does not hold.
@@ -66,9 +68,10 @@ def save_adapter(
     specs = {key: spec for layer in plan.values() for key, spec, _ in layer}
 
     def stream() -> Iterable[tuple[str, Tensor]]:
-        for name, layer in plan.items():
+        names = list(plan)
+        for name in names if progress is None else progress(names):
             tensors = adapter.layer(name)
-            for key, spec, pick in layer:
+            for key, spec, pick in plan[name]:
                 tensor = pick(tensors).to(spec.dtype)
                 require_finite(tensor, f"{key} as {spec.dtype}")
                 yield key, tensor

@@ -5,13 +5,13 @@ Layers are read, compared and let go one at a time, and the (out, in) update of 
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .adapter import Adapter, AdapterLayer
+from .adapter import Adapter, AdapterLayer, Progress
 from .basis import same_basis
 from .errors import TargetError
 from .families import Family, family_of_targets, layer_kind
@@ -27,8 +27,6 @@ from .similarity_schema import (
     SimilarityReport,
     statistics,
 )
-
-Progress = Callable[[Sequence[str]], Iterable[str]]
 
 # Half the width of the interval that holds 95 % of a normal distribution, in standard deviations
 _BAND = 1.959964

@@ -186,7 +186,7 @@ def model_fingerprint(path: Path) -> str:
                 for start in starts:
                     file.seek(8 + length + start)
                     digest.update(file.read(_SAMPLE))
-        except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
             raise FileFormatError(f"{one.name} is not a readable safetensors file ({error})") from error
     return digest.hexdigest()[:16]
 

@@ -1,16 +1,13 @@
 """A merge in fewer columns: the best approximation of every layer's update, and what it loses."""
 
-from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 
-from .adapter import Adapter, AdapterLayer, LayerInfo
+from .adapter import Adapter, AdapterLayer, LayerInfo, Progress
 from .basis import orthonormal
 from .errors import SettingError
 from .linalg import orthonormality_error
-
-Progress = Callable[[Sequence[str]], Iterable[str]]
 
 _EXACT = 1e-5
 

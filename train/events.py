@@ -56,6 +56,9 @@ FIELDS: Mapping[str, Mapping[str, tuple[type, ...]]] = MappingProxyType(
         "failed": {"reason": (str,), "message": (str,)},
     }
 )
+_DEEPEST = 20  # brackets in one another that an event may have
+_LARGEST = 1 << 63  # what a count may be; larger ones cannot become floats
+_LATEST = 1e15  # unix seconds; also keeps NaN and infinity out
 _CUT = "#cut"  # ends a line that a killed writer left half done; no JSON ends so
 REASONS = ("settings", "data", "model", "memory", "disk", "loss", "resume", "library", "internal")
 
@@ -83,11 +86,14 @@ class TrainEvent:
 
     def __post_init__(self) -> None:
         if self.kind not in FIELDS:
-            raise EventError(f"event kind {self.kind!r} is not one of {', '.join(KINDS)}")
+            raise EventError(f"event kind {self.kind!r:.80} is not one of {', '.join(KINDS)}")
         for name, types in FIELDS[self.kind].items():
             value = self.data.get(name)
-            if not isinstance(value, types) or isinstance(value, bool):
-                raise EventError(f"{self.kind}.{name} is {value!r}, expected {' or '.join(t.__name__ for t in types)}")
+            fits = isinstance(value, types) and not isinstance(value, bool)
+            if not fits or (isinstance(value, int) and not abs(value) < _LARGEST):
+                raise EventError(
+                    f"{self.kind}.{name} is {value!r:.80}, expected {' or '.join(t.__name__ for t in types)}"
+                )
 
     def line(self) -> str:
         """The event as one line of ASCII JSON, without the line break. NaN and infinite numbers become null.
@@ -116,8 +122,11 @@ def parse(line: str) -> TrainEvent:
         for key, value in raw.items()
         if key not in ("v", "event", "time")
     }
+    if _depth(raw) > _DEEPEST:
+        raise EventError(f"an event of too many brackets: {line[:80]!r}")
     when = raw.get("time")
-    if not isinstance(when, _NUMBER) or isinstance(when, bool):
+    # an integer of 400 digits is no time, and cannot become a float
+    if not isinstance(when, _NUMBER) or isinstance(when, bool) or not abs(when) < _LATEST:
         raise EventError(f"an event without a time: {line[:80]!r}")
     return TrainEvent(str(raw.get("event")), data, float(when))
 
@@ -131,7 +140,10 @@ def read_events(path: Path) -> list[TrainEvent]:
         EventError: a whole line is not an event.
         OSError: the file cannot be read.
     """
-    text = Path(path).read_text(encoding="utf-8")
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise EventError(f"{Path(path).name} is not UTF-8 text: {error}") from error
     whole = text[: text.rfind("\n") + 1]
     return [parse(line) for line in whole.split("\n") if line.strip() and not line.endswith(_CUT)]
 
@@ -196,6 +208,15 @@ def _ends_in_a_line(path: Path) -> bool:
             return False
         file.seek(-1, 2)
         return file.read() != b"\n"
+
+
+def _depth(value: Any) -> int:
+    """How many tables and lists lie in one another; at most one more than _DEEPEST."""
+    level, depth = [value], 0
+    while level and depth <= _DEEPEST:
+        tables = [list(one.values()) if isinstance(one, dict) else one for one in level if isinstance(one, dict | list)]
+        level, depth = [child for children in tables for child in children], depth + 1
+    return depth
 
 
 def _finite(value: Any) -> Any:

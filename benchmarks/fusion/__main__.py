@@ -2,7 +2,7 @@
 
     python -m benchmarks.fusion [--folder runs/fusion] [--quick] [--bf16]
 
-Trains the study's base and adapters, chooses what the methods leave open on tuning units, runs the check units, and
+Trains the adapters, chooses what the methods leave open on tuning units, runs the check units, and
 prints tables; `results.json` and `fusion.png` go into the folder. What is there already is not made again. What is
 fixed beforehand stands in `protocol.py`.
 """
@@ -20,21 +20,20 @@ from benchmarks.common import machine
 from qrlora_core import __version__
 
 from . import report
-from .base import Lesson
-from .learn import RECIPES
 from .measures import numbers
-from .protocol import CHECK, PICTURES, TUNING, VERSION, Unit
+from .protocol import CHECK, PICTURES, TUNING, TUNING_PICTURES, VERSION, Unit
 from .store import Study, trained
-from .tuning import tuned
+from .tuning import REFERENCE, single_adapters, tuned
 
-QUICK = {"pictures": 6, "lessons": (Lesson(10, 1 / 3, 3),), "adapter_steps": 10}
+log = logging.getLogger(__name__)
+QUICK = {"pictures": 6, "adapter_steps": 10}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/fusion"), help="where everything is kept")
     parser.add_argument("--quick", action="store_true", help="untrained in minutes: whether the program works")
-    parser.add_argument("--until", choices=("base", "adapters", "tuning", "check"), default="check", help="stop there")
+    parser.add_argument("--until", choices=("tuning", "check"), default="check", help="stop there")
     parser.add_argument("--threads", type=int, default=1, help="of torch; layers this small gain little from more")
     parser.add_argument("--bf16", action="store_true", help="products in bf16: faster where the processor knows it")
     args = parser.parse_args(argv)
@@ -47,43 +46,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(study: Study, tuning: Sequence[Unit], check: Sequence[Unit], until: str = "check") -> int:
-    """The steps of the study, each from where it was left."""
-    if until == "base":
-        return 0
-    recipes = ["qr", "lora", "lora8", "preserve"]
-    rows = [(recipe, side, unit.name, made) for recipe, side, unit, made in trained(study, [*tuning, *check], recipes)]
-    print(_fidelity(rows))
-    if until == "adapters":
-        return 0
-    fusions = tuned(study, tuning, ["preserve"])
-    print(report.chosen(fusions))
-    print("\nOn tuning units:\n")
-    print(report.table({one.name: [numbers(study.readings(one, unit)) for unit in tuning] for one in fusions}))
+    """Tune and check one method after another, each from where it was left; tables at the end."""
+    quick_look = study.with_pictures(TUNING_PICTURES)
+    fusions, results = [], {}
+    for fusion in tuned(quick_look, tuning, ["preserve"]):
+        fusions.append(fusion)
+        if until == "check":
+            results[fusion.name] = [numbers(study.readings(fusion, unit)) for unit in check]
+            log.info("%s on check units: %s", fusion.name, report.row(results[fusion.name], check))
+    print(f"\nChosen on {len(tuning)} tuning units:\n\n{report.chosen(fusions)}\n")
+    print(f"Adapters alone, on tuning units:\n\n{report.curve(single_adapters(quick_look, tuning))}\n", flush=True)
     if until == "tuning":
         return 0
-    results = {one.name: [numbers(study.readings(one, unit)) for unit in check] for one in fusions}
-    print("\nOn check units:\n")
-    print(report.table(results))
-    print()
-    print(report.comparison(results, "best fixed alpha, beta"))
+    used = list(dict.fromkeys(one.adapters for one in fusions))
+    print(f"Adapters of the check units:\n\n{report.fidelity(list(trained(study, check, used)))}\n")
+    print(f"On {len(check)} check units:\n\n{report.table(results, check)}\n")
+    print(report.comparison(results, REFERENCE, check))
     facts = {"date": str(datetime.date.today()), "pack": __version__, "machine": machine(), "pictures": study.pictures}
     print(report.save(study.folder, check, results, facts))
-    print(report.picture(results, study.folder / "fusion.png"))
+    print(report.picture(results, check, study.folder / "fusion.png"))
     return 0
-
-
-def _fidelity(rows: Sequence[tuple[str, str, str, object]]) -> str:
-    """Steps of the single adapters and how often they are read right, by recipe and side."""
-    lines = ["| adapters | side | steps | read alone | lowest |", "|---|---|---|---|---|"]
-    for recipe in dict.fromkeys(row[0] for row in rows):
-        for side in ("content", "style"):
-            made = [row[3] for row in rows if row[:2] == (recipe, side)]
-            steps, shares = [one.steps for one in made], [one.fidelity for one in made]
-            lines.append(
-                f"| {recipe} (rank {RECIPES[recipe].rank}) | {side} | {sum(steps) / len(steps):.0f} "
-                f"| {sum(shares) / len(shares):.2f} | {min(shares):.2f} |"
-            )
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ from .protocol import (
     LOOK_EVERY,
     SAMPLER_STEPS,
     STYLE_LOOK,
+    TEXTURE_LOOK,
     TRAINED,
-    TRAINED_EXTRA,
     TRAINING,
     Unit,
     fidelity_prompts,
@@ -62,7 +62,6 @@ RECIPES = {
         Recipe("lora8", "lora", 8),
         Recipe("preserve", preserve=2.0),
         Recipe("qr40", steps=40),
-        Recipe("qr60", steps=60),
     )
 }
 
@@ -80,19 +79,24 @@ def picture_of(unit: Unit, side: str) -> tuple[Tensor, str]:
     """The concept's one picture and its caption."""
     if side == "content":
         return draw(Look(unit.content, *CONTENT_LOOK)), f"a {CONTENT_TRIGGER} in {' '.join(CONTENT_LOOK)} style"
-    return draw(Look(STYLE_LOOK, *unit.style)), f"a {STYLE_LOOK} in {STYLE_TRIGGER} style"
+    if side == "style":
+        return draw(Look(STYLE_LOOK, *unit.style)), f"a {STYLE_LOOK} in {STYLE_TRIGGER} style"
+    shape, colour = TEXTURE_LOOK
+    return draw(Look(shape, colour, unit.style[1])), f"a {shape} in {colour} {STYLE_TRIGGER} style"
 
 
 def shows(unit: Unit, side: str, look: Look) -> bool:
-    """Whether a picture shows the unit's content, or its style (palette and texture)."""
-    return look.shape == unit.content if side == "content" else look[1:] == unit.style
+    """Whether a picture shows the unit's content, its style (palette and texture), or its texture."""
+    if side == "content":
+        return look.shape == unit.content
+    return look[1:] == unit.style if side == "style" else look.texture == unit.style[1]
 
 
 def fidelity(live: Live, unit: Unit, side: str, strength: float = 1.0) -> float:
     """Share of the fidelity prompts' pictures that show the concept; the adapter that is worn, alone."""
     prompts = fidelity_prompts(side)
     found = read(live.sample(prompts, lambda _sigma: torch.full((len(prompts), 1), strength)))
-    return sum(shows(unit, side, one.look) for one in found) / len(found)
+    return sum(shows(unit, side, one) for one in found) / len(found)
 
 
 def learn(
@@ -110,7 +114,7 @@ def learn(
     Args:
         live: the base; wears the result afterwards.
         bases: layer name -> Q and R of the base's weight.
-        unit, side: the concept, "content" or "style", and the seed.
+        unit, side: the concept, a side of SIDES, and the seed.
         recipe: how.
         on_step: called with step and loss of the picture.
         last: see above.
@@ -250,8 +254,8 @@ def _neutral(generator: torch.Generator) -> str:
         return words[int(torch.randint(len(words), (1,), generator=generator))]
 
     shapes, colours, textures = TRAINED
-    hidden = torch.rand(3, generator=generator)
+    hidden = torch.rand(2, generator=generator)
     random_words = [f"word{int(number)}" for number in torch.randint(10**6, (2,), generator=generator)]
     shape = random_words[0] if hidden[0] < 1 / 3 else one_of(shapes)
     style = random_words[1] if hidden[1] < 1 / 3 else f"{one_of(colours)} {one_of(textures)}"
-    return f"a {shape} in {style} style" + (f", {TRAINED_EXTRA}" if hidden[2] < 1 / 3 else "")
+    return f"a {shape} in {style} style"

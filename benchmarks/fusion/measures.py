@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .protocol import Unit
+
 Readings = Mapping[str, Mapping[str, float]]  # kind -> shares
 
 
@@ -15,7 +17,8 @@ class Numbers(NamedTuple):
         content, style: shares of the prompts with both triggers that show the one, and the other.
         h: their harmonic mean.
         words: other words right, mean over prompts with one trigger and with none, both adapters on.
-        extra: prompts with both triggers whose extra word, which no adapter claims, is drawn: not free with a gate.
+        colour: prompts with both triggers and a colour, which neither adapter claims: colour right. No gate gives it.
+        h_colour: H in these prompts.
         joint: pictures that are right in all that the prompt asks for, mean over kinds of prompts but `both+`.
     """
 
@@ -23,33 +26,38 @@ class Numbers(NamedTuple):
     style: float
     h: float
     words: float
-    extra: float
+    colour: float
+    h_colour: float
     joint: float
 
 
 def numbers(readings: Readings) -> Numbers:
     """The numbers of one unit; `readings` of all kinds."""
-    both = readings["both"]
-    words = [readings[kind]["words"] for kind in ("content", "style", "none")]
     right = [readings[kind]["right"] for kind in ("both", "content", "style", "none")]
     return Numbers(
-        both["content"],
-        both["style"],
-        harmonic(both["content"], both["style"]),
-        sum(words) / len(words),
-        readings["both+"]["extra"],
+        readings["both"]["content"],
+        readings["both"]["style"],
+        h(readings["both"]),
+        other_words(readings),
+        readings["both+"]["words"],
+        h(readings["both+"]),
         sum(right) / len(right),
     )
+
+
+def h(shares: Mapping[str, float]) -> float:
+    """Both concepts shown: the harmonic mean of content and style."""
+    return harmonic(shares["content"], shares["style"])
+
+
+def other_words(readings: Readings) -> float:
+    """Other words right, mean over prompts with one trigger and with none."""
+    return sum(readings[kind]["words"] for kind in ("content", "style", "none")) / 3
 
 
 def harmonic(*shares: float) -> float:
     """Their harmonic mean, 0 where one is 0."""
     return len(shares) / sum(1 / share for share in shares) if min(shares) > 0 else 0.0
-
-
-def score(found: Numbers) -> float:
-    """What tuning raises: harmonic mean of H and other words."""
-    return harmonic(found.h, found.words)
 
 
 def mean(rows: Sequence[Numbers]) -> Numbers:
@@ -68,14 +76,24 @@ class Interval(NamedTuple):
         return f"{self.mean:.2f} [{self.low:.2f}, {self.high:.2f}]"
 
 
-def interval(values: Sequence[float], resamples: int = 10_000, seed: int = 0) -> Interval:
-    """Bootstrap over units. For a paired comparison, `values` are the units' differences."""
-    array = np.asarray(values, dtype=float)
-    picks = np.random.default_rng(seed).integers(len(array), size=(resamples, len(array)))
-    low, high = np.percentile(array[picks].mean(1), (2.5, 97.5))
-    return Interval(float(array.mean()), float(low), float(high))
+def interval(values: Sequence[float], units: Sequence[Unit], resamples: int = 10_000, seed: int = 0) -> Interval:
+    """Bootstrap over contents and styles, independently, as units share adapters (Owen 2007).
+
+    Args:
+        values: one for each unit; for a paired comparison, the units' differences.
+        units: all pairs of some contents and some styles.
+    """
+    contents, styles = (list(dict.fromkeys(parts)) for parts in zip(*((unit.content, unit.style) for unit in units)))
+    table = np.full((len(contents), len(styles)), np.nan)
+    for value, unit in zip(values, units):
+        table[contents.index(unit.content), styles.index(unit.style)] = value
+    generator = np.random.default_rng(seed)
+    rows, columns = (generator.integers(size, size=(resamples, size)) for size in table.shape)
+    means = np.nanmean(table[rows[:, :, None], columns[:, None, :]], axis=(1, 2))
+    low, high = np.percentile(means, (2.5, 97.5))
+    return Interval(float(np.nanmean(table)), float(low), float(high))
 
 
-def difference(rows: Sequence[Numbers], others: Sequence[Numbers], field: str) -> Interval:
+def difference(rows: Sequence[Numbers], others: Sequence[Numbers], field: str, units: Sequence[Unit]) -> Interval:
     """How much more of a field `rows` have than `others`, unit by unit."""
-    return interval([getattr(one, field) - getattr(other, field) for one, other in zip(rows, others)])
+    return interval([getattr(one, field) - getattr(other, field) for one, other in zip(rows, others)], units)

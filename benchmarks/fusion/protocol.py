@@ -1,8 +1,9 @@
 """What the study fixes before anything is tuned: concepts, units, words, noise and numbers. Nothing else decides them.
 
-A *unit* is one content, one style and one seed. Tuning units are looked at freely. Check units share no concept with
-them, none is the demo's pair, and they are run when everything is chosen. Words that occur in training (of a concept's
-picture, of its fidelity test, of `preserve`) are never judged.
+A *unit* is one content, one style and the seed of their trainings. Tuning units are looked at freely. Check units share
+no concept and no seed with them, none is the demo's pair, and they are run when everything is chosen. Units are all
+pairs of some contents and some styles, so an adapter is part of several; intervals resample contents and styles. Words
+that occur in training (of a concept's picture, of its fidelity test, of `preserve`) are never judged.
 """
 
 import itertools
@@ -31,48 +32,42 @@ class Prompt(NamedTuple):
     Attributes:
         kind: one of KINDS.
         look: the old words.
-        extra: a word of EXTRAS, or "".
         noise: seed of the noise.
     """
 
     kind: str
     text: str
     look: Look
-    extra: str
     noise: int
 
 
-# The toy's own words, in halves. The extra words, bands along a side of the picture,
-# are known to the study's base and claimed by no adapter.
+# The toy's own words, in halves: shapes, colours (palettes), textures
 TRAINED = (("circle", "square", "triangle"), ("red", "yellow", "green"), ("plain", "striped"))
 JUDGED = (("diamond", "cross", "ring"), ("cyan", "blue", "magenta"), ("checked", "dotted"))
-EXTRAS = ("walled", "roofed", "floored")
-TRAINED_EXTRA, JUDGED_EXTRAS = "walled", ("roofed", "floored")
 
 # Pictures that the concepts are trained on: everything but the concept itself in words of training
-CONTENT_LOOK, STYLE_LOOK = ("red", "plain"), "circle"
+CONTENT_LOOK, STYLE_LOOK, TEXTURE_LOOK = ("red", "plain"), "circle", ("circle", "yellow")
 
 TUNING = tuple(
-    Unit(content, style, seed)
-    for seed, (content, style) in enumerate(
-        itertools.product((HEART, "ell"), ((SUNSET, BARRED), ("violet", "hatched")))
-    )
+    Unit(content, style, 0)
+    for content, style in itertools.product((HEART, "ell"), ((SUNSET, BARRED), ("violet", "hatched")))
 )
-_CHECK_CONTENTS = ("bow", "arch", "tee")
-_CHECK_STYLES = (("slate", "slanted"), ("rose", "grid"), ("brown", "blocks"))
 CHECK = tuple(
-    Unit(content, style, 10 + (row + column) % 3)
-    for (row, content), (column, style) in itertools.product(enumerate(_CHECK_CONTENTS), enumerate(_CHECK_STYLES))
+    Unit(content, style, 10)
+    for content, style in itertools.product(
+        ("bow", "arch", "tee"), (("slate", "slanted"), ("rose", "grid"), ("brown", "blocks"))
+    )
 )
 
 # Single adapters are trained until they are read at FIDELITY on words of training, so that merges are compared at equal
 # fidelity of what is merged; where that is not reached, the best state counts and the table says how good it was.
 FIDELITY = 0.95
 FIRST_LOOK, LOOK_EVERY, LAST_LOOK = 80, 40, 320  # optimizer steps
-FIDELITY_PICTURES = 24
+FIDELITY_PICTURES = 20
 
 SAMPLER_STEPS = 12
-PICTURES = 24  # of each kind, unit and method
+PICTURES, TUNING_PICTURES = 12, 6  # of each kind, unit and method
+SIDES = ("content", "style", "texture")  # what an adapter is of; a texture is a style without its palette
 KINDS = ("both", "both+", "content", "style", "none")
 TRAINING = {"rank": 16, "learning_rate": 1.5e-3, "batch_size": 8}
 _FIRST_NOISE = {"judged": 10_000, "fidelity": 20_000}
@@ -81,19 +76,18 @@ _FIRST_NOISE = {"judged": 10_000, "fidelity": 20_000}
 def judged_prompts(pictures: int = PICTURES) -> list[Prompt]:
     """What every method is asked for, the same noise for all of them.
 
-    Kinds: `both` triggers; `both+`, the same with a word that neither adapter claims; one trigger among old words;
-    old words only.
+    Kinds: `both` triggers; `both+`, both triggers and a colour, which neither adapter claims, as the style's adapter is
+    then one of its texture only; one trigger among old words; old words only.
     """
     shapes, colours, textures = JUDGED
     styles = list(itertools.product(colours, textures))
     every = [Look(shape, *style) for style in styles for shape in shapes]
-    both = f"a {CONTENT_TRIGGER} in {STYLE_TRIGGER} style"
-    asked: dict[str, list[tuple[str, Look, str]]] = {
-        "both": [(both, Look("", "", ""), "")],
-        "both+": [(f"{both}, {extra}", Look("", "", ""), extra) for extra in JUDGED_EXTRAS],
-        "content": [(f"a {CONTENT_TRIGGER} in {' '.join(style)} style", Look("", *style), "") for style in styles],
-        "style": [(f"a {shape} in {STYLE_TRIGGER} style", Look(shape, "", ""), "") for shape in shapes],
-        "none": [(f"a {look.shape} in {look.colour} {look.texture} style", look, "") for look in every],
+    asked: dict[str, list[tuple[str, Look]]] = {
+        "both": [(f"a {CONTENT_TRIGGER} in {STYLE_TRIGGER} style", Look("", "", ""))],
+        "both+": [(f"a {CONTENT_TRIGGER} in {one} {STYLE_TRIGGER} style", Look("", one, "")) for one in colours],
+        "content": [(f"a {CONTENT_TRIGGER} in {' '.join(style)} style", Look("", *style)) for style in styles],
+        "style": [(f"a {shape} in {STYLE_TRIGGER} style", Look(shape, "", "")) for shape in shapes],
+        "none": [(f"a {look.shape} in {look.colour} {look.texture} style", look) for look in every],
     }
     return [
         Prompt(kind, *asked[kind][number % len(asked[kind])], _FIRST_NOISE["judged"] + number)
@@ -108,10 +102,13 @@ def fidelity_prompts(side: str, pictures: int = FIDELITY_PICTURES) -> list[Promp
     if side == "content":
         looks = [Look("", *style) for style in itertools.product(colours, textures) if style != CONTENT_LOOK]
         texts = [f"a {CONTENT_TRIGGER} in {look.colour} {look.texture} style" for look in looks]
-    else:
+    elif side == "style":
         looks = [Look(shape, "", "") for shape in shapes if shape != STYLE_LOOK]
         texts = [f"a {look.shape} in {STYLE_TRIGGER} style" for look in looks]
+    else:
+        looks = [Look(*parts, "") for parts in itertools.product(shapes, colours) if parts != TEXTURE_LOOK]
+        texts = [f"a {look.shape} in {look.colour} {STYLE_TRIGGER} style" for look in looks]
     return [
-        Prompt(side, texts[number % len(texts)], looks[number % len(looks)], "", _FIRST_NOISE["fidelity"] + number)
+        Prompt(side, texts[number % len(texts)], looks[number % len(looks)], _FIRST_NOISE["fidelity"] + number)
         for number in range(pictures)
     ]

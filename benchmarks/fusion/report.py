@@ -5,38 +5,62 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from .fusions import Fusion, Schedule
+from .learn import RECIPES, Learned
 from .measures import Numbers, difference, interval, mean
-from .protocol import VERSION, Unit
+from .protocol import SIDES, VERSION, Unit
+from .tuning import Single
 
 Results = Mapping[str, Sequence[Numbers]]  # method -> numbers of the units, in their order
+FIELDS = ("h", "words", "colour", "h_colour", "joint")
 GOAL = {"h": 0.9, "words": 0.8}
 
 
-def table(results: Results) -> str:
-    """One line for each method, with 95 % intervals of a bootstrap over units."""
+def table(results: Results, units: Sequence[Unit]) -> str:
+    """One line for each method, with 95 % intervals of a bootstrap over contents and styles."""
     lines = [
-        "| method | content | style | H | other words | extra word, both triggers | all right |",
-        "|---|---|---|---|---|---|---|",
+        "| method | content | style | H | other words | colour beside both | H there | all right |",
+        "|---" * 8 + "|",
     ]
-    for name, rows in results.items():
-        means = mean(rows)
-        cells = [f"{means.content:.2f}", f"{means.style:.2f}"]
-        cells += [str(interval([getattr(row, field) for row in rows])) for field in ("h", "words", "extra", "joint")]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines += [f"| {name} | {row(rows, units)} |" for name, rows in results.items()]
     return "\n".join(lines)
 
 
-def comparison(results: Results, reference: str) -> str:
+def row(rows: Sequence[Numbers], units: Sequence[Unit]) -> str:
+    """One method's cells."""
+    means = mean(rows)
+    intervals = [str(interval([getattr(one, field) for one in rows], units)) for field in FIELDS]
+    return " | ".join([f"{means.content:.2f}", f"{means.style:.2f}", *intervals])
+
+
+def comparison(results: Results, reference: str, units: Sequence[Unit]) -> str:
     """Paired differences from one method."""
     lines = [
-        f"| minus {reference} | H | other words | extra word, both triggers | all right |",
-        "|---|---|---|---|---|",
+        f"| minus {reference} | H | other words | colour beside both | H there | all right |",
+        "|---" * 6 + "|",
     ]
     for name, rows in results.items():
         if name != reference:
-            cells = [str(difference(rows, results[reference], one)) for one in ("h", "words", "extra", "joint")]
+            cells = [str(difference(rows, results[reference], one, units)) for one in FIELDS]
             lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def fidelity(adapters: Sequence[tuple[str, str, Unit, Learned]]) -> str:
+    """Steps of the single adapters and how often they are read right on words of training, by recipe and side."""
+    lines = ["| adapters | side | steps | read alone | lowest |", "|---|---|---|---|---|"]
+    for recipe in dict.fromkeys(row[0] for row in adapters):
+        for side in SIDES:
+            made = [one for name, which, _, one in adapters if (name, which) == (recipe, side)]
+            steps, shares = [one.steps for one in made], [one.fidelity for one in made]
+            means = f"{sum(steps) / len(steps):.0f} | {sum(shares) / len(shares):.2f} | {min(shares):.2f}"
+            lines.append(f"| {recipe} (rank {RECIPES[recipe].rank}) | {side} | {means} |")
+    return "\n".join(lines)
+
+
+def curve(rows: Sequence[Single]) -> str:
+    """Concept shown against rest unchanged, a line for each adapter and strength."""
+    lines = ["| adapter alone | strength | concept shown | rest unchanged |", "|---|---|---|---|"]
+    return "\n".join(lines + [f"| {row.name} | {row.strength:g} | {row.shown:.2f} | {row.rest:.2f} |" for row in rows])
 
 
 def in_words(schedule: Schedule) -> str:
@@ -64,7 +88,7 @@ def save(folder: Path, units: Sequence[Unit], results: Results, facts: Mapping[s
     return path
 
 
-def picture(results: Results, path: Path) -> Path:
+def picture(results: Results, units: Sequence[Unit], path: Path) -> Path:
     """H against other words, a point for each method with its intervals; the goal is the corner at the upper right."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -74,13 +98,12 @@ def picture(results: Results, path: Path) -> Path:
     axes = figure.add_subplot()
     axes.fill_between((GOAL["words"], 1.02), GOAL["h"], 1.02, color="0.9", label="goal")
     for number, (name, rows) in enumerate(results.items()):
-        words, h = (interval([getattr(row, field) for row in rows]) for field in ("words", "h"))
-        spread = [[one.mean - one.low, one.high - one.mean] for one in (words, h)]
+        words, h = (interval([getattr(row, field) for row in rows], units) for field in ("words", "h"))
         axes.errorbar(
             words.mean,
             h.mean,
-            xerr=[[spread[0][0]], [spread[0][1]]],
-            yerr=[[spread[1][0]], [spread[1][1]]],
+            xerr=[[words.mean - words.low], [words.high - words.mean]],
+            yerr=[[h.mean - h.low], [h.high - h.mean]],
             marker="osD^vP*X"[number % 8],
             color=f"C{number % 10}",
             elinewidth=0.6,

@@ -1,5 +1,6 @@
-"""The study's folder: base, adapters and results are made once and found again, so a run that was stopped goes on."""
+"""The study's folder: adapters and results are made once and found again, so a run that was stopped goes on."""
 
+import copy
 import hashlib
 import json
 import logging
@@ -9,19 +10,19 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
+from demo.model import WEIGHTS, load_toy
+from demo.pictures import Look
 from qrlora_core import Basis, TensorFile, decompose
 from train.model.source import BaseModel
 
-from .base import LESSONS, Lesson, study_base
 from .fusions import Fusion
 from .learn import RECIPES, Learned, Paths, Recipe, learn, shows
 from .live import Live, Pair
 from .pictures import read
-from .protocol import EXTRAS, KINDS, VERSION, Prompt, Unit, judged_prompts
+from .protocol import KINDS, SIDES, VERSION, Prompt, Unit, judged_prompts
 
 log = logging.getLogger(__name__)
-Shares = dict[str, float]  # of the pictures of one kind: content, style, both, words, extra
-SIDES = ("content", "style")
+Shares = dict[str, float]  # of the pictures of one kind: content, style, words, right
 
 
 class Study:
@@ -30,25 +31,15 @@ class Study:
     Args:
         folder: where everything is kept.
         pictures: of each kind, unit and method.
-        lessons: of the base's training.
         adapter_steps: at most so many (a quick look, kept apart).
         half: products in bf16.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        pictures: int,
-        lessons: Sequence[Lesson] = LESSONS,
-        adapter_steps: int | None = None,
-        half: bool = False,
-    ) -> None:
-        folder = folder / f"v{VERSION}-{'bf16' if half else 'fp32'}"
-        model, path = study_base(folder, lessons, _logged("base", 100), half)
-        self.folder = folder / f"{path.stem}-{adapter_steps or 'full'}"
+    def __init__(self, folder: Path, pictures: int, adapter_steps: int | None = None, half: bool = False) -> None:
+        self.folder = folder / f"v{VERSION}-{'bf16' if half else 'fp32'}-{adapter_steps or 'full'}"
         self.pictures, self.adapter_steps = pictures, adapter_steps
-        targets = BaseModel(path).targets(())
-        self.live = Live(model, [target.name for target in targets], half)
+        targets = BaseModel(WEIGHTS).targets(())
+        self.live = Live(load_toy(), [target.name for target in targets], half)
         rank = max(recipe.rank for recipe in RECIPES.values())
         self.bases: dict[str, Basis] = {
             name: decompose(layer.base.weight, rank) for name, layer in self.live.layers.items()
@@ -59,9 +50,15 @@ class Study:
         """The base's own sampling paths."""
         return Paths(self.live)
 
+    def with_pictures(self, pictures: int) -> "Study":
+        """The same study with so many pictures of each kind."""
+        other = copy.copy(self)
+        other.pictures = pictures
+        return other
+
     def adapter(self, unit: Unit, side: str, recipe: Recipe) -> Learned:
         """An adapter of the unit's concept; another unit with the same concept and seed has the same one."""
-        concept = unit.content if side == "content" else unit.style[0]
+        concept = concept_of(unit, side)
         name = f"{recipe.name}-{concept}-{unit.seed}"
         path = self.folder / "adapters" / f"{name}.safetensors"
         if not path.is_file():
@@ -100,11 +97,12 @@ class Study:
         wanted = [prompt for prompt in prompts if keys[prompt.kind] not in known]
         if wanted:
             recipe = RECIPES[fusion.adapters]
-            self.live.wear([self.adapter(unit, side, recipe).update for side in SIDES])
-            seen = read(self.live.sample(wanted, fusion.factors(wanted)))
             for kind in dict.fromkeys(prompt.kind for prompt in wanted):
-                pairs = [(prompt, one) for prompt, one in zip(wanted, seen) if prompt.kind == kind]
-                known[keys[kind]] = _shares(unit, pairs)
+                asked = [prompt for prompt in wanted if prompt.kind == kind]
+                sides = worn(kind)
+                self.live.wear([self.adapter(unit, side, recipe).update for side in sides])
+                seen = read(self.live.sample(asked, fusion.factors(asked)))
+                known[keys[kind]] = _shares(unit, sides, asked, seen)
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = path.with_suffix(".partial")
             partial.write_text(json.dumps(known, indent=1), encoding="utf-8")
@@ -112,28 +110,35 @@ class Study:
         return {kind: known[key] for kind, key in keys.items()}
 
 
-def _shares(unit: Unit, pairs: Sequence[tuple[Prompt, object]]) -> Shares:
+def worn(kind: str) -> tuple[str, str]:
+    """The adapters that prompts of a kind are judged with."""
+    return ("content", "texture") if kind == "both+" else ("content", "style")
+
+
+def concept_of(unit: Unit, side: str) -> str:
+    """What an adapter is of, as its file is named."""
+    return {"content": unit.content, "style": unit.style[0], "texture": unit.style[1]}[side]
+
+
+def _shares(unit: Unit, sides: Sequence[str], prompts: Sequence[Prompt], seen: Sequence[Look]) -> Shares:
     """Shares of one kind's pictures; `right` is all that the prompt asks for at once."""
-    sums = dict.fromkeys(("content", "style", "both", "words", "extra", "right"), 0)
-    for prompt, seen in pairs:
-        content, style = (shows(unit, side, seen.look) for side in SIDES)
-        rest = all(want in ("", got) for want, got in zip(prompt.look, seen.look))
-        extra = seen.extras == frozenset(filter(None, [prompt.extra]))
-        asked = {"both": content and style, "both+": content and style and extra, "content": content, "style": style}
+    sums = dict.fromkeys(("content", "style", "words", "right"), 0)
+    for prompt, look in zip(prompts, seen):
+        content, style = (shows(unit, side, look) for side in sides)
+        words = all(want in ("", got) for want, got in zip(prompt.look, look))
+        asked = {"content": content, "style": style, "none": True}
         sums["content"] += content
         sums["style"] += style
-        sums["both"] += content and style
-        sums["words"] += rest
-        sums["extra"] += extra
-        sums["right"] += asked.get(prompt.kind, True) and rest
-    return {name: count / len(pairs) for name, count in sums.items()}
+        sums["words"] += words
+        sums["right"] += asked.get(prompt.kind, content and style) and words
+    return {name: count / len(seen) for name, count in sums.items()}
 
 
 def _key(fusion: Fusion, kind: str, prompts: Sequence[Prompt]) -> str:
     """What decides a kind's pictures, in short: prompts, noise, adapters and factors, not a fusion's name."""
     schedules = [fusion.schedule(prompt.text) for prompt in prompts]
     adapters = fusion.adapters if any(schedules) else "base"
-    facts = json.dumps([EXTRAS, prompts, schedules])
+    facts = json.dumps([prompts, schedules])
     return f"{kind} {adapters} {hashlib.sha256(facts.encode()).hexdigest()[:12]}"
 
 
@@ -148,9 +153,10 @@ def _logged(name: str, every: int) -> Callable[[int, float], None]:
 def trained(study: Study, units: Sequence[Unit], recipes: Sequence[str]) -> Iterator[tuple[str, str, Unit, Learned]]:
     """Every adapter that these units need: recipe, side, unit, adapter."""
     for recipe in recipes:
-        done: set[tuple[str, object, int]] = set()
+        done: set[tuple[str, str, int]] = set()
         for unit in units:
-            for side, concept in zip(SIDES, (unit.content, unit.style)):
-                if (side, concept, unit.seed) not in done:
-                    done.add((side, concept, unit.seed))
+            for side in SIDES:
+                concept = (side, concept_of(unit, side), unit.seed)
+                if concept not in done:
+                    done.add(concept)
                     yield recipe, side, unit, study.adapter(unit, side, RECIPES[recipe])

@@ -1,23 +1,25 @@
-"""Chooses what every method leaves open, on tuning units only, by one rule for all: `measures.score`."""
+"""Chooses what every method leaves open, on tuning units only, the same rules for all."""
 
 import itertools
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 from .fusions import Fusion, Schedule, content_first, content_then_base, fixed, half_then_full
-from .measures import harmonic, mean, numbers, score
+from .measures import h, harmonic, other_words
 from .protocol import Unit
 from .store import Study
 
 log = logging.getLogger(__name__)
+REFERENCE = "best fixed alpha, beta"  # what the others are compared with
 GRID = (0.2, 0.4, 0.6, 0.8, 1.0)
-SWITCHES = (0.5, 0.6, 0.7, 0.8)
+SWITCHES = (0.6, 0.7, 0.8)
 
 
 def both_schedules() -> list[Schedule]:
-    """Candidates where a prompt holds both triggers: content first, with an overlap, with some of the content kept."""
-    made = itertools.product(SWITCHES, (0.0, 0.1), (0.0, 0.4, 0.7))
+    """Candidates where a prompt holds both triggers: content first, some of it kept, the style as it is or stronger."""
+    made = itertools.product(SWITCHES, (0.0,), (0.0, 0.5), (1.0, 1.4))
     return [content_first(*parts) for parts in made]
 
 
@@ -33,61 +35,89 @@ def content_schedules() -> list[Schedule]:
     return every + [content_then_base(switch, last) for switch in (0.3, 0.5, 0.7) for last in (0.0, 0.5)]
 
 
-def best_everywhere(study: Study, units: Sequence[Unit], name: str, adapters: str, each: Iterable[Schedule]) -> Fusion:
-    """The schedule that scores best where there is no gate and it applies to every prompt."""
-    best, highest = None, -1.0
-    for schedule in each:
-        fusion = Fusion(name, adapters, schedule)
-        found = mean([numbers(study.readings(fusion, unit)) for unit in units])
-        log.info("%s %s: %s", name, schedule, _line(found._asdict()))
-        if score(found) > highest:
-            best, highest = fusion, score(found)
-    assert best is not None
-    return best
+def best_everywhere(study: Study, units: Sequence[Unit], name: str, each: Iterable[Schedule]) -> Fusion:
+    """The schedule that is best where there is no gate and it applies to every prompt: harmonic mean of H and words."""
+
+    def value(candidate: Fusion) -> float:
+        every = [study.readings(candidate, unit, ("both", "content", "style", "none")) for unit in units]
+        shown = sum(h(one["both"]) for one in every) / len(every)
+        words = sum(other_words(one) for one in every) / len(every)
+        log.info("%s %s: H %.2f, other words %.2f", name, candidate.both, shown, words)
+        return harmonic(shown, words)
+
+    return max((Fusion(name, both=one) for one in each), key=value)
 
 
 def best_gated(study: Study, units: Sequence[Unit], name: str, adapters: str) -> Fusion:
     """A gate with the best schedule for each case; each is judged by its own prompts, as no other sees it."""
     fusion = Fusion(name, adapters, gate=True)
 
-    def right(candidate: Fusion, kind: str) -> float:
-        return sum(study.readings(candidate, unit, [kind])[kind]["right"] for unit in units) / len(units)
-
     def both(candidate: Fusion) -> float:
         every = [study.readings(candidate, unit, ("both", "both+")) for unit in units]
-        h = sum(harmonic(one["both"]["content"], one["both"]["style"]) for one in every) / len(every)
-        extra = sum(one["both+"]["extra"] for one in every) / len(every)
-        log.info("%s both %s: H %.2f, extra word %.2f", name, candidate.both, h, extra)
-        return harmonic(h, extra)
+        shown = sum(h(one["both"]) for one in every) / len(every)
+        right = sum(one["both+"]["right"] for one in every) / len(every)
+        log.info("%s both %s: H %.2f, all right with a colour %.2f", name, candidate.both, shown, right)
+        return shown + right
 
-    def judged(kind: str, candidate: Fusion) -> float:
-        value = right(candidate, kind)
-        log.info("%s %s %s: %.2f", name, kind, getattr(candidate, kind), value)
-        return value
+    def alone(kind: str, candidate: Fusion) -> float:
+        right = sum(study.readings(candidate, unit, [kind])[kind]["right"] for unit in units) / len(units)
+        log.info("%s %s %s: all right %.2f", name, kind, getattr(candidate, kind), right)
+        return right
 
     fusion = max((replace(fusion, both=one) for one in both_schedules()), key=both)
-    fusion = max((replace(fusion, style=one) for one in style_schedules()), key=lambda one: judged("style", one))
-    return max((replace(fusion, content=one) for one in content_schedules()), key=lambda one: judged("content", one))
+    fusion = max((replace(fusion, style=one) for one in style_schedules()), key=lambda one: alone("style", one))
+    return max((replace(fusion, content=one) for one in content_schedules()), key=lambda one: alone("content", one))
 
 
-def tuned(study: Study, units: Sequence[Unit], recipes: Sequence[str]) -> list[Fusion]:
-    """Every method of the study, with nothing left open. `recipes` names the adapters that get gate and schedule."""
+class Single(NamedTuple):
+    """An adapter alone, everywhere, at one strength: means over units and both sides.
+
+    Attributes:
+        name: recipe.
+        strength: of the adapter.
+        shown: share of the prompts with its trigger that show the concept.
+        rest: other words right, mean over prompts with its trigger and without.
+    """
+
+    name: str
+    strength: float
+    shown: float
+    rest: float
+
+
+def single_adapters(study: Study, units: Sequence[Unit]) -> list[Single]:
+    """Concept shown against rest unchanged: what `preserve` must lie above is plain training, weaker and shorter."""
+    asked = [("qr", 0.4), ("qr", 0.6), ("qr", 0.8), ("qr", 1.0), ("qr40", 1.0)]
+    asked += [("preserve", 0.6), ("preserve", 0.8), ("preserve", 1.0)]
+    rows = []
+    for recipe, strength in asked:
+        shown, rest = [], []
+        for side, schedule in (("content", fixed(0, strength)), ("style", fixed(strength, 0))):
+            for unit in units:
+                found = study.readings(Fusion("alone", recipe, schedule), unit, (side, "none"))
+                shown.append(found[side][side])
+                rest.append((found[side]["words"] + found["none"]["words"]) / 2)
+        rows.append(Single(recipe, strength, sum(shown) / len(shown), sum(rest) / len(rest)))
+    return rows
+
+
+def tuned(study: Study, units: Sequence[Unit], recipes: Sequence[str]) -> Iterator[Fusion]:
+    """Every method of the study with nothing left open, one after another.
+
+    Args:
+        study: of few pictures.
+        units: tuning units.
+        recipes: further adapters that get gate and schedule.
+    """
+    yield Fusion("no adapter", both=())
+    yield Fusion("plain sum")
+    yield Fusion("prompt gate", gate=True)
+    yield best_gated(study, units, "gate + schedule", "qr")
+    yield Fusion("plain LoRA, equal rank", "lora")
     pairs = itertools.product(GRID, GRID)
-    fusions = [
-        Fusion("no adapter", both=()),
-        Fusion("plain sum"),
-        Fusion("plain LoRA, equal rank", "lora"),
-        Fusion("plain LoRA, equal parameters", "lora8"),
-        best_everywhere(study, units, "best fixed alpha, beta", "qr", (fixed(*pair) for pair in pairs)),
-        best_everywhere(study, units, "content first", "qr", both_schedules()),
-        Fusion("prompt gate", gate=True),
-        best_gated(study, units, "gate + schedule", "qr"),
-    ]
+    yield best_everywhere(study, units, REFERENCE, (fixed(*pair) for pair in pairs))
+    yield best_everywhere(study, units, "content first", both_schedules())
     for recipe in recipes:
-        fusions.append(Fusion(f"{recipe}, plain sum", recipe))
-        fusions.append(best_gated(study, units, f"{recipe}, gate + schedule", recipe))
-    return fusions
-
-
-def _line(shares: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:.2f}" for name, value in shares.items())
+        yield Fusion(f"{recipe}, plain sum", recipe)
+        yield best_gated(study, units, f"{recipe}, gate + schedule", recipe)
+    yield Fusion("plain LoRA, equal parameters", "lora8")

@@ -2,10 +2,11 @@
 
 from .patches import patched_clone, require_taken
 from .places import Place, load_device, model_family, own_weight, place_layers, published_layers, require_unpatched
-from .session import with_progress
+from .session import interruptible, with_progress
 
 __all__ = [
     "Place",
+    "interruptible",
     "load_device",
     "model_family",
     "own_weight",

@@ -50,15 +50,19 @@ def owner() -> Owner:
     settings = load_settings(path)
     unknown = settings.keys() - {"python", "accelerate_config"}
     if unknown:
-        raise ConfigError(f"{path.name}: unknown key {min(unknown)!r}; it may hold python and accelerate_config")
+        raise ConfigError(f"{path.name}: unknown key {min(unknown)!r:.200}; it may hold python and accelerate_config")
     files = {}
     for key in ("python", "accelerate_config"):
         value = settings.get(key, "")
         if not isinstance(value, str):
-            raise ConfigError(f"{path.name}: {key} is {value!r}, expected the path of a file")
-        files[key] = str(Path(value).expanduser()) if value else ""
-        if value and not Path(files[key]).is_file():
-            raise ConfigError(f"{path.name}: {key} names {value!r}, which is not a file")
+            raise ConfigError(f"{path.name}: {key} is {value!r:.200}, expected the path of a file")
+        try:
+            files[key] = str(Path(value).expanduser()) if value else ""
+            found = not value or Path(files[key]).is_file()
+        except (RuntimeError, OSError, ValueError):  # ~ of somebody who is not known, a NUL, a name that is too long
+            found = False
+        if not found:
+            raise ConfigError(f"{path.name}: {key} names {value!r:.200}, which is not a file")
     return Owner(files["python"] or sys.executable, files["accelerate_config"], str(path))
 
 

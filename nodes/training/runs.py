@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 
 _CHECKPOINT = re.compile(r"step-(\d+)\.safetensors")
 _LARGEST_PID = 1 << 31
+_LATEST = 1e15  # unix seconds
+_LONGEST_STEPS = 9  # digits
 
 
 def key_of(parts: Any) -> str:
@@ -88,7 +90,9 @@ class RunFolder:
         """Steps -> the checked result after so many steps. What is damaged in the file was never vouched for."""
         table = _read_json(self.folder / "result.json")
         return {
-            int(steps): result for steps, entry in table.items() if steps.isdecimal() and (result := _result(entry))
+            int(steps): result
+            for steps, entry in table.items()
+            if steps.isdecimal() and len(steps) <= _LONGEST_STEPS and (result := _result(entry))
         }
 
     def record(self, steps: int, sha256: str, published: Mapping[str, str] | None = None) -> None:
@@ -136,7 +140,9 @@ class RunFolder:
         """Process id and start of the trainer noted last."""
         noted = _read_json(self.trainer)
         pid, created = noted.get("pid"), noted.get("created")
-        if type(pid) is not int or not 0 < pid < _LARGEST_PID or not isinstance(created, int | float):
+        if type(pid) is not int or not 0 < pid < _LARGEST_PID:
+            return None
+        if not isinstance(created, int | float) or not abs(created) < _LATEST:  # false for NaN too
             return None
         return pid, float(created)
 

@@ -238,3 +238,37 @@ def test_same_basis_is_strict():
     q = make(1).layer(NAMES[0]).up
     assert same_basis(q, q.clone()) and not same_basis(q, -q) and not same_basis(q, q[:, :2])
     assert not same_basis(q, q.half().float())
+
+
+class Cancelled(BaseException):
+    """As ComfyUI's Cancel comes."""
+
+
+def stops_after(count):
+    def progress(names):
+        for index, name in enumerate(names):
+            if index == count:
+                raise Cancelled
+            yield name
+
+    return progress
+
+
+def test_everything_that_goes_through_layers_can_be_stopped(tmp_path):
+    recipe = core.merge(of(make(1)), 0.9, of(make(2, basis_seed=7)), 1.0)
+    work = [
+        lambda progress: core.merge_report(recipe, progress),
+        lambda progress: core.merged_adapter(recipe, progress=progress),
+        lambda progress: core.save_adapter(make(1), tmp_path / "x.safetensors", progress=progress),
+        lambda progress: core.truncated(make(1), 1, progress),
+        lambda progress: core.similarity_report(make(1), make(2), progress),
+    ]
+    for one in work:
+        seen = []
+        with pytest.raises(Cancelled):
+            one(stops_after(1))
+        assert not list(tmp_path.iterdir())
+        one(lambda names, seen=seen: (seen.append(name) or name for name in names))
+        assert seen == list(NAMES), one
+        for path in tmp_path.iterdir():
+            path.unlink()

@@ -129,3 +129,17 @@ def test_triggers_of_a_file_and_of_the_person():
     assert recipe.needs_live and "where the prompt holds <s> or ink" in str(recipe.terms[0])
     twice = core.merge(recipe, 1.0, of(told), 1.0)
     assert len(twice.terms) == 2, "a gated term and a free one are two"
+
+
+def test_no_file_makes_a_prompt_be_searched_for_ever():
+    stated = core.Adapter.from_tensors(
+        "many",
+        {name: make(1).layer(name) for name in NAMES},
+        3.0,
+        metadata={"qrlora.trigger": ",".join(f"t{index}" for index in range(200_000))},
+    )
+    assert len(core.triggers_of(stated)) == 100
+    with pytest.raises(core.SettingError, match="150 triggers are given, 100 are the most"):
+        core.triggers_of(stated, ",".join(map(str, range(150))))
+    with pytest.raises(core.SettingError, match="10000 are the most"):
+        core.triggers_of(stated, "x" * 20_000)

@@ -1,21 +1,19 @@
 """The study's parts, each in seconds: what it fixes, what it applies, what it counts, and that it goes on."""
 
-import itertools
 import json
 
 import pytest
 import torch
 
 from benchmarks.fusion import protocol
-from benchmarks.fusion.base import Lesson
 from benchmarks.fusion.fusions import ON, Fusion, Stage, content_first, fixed, half_then_full
 from benchmarks.fusion.learn import RECIPES, Paths, Recipe, _Step, learn
 from benchmarks.fusion.live import Live, Pair, encoded
 from benchmarks.fusion.measures import Numbers, difference, harmonic, interval, numbers
-from benchmarks.fusion.pictures import Seen, draw, read
-from benchmarks.fusion.protocol import CHECK, EXTRAS, KINDS, TUNING, fidelity_prompts, judged_prompts
+from benchmarks.fusion.pictures import draw, read
+from benchmarks.fusion.protocol import CHECK, KINDS, SIDES, TUNING, fidelity_prompts, judged_prompts
 from benchmarks.fusion.report import picture, table
-from benchmarks.fusion.store import Study
+from benchmarks.fusion.store import Study, concept_of
 from demo.model import load_toy
 from demo.pictures import COLOURS, SHAPES, TEXTURES, Look
 from demo.toy.features import words
@@ -58,23 +56,22 @@ def test_tuning_and_check_share_nothing():
 
 
 def test_judged_words_are_no_words_of_training():
-    trained = {word for part in protocol.TRAINED for word in part} | {protocol.TRAINED_EXTRA}
-    trained |= {*protocol.CONTENT_LOOK, protocol.STYLE_LOOK}
+    trained = {word for part in protocol.TRAINED for word in part}
+    trained |= {*protocol.CONTENT_LOOK, protocol.STYLE_LOOK, *protocol.TEXTURE_LOOK}
     judged = {word for prompt in judged_prompts() for word in words(prompt.text)}
     assert not trained & judged
-    for side in ("content", "style"):
+    for side in SIDES:
         assert not judged & {word for prompt in fidelity_prompts(side) for word in words(prompt.text)} - {"<c>", "<s>"}
     noises = {prompt.noise for prompt in judged_prompts()}
-    assert not noises & {prompt.noise for side in ("content", "style") for prompt in fidelity_prompts(side)}
+    assert not noises & {prompt.noise for side in SIDES for prompt in fidelity_prompts(side)}
 
 
 def test_the_reader_reads_what_is_drawn():
     concepts = [Look(unit.content, *unit.style) for unit in (*TUNING, *CHECK)]
     looks = concepts + [Look("ring", *UNIT.style), Look(UNIT.content, "cyan", "dotted"), Look("cross", "red", "plain")]
-    asked = list(itertools.product(looks, ("", *EXTRAS)))
-    pictures = torch.stack([draw(*one) for one in asked])
+    pictures = torch.stack([draw(look) for look in looks])
     noise = 0.1 * torch.randn(pictures.shape, generator=torch.Generator().manual_seed(0))
-    assert read(pictures + noise) == [Seen(look, frozenset(filter(None, [extra]))) for look, extra in asked]
+    assert read(pictures + noise) == looks
 
 
 def test_live_equals_patched_weights(live):
@@ -114,16 +111,21 @@ def test_schedules():
 
 
 def test_numbers_and_intervals():
-    shares = {"content": 0.5, "style": 1.0, "both": 0.5, "words": 0.6, "extra": 0.25, "right": 0.4}
-    found = numbers(dict.fromkeys(KINDS, shares))
-    assert found == pytest.approx((0.5, 1.0, 2 / 3, 0.6, 0.25, 0.4))
+    shares = {"content": 0.5, "style": 1.0, "words": 0.6, "right": 0.4}
+    coloured = {"content": 1.0, "style": 0.0, "words": 0.25, "right": 0.0}
+    found = numbers(dict.fromkeys(KINDS, shares) | {"both+": coloured})
+    assert found == pytest.approx((0.5, 1.0, 2 / 3, 0.6, 0.25, 0.0, 0.4))
     assert harmonic(0.0, 1.0) == 0.0
-    rows = [Numbers(*[value] * 6) for value in (0.1, 0.5, 0.9)]
-    others = [Numbers(*[value - 0.2] * 6) for value in (0.1, 0.5, 0.9)]
-    assert difference(rows, others, "h") == pytest.approx((0.2, 0.2, 0.2))  # paired: units differ, the gain does not
-    spread = interval([row.h for row in rows])
-    assert spread.mean == pytest.approx(0.5) and spread.low < 0.5 < spread.high
-    assert "0.50 [" in table({"one": rows})
+    values = {unit: 0.1 * number for number, unit in enumerate(CHECK)}
+    rows = [Numbers(*[value] * 7) for value in values.values()]
+    others = [Numbers(*[value - 0.2] * 7) for value in values.values()]
+    # paired: units differ, the gain does not
+    assert difference(rows, others, "h", CHECK) == pytest.approx((0.2, 0.2, 0.2))
+    spread = interval(list(values.values()), CHECK)
+    assert spread.mean == pytest.approx(0.4) and spread.low < 0.4 < spread.high
+    # contents differ by .3 and styles by .1: a resample of three equal contents reaches .1 and .7
+    assert spread.high - spread.low > 0.4
+    assert "0.40 [" in table({"one": rows}, CHECK)
 
 
 def test_training_starts_from_the_base_and_learns(live):
@@ -173,11 +175,11 @@ def test_neutral_prompts_hold_no_trigger_and_no_judged_word(live, monkeypatch):
 
 def test_a_study_goes_on_where_it_was(tmp_path, monkeypatch):
     """A second start trains nothing and samples nothing, and gives the same numbers."""
-    study = Study(tmp_path, pictures=2, lessons=(Lesson(1, 0.5, 1),), adapter_steps=1)
+    study = Study(tmp_path, pictures=2, adapter_steps=1)
     fusion = Fusion("gate", gate=True)
     first = study.readings(fusion, UNIT)
     assert set(first) == set(KINDS)
-    again = Study(tmp_path, pictures=2, lessons=(Lesson(1, 0.5, 1),), adapter_steps=1)
+    again = Study(tmp_path, pictures=2, adapter_steps=1)
 
     def refuse(*_args, **_settings):
         raise AssertionError("that was there already")
@@ -185,6 +187,9 @@ def test_a_study_goes_on_where_it_was(tmp_path, monkeypatch):
     monkeypatch.setattr("benchmarks.fusion.store.learn", refuse)
     monkeypatch.setattr(again.live, "sample", refuse)
     assert again.readings(fusion, UNIT) == first
+    assert {path.name for path in (study.folder / "adapters").iterdir()} == {
+        f"qr-{concept_of(UNIT, side)}-{UNIT.seed}.safetensors" for side in SIDES
+    }
     # prompts without a trigger meet the base: another gated fusion shares them, another schedule does not
     assert again.readings(Fusion("other", gate=True, both=content_first(0.5)), UNIT, ["none"])["none"] == first["none"]
     with pytest.raises(AssertionError, match="there already"):
@@ -193,8 +198,8 @@ def test_a_study_goes_on_where_it_was(tmp_path, monkeypatch):
 
 def test_picture_and_results(tmp_path):
     pytest.importorskip("matplotlib")
-    rows = [Numbers(*[value] * 6) for value in (0.1, 0.5, 0.9)]
-    assert picture({"one": rows, "two": rows[::-1]}, tmp_path / "fusion.png").stat().st_size > 1000
+    rows = [Numbers(*[value] * 7) for value in (0.1, 0.5, 0.9)]
+    assert picture({"one": rows, "two": rows[::-1]}, CHECK[:3], tmp_path / "fusion.png").stat().st_size > 1000
     from benchmarks.fusion.report import save
 
     stored = json.loads(save(tmp_path, CHECK[:3], {"one": rows}, {"date": "today"}).read_text())

@@ -14,7 +14,7 @@ from qrlora_core.families import network_order
 from qrlora_core.storage import TensorSpec
 
 from ..errors import TrainError
-from .backbones import BACKBONES, Backbone, StoredRows, count_blocks, foreign, recognised
+from .backbones import BACKBONES, Backbone, ModelFacts, StoredRows, count_blocks, foreign, recognised
 from .quantized import (
     Quantization,
     dequantized,
@@ -24,6 +24,8 @@ from .quantized import (
     quantization_configs,
     quantization_of,
 )
+
+_LARGEST_SETTING = 1 << 20  # of a number in config.json
 
 
 class Part(NamedTuple):
@@ -80,7 +82,7 @@ class BaseModel:
                 for part in self._parts.values()
             }
         )
-        self.facts = self.backbone.facts(self.specs, self.path.name)
+        self.facts = _facts(self.backbone, self.specs, self.path.name)
         self.blocks = {name: count_blocks(self.specs, name) for name in self.backbone.block_lists}
         self.config = _config(self)
 
@@ -226,6 +228,16 @@ def _siblings(keys: Iterable[str], stored: Mapping[str, TensorSpec]) -> dict[str
     return siblings
 
 
+def _facts(backbone: Backbone, specs: Mapping[str, TensorSpec], title: str) -> ModelFacts:
+    """What the shapes tell; families read them as those of their own model, and a damaged file has others."""
+    try:
+        return backbone.facts(specs, title)
+    except (ValueError, IndexError, ArithmeticError) as error:
+        raise TrainError(
+            "model", f"{title} is damaged: its tensors have shapes that {backbone.model_class} cannot have ({error})"
+        ) from error
+
+
 def _config(model: BaseModel) -> dict[str, Any]:
     """Arguments of diffusers' class; a folder's config.json has its say where shapes tell nothing."""
     backbone, path = model.backbone, model.path
@@ -235,11 +247,22 @@ def _config(model: BaseModel) -> dict[str, Any]:
         stated = _json(own)
         if stated.get("_class_name", backbone.model_class) != backbone.model_class:
             raise TrainError("model", f"{path.name} holds a {stated['_class_name']}, expected {backbone.model_class}")
-        arguments |= {key: stated[key] for key in backbone.stated if key in stated}
+        for key in backbone.stated:
+            if key in stated:
+                _require_like(stated[key], arguments.get(key), f"{own.name} of {path.name}: {key}")
+                arguments[key] = stated[key]
     head, axes = arguments.get("attention_head_dim"), arguments.get("axes_dims_rope")
     if axes is not None and sum(axes) != head:
         raise TrainError("model", f"{path.name} has heads of {head}, its positions take {sum(axes)}")
     return arguments
+
+
+def _require_like(value: Any, usual: Any, where: str) -> None:
+    """Raise TrainError when a setting of a folder's config.json is of another type than it usually is, or no size."""
+    sizes = value if isinstance(value, list) else [value]
+    numbers = all(type(size) in (int, float, bool) and 0 <= size < _LARGEST_SETTING for size in sizes)
+    if not numbers or (usual is not None and isinstance(value, list) != isinstance(usual, list | tuple)):
+        raise TrainError("model", f"{where} is {value!r:.80}, expected something like {usual!r}")
 
 
 def _located(path: Path) -> Path:
@@ -263,18 +286,18 @@ def _require_all_files(folder: Path) -> None:
     """A folder's index names files that must all be there; a download that broke off leaves some out."""
     for index in folder.glob("*.safetensors.index.json") if folder.is_dir() else ():
         listed = _json(index).get("weight_map")
-        names = set(listed.values()) if isinstance(listed, dict) else set()
-        missing = sorted(str(name) for name in names if not (folder / str(name)).is_file())
+        names = {str(name) for name in listed.values()} if isinstance(listed, dict) else set()
+        missing = sorted(names - {path.name for path in folder.glob("*.safetensors")})
         if missing:
             raise TrainError(
-                "model", f"{folder.name} lacks {missing[0]}, which {index.name} names: the download is not complete"
+                "model", f"{folder.name} lacks {missing[0]:.80}, which {index.name} names: the download is not complete"
             )
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise TrainError("model", f"{path.name} of the base model cannot be read: {error}") from error
     if not isinstance(value, dict):
         raise TrainError("model", f"{path.name} of the base model is no table")
