@@ -145,6 +145,7 @@ class SaveResidual(io.ComfyNode):
             outputs=[io.String.Output(display_name="filename", tooltip="Name of the file inside models/qrlora.")],
             is_output_node=True,
             search_aliases=["qr-lora residual"],
+            category=sockets.ADVANCED,
         )
 
     @classmethod

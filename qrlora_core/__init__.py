@@ -29,6 +29,7 @@ from .families import Family, LayerKind, family_of_targets, flux_targets, layer_
 from .formats import file_kind, is_residual, open_adapter
 from .gate import Gate, content_gate, holds, style_gate, triggers_of
 from .linalg import Basis, base_r, core_energy, decompose, residual_weight, restored_weight
+from .lora import OTHER_PARTS, OpenedLora, OtherParts, lora_text, open_lora
 from .merge import (
     LayerSum,
     MergeReport,
@@ -55,6 +56,7 @@ __all__ = [
     "MAX_COMBINATIONS",
     "METHODS",
     "NOTHING",
+    "OTHER_PARTS",
     "PRESETS",
     "Adapter",
     "AdapterLayer",
@@ -76,6 +78,8 @@ __all__ = [
     "MergeRecipe",
     "MergeReport",
     "OnMismatch",
+    "OpenedLora",
+    "OtherParts",
     "PathError",
     "Product",
     "QRLoRAError",
@@ -109,6 +113,7 @@ __all__ = [
     "joint_basis",
     "layer_kind",
     "layer_sum",
+    "lora_text",
     "match_residual",
     "match_targets",
     "merge",
@@ -117,6 +122,7 @@ __all__ = [
     "model_fingerprint",
     "open_adapter",
     "open_basis",
+    "open_lora",
     "orthonormal",
     "own_basis",
     "parse_kind_ranges",

@@ -30,6 +30,7 @@ PORTABLE_ALPHA = "{}.alpha"
 _TRANSFORMER = "transformer."
 NATIVE = "diffusion_model."  # begins the name of a layer that no family's table has
 KOHYA = "lora_unet_"
+_OWN = (NATIVE, KOHYA, "lora_transformer_", "lycoris_")  # begin names that are keys themselves
 
 # Training moves Q' and R' of a full-QR file away from their orthonormal and trapezoidal start, but not all the way;
 # a LoRA that began with zeros and noise has neither structure. On both scales 0 is perfect, 1 is none.
@@ -88,7 +89,7 @@ def open_adapter(path: Path) -> Adapter:
 
 def portable_key(name: str) -> str:
     """What any LoRA loader calls a layer: the key of its tensors in a portable file, without the ending."""
-    if name.startswith((NATIVE, KOHYA)):
+    if name.startswith(_OWN):
         return name
     prefix = next((family.portable for family in FAMILIES if find(family, name) is not None), _TRANSFORMER)
     return prefix + (name.replace(".", "_") if prefix.endswith("_") else name)
@@ -98,15 +99,12 @@ def portable_layer(key: str) -> str | None:
     """The layer that `portable_key` gave this key; None for any other key."""
     if key.startswith(_TRANSFORMER):
         return key.removeprefix(_TRANSFORMER)
-    if key.startswith(NATIVE):
-        return key
     if key.startswith(KOHYA):
         for family in FAMILIES:
             found = find(family, key.removeprefix(KOHYA)) if family.portable == KOHYA else None
             if found is not None and not found.native:
                 return found.name(found.layers[0])
-        return key
-    return None
+    return key if key.startswith(_OWN) else None
 
 
 def layer_of(key: str, pattern: str) -> str | None:

@@ -1,7 +1,16 @@
 """The seam to ComfyUI: nothing outside this room imports comfy (comfy_api apart)."""
 
 from .patches import patched_clone, require_taken
-from .places import Place, load_device, model_family, own_weight, place_layers, published_layers, require_unpatched
+from .places import (
+    Place,
+    load_device,
+    model_family,
+    own_weight,
+    place_layers,
+    published_layers,
+    require_unpatched,
+    work_device,
+)
 from .session import interruptible, with_progress
 
 __all__ = [
@@ -16,4 +25,5 @@ __all__ = [
     "require_taken",
     "require_unpatched",
     "with_progress",
+    "work_device",
 ]

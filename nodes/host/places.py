@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import comfy.lora
+import comfy.model_management
 import comfy.model_patcher
 import comfy.utils
 import torch
@@ -134,6 +135,12 @@ def quantised(model: ModelPatcher, place: WeightSlice) -> bool:
     weight = _weight(model, place.key)
     packed = type(weight) not in (Tensor, torch.nn.Parameter)
     return packed or weight.dtype.itemsize < 2 or not weight.dtype.is_floating_point
+
+
+def work_device() -> torch.device:
+    """Where heavy work goes that belongs to no model."""
+    device: torch.device = comfy.model_management.get_torch_device()
+    return device
 
 
 def load_device(model: ModelPatcher) -> torch.device:

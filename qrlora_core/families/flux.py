@@ -33,13 +33,16 @@ SINGLE = (
 SINGLE_MODULATION = (Layer("norm.linear", "modulation.lin", "modulation", "both", 3),)
 
 # What the XLabs and USO trainers call the native modules, and the host the first three parts of a fused one
-ALIASES = (
+DOUBLE_ALIASES = (
     ("processor.qkv_lora1", "img_attn.qkv"),
     ("processor.qkv_lora2", "txt_attn.qkv"),
     ("processor.proj_lora1", "img_attn.proj"),
     ("processor.proj_lora2", "txt_attn.proj"),
-    ("processor.qkv_lora", "linear1"),
-    ("processor.proj_lora", "linear2"),
+)
+ALIASES = (
+    *DOUBLE_ALIASES,
+    ("processor.qkv", "linear1"),
+    ("processor.proj", "linear2"),
     ("linear1_qkv", "linear1"),
 )
 
@@ -71,6 +74,7 @@ FLUX = Family(
     ),
     marks=("vector_in.", "single_blocks.0.modulation.", "single_transformer_blocks.0.norm."),
     aliases=ALIASES,
+    swapped=(("norm_out.linear", "final_layer.adaLN_modulation.1"),),
 )
 
 # Suffixes of the layers that the published scripts adapt.

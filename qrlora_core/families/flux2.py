@@ -1,6 +1,6 @@
 """FLUX.2 (dev, klein 4B and 9B): double and single blocks with one modulation for all, gated MLPs, no biases."""
 
-from .flux import ALIASES, DOUBLE_ATTENTION
+from .flux import DOUBLE_ALIASES, DOUBLE_ATTENTION
 from .record import BlockKind, Family, Layer, outside
 
 FLUX2 = Family(
@@ -46,5 +46,6 @@ FLUX2 = Family(
         ),
     ),
     marks=("double_stream_modulation_", "single_stream_modulation.", "time_guidance_embed."),
-    aliases=ALIASES,
+    aliases=DOUBLE_ALIASES,
+    swapped=(("norm_out.linear", "final_layer.adaLN_modulation.1"),),
 )

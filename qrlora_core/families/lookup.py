@@ -226,12 +226,14 @@ def _score(family: Family, shapes: Mapping[str, Sequence[int]]) -> tuple[float, 
     """How many names a family knows (half where the shape is not the family's), and by how few blocks it is larger."""
     score, highest = 0.0, 0
     largest = max(kind.blocks for kind in family.block_kinds)
+    swapped = {theirs.replace(".", "_") for theirs, _ in family.swapped}
     flat_marks = tuple(mark.replace(".", "_") for mark in family.marks)
     for name, shape in shapes.items():
         found = find(family, name)
         if name.replace(".", "_").startswith(flat_marks) and flat_marks:
             score += 10
         if found is None:
+            score += name.replace(".", "_") in swapped
             continue
         ratios = [layer.rows for layer in found.layers]
         expected = None if None in ratios else sum(ratio for ratio in ratios if ratio is not None)

@@ -58,6 +58,7 @@ class Family:
         block_kinds: in network order.
         marks: names (diffusers or native) that begin so are found in this family only.
         aliases: other names of native modules: (theirs, the table's).
+        swapped: (diffusers' name, native module) of layers whose two halves of rows change places between the layouts.
         portable: how a file names a layer that every LoRA loader finds. "transformer." is followed by the layer's
             name; after an ending "_" its dots become "_" too.
     """
@@ -67,6 +68,7 @@ class Family:
     block_kinds: tuple[BlockKind, ...]
     marks: tuple[str, ...] = ()
     aliases: tuple[tuple[str, str], ...] = ()
+    swapped: tuple[tuple[str, str], ...] = ()
     portable: str = "transformer."
 
 

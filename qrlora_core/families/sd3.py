@@ -41,4 +41,5 @@ SD3 = Family(
         ),
     ),
     marks=("pos_embed.proj", "joint_blocks."),
+    swapped=(("norm_out.linear", "final_layer.adaLN_modulation.1"),),
 )

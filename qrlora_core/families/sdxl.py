@@ -84,5 +84,6 @@ SDXL = Family(
         ),
     ),
     marks=("input_blocks.", "output_blocks.", "middle_block.", "down_blocks.", "up_blocks.", "mid_block."),
+    aliases=(("attn1.to_out", "attn1.to_out.0"), ("attn2.to_out", "attn2.to_out.0")),
     portable="lora_unet_",
 )
