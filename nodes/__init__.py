@@ -2,6 +2,7 @@
 
 from comfy_api.latest import ComfyExtension, io
 
+from . import adapter_routes
 from .apply import Apply
 from .block_scale import BlockScaleNode
 from .create_hook import CreateHook
@@ -51,4 +52,5 @@ class QRLoRAExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         folders.register_folders()  # not in on_load: 0.8 and 0.3.64 never call that
         routes.register()
+        adapter_routes.register()
         return NODES

@@ -34,7 +34,12 @@ ALLOWED = {
 # imported inside the functions that need them, when installed
 OPTIONAL = {"train": {"torchao", "bitsandbytes", "prodigyopt"}, "qrlora_plots": {"matplotlib"}}
 # only these folders of nodes/ may import the host's own modules
-HOST_ROOMS = {"comfy": ("host",), "folder_paths": ("host",), "server": ("host", "training"), "aiohttp": ("training",)}
+HOST_ROOMS = {
+    "comfy": ("host",),
+    "folder_paths": ("host",),
+    "server": ("host", "training", "adapter_routes.py"),
+    "aiohttp": ("training", "adapter_routes.py"),
+}
 # what the nodes may import of trainer and demo, and what those may import besides the standard library and each other
 FOR_NODES = {
     "train.config": set(),
@@ -204,6 +209,7 @@ ALLOWED_FAMILY_WORDS = {
     "nodes/host/encoders.py": {"Flux", "flux"},
     "nodes/host/toy.py": {"Flux", "toy_flux_fp8.safetensors"},  # the toy is a small FLUX
     "train/data/encode.py": {"FluxPipeline"},
+    "train/model/source.py": {"FLUX"},  # the one backbone so far
     "train/run/plan.py": {"flux"},
     "train/run/sample.py": {"FluxPipeline"},
 }

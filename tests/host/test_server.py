@@ -125,6 +125,42 @@ def test_names_outside_are_refused(server, name):
         server.queue(graph)
 
 
+def test_an_empty_folder_says_so(server):
+    """In the drop-down, and when that is what is queued."""
+    away = server.base / "away"
+    places = [server.base / "models" / name for name in ("qrlora", "diffusion_models")]
+    places.append(server.base / "output" / "qrlora")
+    moved = [(folder, away / f"{number}") for number, folder in enumerate(places) if folder.is_dir()]
+    away.mkdir()
+    for folder, target in moved:
+        folder.rename(target)
+        folder.mkdir()
+    try:
+        info = server.get("/object_info")
+        for kind, name, words in (
+            ("QRLoRALoadDeltaR", "delta_r_name", "none: put adapters into models/qrlora, press R"),
+            ("QRLoRALoadResidual", "residual_name", "none: put a residual into models/qrlora, press R"),
+            ("QRLoRATrain", "model_name", "none: put a model into models/diffusion_models, press R"),
+        ):
+            spec = info[kind]["input"]["required"][name]
+            assert (spec[1].get("options") or spec[0]) == [words]
+        graph = workflow()
+        graph["2"]["inputs"]["delta_r_name"] = "none: put adapters into models/qrlora, press R"
+        with pytest.raises(
+            WorkflowError, match="nothing is chosen.*put adapters into models/qrlora, press R, choose it"
+        ):
+            server.queue(
+                {key: graph[key] for key in ("2",)}
+                | {"save": node("QRLoRASaveDeltaR", delta_r=["2", 0], filename="x", format="portable")}
+            )
+    finally:
+        for folder, target in moved:
+            folder.rmdir()
+            target.rename(folder)
+        away.rmdir()
+    assert "official_style.safetensors" in str(server.get("/object_info/QRLoRALoadDeltaR"))
+
+
 @pytest.mark.parametrize("name", ["../out", "/tmp/out", "a/../../b", "nul"])
 def test_saving_outside_is_refused(server, name):
     before = sorted(server.base.rglob("*.safetensors"))
