@@ -20,7 +20,8 @@ _DOUBLE = (
     Layer("ff_context.net.0.proj", "context_block.mlp.fc1", "feed_forward", "text", 4, True),
     Layer("ff_context.net.2", "context_block.mlp.fc2", "feed_forward", "text", 1 / 4, True),
     Layer("norm1.linear", "x_block.adaLN_modulation.1", "modulation", "image"),
-    Layer("norm1_context.linear", "context_block.adaLN_modulation.1", "modulation", "text"),
+    # not context_block.adaLN_modulation.1: the last block's halves change places between the layouts, so LoRAs of it
+    # keep the name of their own layout
 )
 
 SD3 = Family(
