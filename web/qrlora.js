@@ -2,6 +2,7 @@
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { everyNode, nodeById, openWorkflow, workflowOf } from "./qrlora_graph.js";
+import { loadWords, translated } from "./qrlora_words.js";
 
 // Two hues that none of ComfyUI's own types beside them in a FLUX graph has.
 const COLORS = { DELTA_R: "#1FBFA8", RESIDUAL: "#B07D52" };
@@ -27,7 +28,7 @@ const failures = new Map();
 function addStyle() {
   const style = document.createElement("style");
   style.textContent = `
-    [data-qrlora-report]:empty::before { content: "${EMPTY}"; opacity: 0.6; }
+    [data-qrlora-report]:empty::before { content: attr(data-qrlora-report); opacity: 0.6; }
     [data-qrlora-report] img { float: right; height: ${HEIGHT - 8}px; margin-left: 8px; border-radius: 4px; }
   `;
   document.head.append(style);
@@ -61,7 +62,7 @@ function reportWidget(node) {
     userSelect: "text",
   });
   element.setAttribute("role", "status");
-  element.dataset.qrloraReport = "";
+  element.dataset.qrloraReport = translated(EMPTY);
   // Never part of the workflow: neither a widget value nor an input of the prompt.
   const widget = node.addDOMWidget(WIDGET, WIDGET, element, {
     serialize: false,
@@ -111,7 +112,7 @@ async function showChosen(node) {
 
 function pictureOf(name, address) {
   const image = document.createElement("img");
-  Object.assign(image, { src: address, alt: `Picture of ${name}`, draggable: false });
+  Object.assign(image, { src: address, alt: translated("Picture of {name}", { name }), draggable: false });
   return image;
 }
 
@@ -202,6 +203,8 @@ async function succeeded({ detail }) {
 
 app.registerExtension({
   name: "QR-LoRA",
+  aboutPageBadges: [{ label: "QR-LoRA", url: "https://github.com/qr-lora/comfyui-qr-lora", icon: "pi pi-github" }],
+  init: loadWords,
   setup() {
     addStyle();
     paint();

@@ -1,12 +1,14 @@
 """What the nodes say in the real page: reports, errors, nothing of a node that is bypassed; and how they are found."""
 
+import json
 import os
+import re
 import shutil
 
 import pytest
 from selenium.webdriver.common.keys import Keys
 
-from demo.server import GOLDEN
+from demo.server import GOLDEN, PACK
 from demo.workflow import editable
 from tests.host import browser, training
 from tests.host.training import node, train_graph
@@ -196,6 +198,29 @@ def test_a_first_run_makes_no_node_grow(server, page, vue):
     reported(page, "QRLoRASaveDeltaR", "reported")
     page.js("return new Promise((done) => setTimeout(done, 300))")
     assert page.js(f"return {sizes}") == before
+
+
+@pytest.mark.parametrize(
+    "locale,words", [("zh", "\u5c1a\u672a\u8bad\u7ec3"), ("ja", "\u672a\u5b66\u7fd2"), ("en", "Not trained yet")]
+)
+def test_the_panel_speaks_the_language_of_the_page(server, page, locale, words):
+    browser.set_settings(server, {"Comfy.Locale": locale})
+    opened(page, train_graph("words"), vue=True)
+    page.wait(f"return {PANEL}?.innerText.includes(arguments[0])", 30, words)
+    browser.set_settings(server, {"Comfy.Locale": "en"})
+
+
+def test_every_sentence_of_the_page_is_translated():
+    """Each text that the scripts ask for, in each language, with the same values in it; and none too many."""
+    words = json.loads((PACK / "web" / "qrlora_words.json").read_text(encoding="utf-8"))
+    scripts = "".join(path.read_text(encoding="utf-8") for path in sorted((PACK / "web").glob("*.js")))
+    for language, sentences in words.items():
+        for english, sentence in sentences.items():
+            assert f'"{english}"' in scripts or f"{english}:" in scripts, f"{language}: nobody says {english!r}"
+            assert sorted(re.findall(r"\{\w+\}", english)) == sorted(re.findall(r"\{\w+\}", sentence)), sentence
+        asked = set(re.findall(r'translated\("([^"]+)"', scripts))
+        assert asked <= sentences.keys(), asked - sentences.keys()
+    assert words["zh"].keys() == words["ja"].keys()
 
 
 SEARCHES = {
