@@ -118,6 +118,25 @@ def test_in_comfyui_the_address_comes_first_and_the_log_stays(tmp_path, monkeypa
     assert (tmp_path / "comfyui.log").read_text() == "its log" and str(tmp_path / "comfyui.log") in before
 
 
+def test_a_node_that_fails_ends_the_demo_with_its_sentence(tmp_path, monkeypatch, capsys):
+    error = {
+        "node_type": "QRLoRATrain",
+        "exception_message": "training needs more memory\n",
+        "traceback": ["long"] * 99,
+    }
+    messages = [["execution_start", {}], ["execution_error", error]]
+
+    def failing(*_, **__):
+        raise in_comfyui.WorkflowError(in_comfyui.reason(messages))
+
+    monkeypatch.setattr(demo, "installed_host", lambda: Path("a ComfyUI"))
+    monkeypatch.setattr(in_comfyui, "run", failing)
+    assert demo.main(["--out", str(tmp_path)]) == 1
+    said = capsys.readouterr().err
+    assert "QRLoRATrain: training needs more memory" in said and "long" not in said and "comfyui.log" in said
+    assert in_comfyui.reason([["execution_interrupted", {}]]) == "interrupted"
+
+
 def test_every_node_of_the_demos_page_stands_in_a_group_with_one_note():
     """Page and groups without a host: every kind of node as one without inputs of its own."""
     workflow = graph({**FIT, **MORE}, 3, "0, 1")
