@@ -129,6 +129,7 @@ def test_a_node_that_fails_ends_the_demo_with_its_sentence(tmp_path, monkeypatch
     def failing(*_, **__):
         raise in_comfyui.WorkflowError(in_comfyui.reason(messages))
 
+    monkeypatch.setenv("COMFYUI_PATH", "what main() puts there goes again")
     monkeypatch.setattr(demo, "installed_host", lambda: Path("a ComfyUI"))
     monkeypatch.setattr(in_comfyui, "run", failing)
     assert demo.main(["--out", str(tmp_path)]) == 1
