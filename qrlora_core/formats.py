@@ -13,7 +13,6 @@ from .blocks import shortened
 from .errors import FileFormatError
 from .linalg import ORTHONORMAL, Basis, orthonormality_error, trapezoid_error
 from .storage import TensorFile
-from .targets import is_flux_layer, nearest
 
 FileKind = Literal["delta_r_published", "portable", "qr_published", "residual", "basis", "lora", "unknown"]
 
@@ -100,7 +99,7 @@ def group_layers(
         optional: role -> pattern that all layers have or none.
 
     Raises:
-        FileFormatError: a layer lacks a tensor, is unknown to FLUX, or a key belongs to no layer.
+        FileFormatError: a layer lacks a tensor, or a key belongs to no layer.
     """
     name = file.path.name
     layers: dict[str, dict[str, str]] = {}
@@ -118,10 +117,6 @@ def group_layers(
     missing = [every[role].format(layer) for layer, found in layers.items() for role in expected - found.keys()]
     if missing or not layers:
         raise FileFormatError(f"{name} is incomplete, it lacks {len(missing)} tensors: {few(sorted(missing))}")
-    unknown = [layer for layer in layers if not is_flux_layer(layer)]
-    if unknown:
-        hint = nearest(unknown[0], [layer for layer in layers if is_flux_layer(layer)])
-        raise FileFormatError(f"{name} names {len(unknown)} layers that FLUX does not have: {few(unknown)}{hint}")
     return layers
 
 

@@ -107,7 +107,6 @@ def without(tensors, ending):
         (lambda t: t | {f"{LAYER}.lora.base_r.weight": torch.ones(3, 9)}, "shape"),
         (lambda t: t | {f"{LAYER}.lora.q.weight": torch.ones(12, 3, dtype=torch.int8)}, "I8"),
         (lambda t: t | {f"{LAYER}.lora.q.weight": torch.ones(12, 3).to(torch.float8_e4m3fn)}, "16 bits"),
-        (lambda t: {k.replace("attn.to_q", "attn.to_qq"): v for k, v in t.items()}, "did you mean"),
         (lambda t: {}, "begins with nothing"),
     ],
 )

@@ -120,7 +120,9 @@ def quantization_of(
     beside = [name for name in siblings if name not in (*_PLAIN, *_SCALES, _SCALE_2, *_ABOUT_INPUTS, _CONFIG)]
     if packed and beside:
         raise _refused(layer, title, f"is stored as {_words(weight)} with {beside[0]} beside it, which is not known")
-    if packed and (len(weight.shape) != 2 or 0 in weight.shape):
+    # plain fp8 files store norms in fp8, too; whatever has scales is a matrix
+    scaled = scale is not None or config is not None or not weight.dtype.is_floating_point
+    if scaled and (len(weight.shape) != 2 or 0 in weight.shape):
         raise _refused(layer, title, f"is stored as {_words(weight)} {weight.shape}, expected a matrix")
     if config is None:
         return _without_config(layer, weight, scale, siblings, title)
