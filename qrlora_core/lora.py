@@ -5,6 +5,7 @@ modules are cut by rows of B, and what diffusers, PEFT, ai-toolkit, SimpleTuner,
 becomes its diffusers name. A layer that no family knows keeps its own name, by which ComfyUI may know it.
 """
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -76,6 +77,7 @@ _TEXT_ENCODERS = (
     *("lora_te", "lora_prior_te", "text_encoder", "te.", "te1.", "te2.", "te3.", "clip_l", "clip_g", "t5xxl"),
     *("text_model.", "conditioner.", "cond_stage_model.", "lycoris_text_model", "hydit_clip"),
 )
+_LARGEST_CHANGE = 1 << 29  # numbers of one weight; those of the largest models here have 1 << 28
 _MOST_NUMBERS = 1 << 26  # of the tensors that are decomposed together
 
 
@@ -294,7 +296,7 @@ def _add(
 
 def _shape(file: TensorFile, keys: Mapping[str, str]) -> tuple[int, ...]:
     """(out, in) of a low-rank module, or nothing."""
-    if "up" not in keys or "down" not in keys:
+    if "up" not in keys or "down" not in keys or not file.specs[keys["up"]].shape:
         return ()
     return (file.specs[keys["up"]].shape[0], torch.Size(file.specs[keys["down"]].shape[1:]).numel())
 
@@ -320,6 +322,9 @@ def _factors(file: TensorFile, base: str, keys: Mapping[str, str]) -> tuple[Tens
 def _change(file: TensorFile, base: str, keys: Mapping[str, str]) -> Tensor:
     """The whole change of a module that is not low-rank, (out, in), float32."""
     tensors = {role: _read(file, key) for role, key in keys.items() if role != "alpha"}
+    for those in (("lokr_w1", "lokr_w2"), ("hada_w1",), ("hada_w2",)):  # a small file can stand for terabytes
+        if math.prod(_numbers(tensors, side) for side in those) > _LARGEST_CHANGE:
+            raise FileFormatError(f"{file.path.name}: {base} stands for a larger matrix than any model has")
     try:
         if "diff" in keys:
             return tensors["diff"].flatten(1)
@@ -344,6 +349,15 @@ def _change(file: TensorFile, base: str, keys: Mapping[str, str]) -> Tensor:
     raise FileFormatError(
         f"{file.path.name}: {base} holds {', '.join(keys)}, which is not read; use ComfyUI's own Load LoRA"
     )
+
+
+def _numbers(tensors: Mapping[str, Tensor], side: str) -> int:
+    """How many numbers one side of a LoHa or LoKr has when its factors are multiplied."""
+    if side in tensors:
+        return tensors[side].numel()
+    if f"{side}_a" not in tensors or f"{side}_b" not in tensors:
+        return 0
+    return tensors[f"{side}_a"].shape[0] * tensors[f"{side}_b"].flatten(1).shape[1]
 
 
 def _truncated(change: Tensor, rank: int, device: torch.device | None) -> tuple[AdapterLayer, float]:

@@ -77,6 +77,7 @@ def readers(folder: Path) -> tuple[Reader, ...]:
     reported = _events()
     return (
         Reader("adapter", 26, ".safetensors", adapters, mutate.safetensors, Adapters(adapters[0], folder)),
+        Reader("any LoRA", 8, ".safetensors", tuple(_loras()), mutate.safetensors, use_lora),
         Reader("residual", 8, ".safetensors", (residual,), mutate.safetensors, use_residual),
         Reader("basis", 8, ".safetensors", (basis,), mutate.safetensors, use_basis),
         Reader("training cache", 8, ".safetensors", (cache,), mutate.safetensors, use_cache),
@@ -132,6 +133,18 @@ class Adapters:
         again = core.open_adapter(self.saved)
         for name in small.layers:
             assert torch.equal(again.layer(name).up, small.layer(name).up), f"{name} was saved otherwise"
+
+
+def use_lora(path: Path, content: bytes) -> None:
+    """A LoRA of whatever dialect: what is opened is an adapter like any other."""
+    found = core.open_lora(path, rank=2, other_parts="leave out")
+    for name, info in found.adapter.layers.items():
+        layer = found.adapter.layer(name)
+        assert layer.up.shape == (info.shape[0], info.rank) and layer.down.shape == (info.rank, info.shape[1]), name
+        for tensor in layer[:2]:
+            assert bool(torch.isfinite(tensor.float()).all()), "NaN or Inf was read"
+        assert math.isfinite(info.scaling)
+    core.lora_text(found)
 
 
 def use_residual(path: Path, content: bytes) -> None:
@@ -324,6 +337,25 @@ def _adapters(folder: Path) -> tuple[bytes, ...]:
     tensors = TensorFile(folder / "again.safetensors")
     found.append(header + b"".join(tensors.tensor(key).numpy().tobytes() for key in plain))
     return tuple(found)
+
+
+def _loras() -> Iterable[bytes]:
+    """kohya's fused names, ComfyUI's with diffusers' suffixes, LoHa, LoKr and a whole difference."""
+    draws = _seeded()
+
+    def some(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=draws)
+
+    fused = "lora_unet_double_blocks_0_img_attn_qkv"
+    pair = {f"{fused}.lora_up.weight": some(24, 2), f"{fused}.lora_down.weight": some(2, 8)}
+    yield _file({**pair, f"{fused}.alpha": torch.tensor(2.0)}, {})
+    name = f"transformer.{NAMES[0]}"
+    yield _file({f"{name}.lora_A.weight": some(2, 8), f"{name}.lora_B.weight": some(8, 2)}, {})
+    proj = "lora_unet_double_blocks_0_img_attn_proj"
+    shapes = {"w1_a": (8, 2), "w1_b": (2, 8), "w2_a": (8, 2), "w2_b": (2, 8)}
+    yield _file({f"{proj}.hada_{part}": some(*shape) for part, shape in shapes.items()}, {})
+    yield _file({f"{proj}.lokr_w1": some(2, 2), f"{proj}.lokr_w2": some(4, 4)}, {})
+    yield _file({f"{proj}.diff": some(8, 8)}, {})
 
 
 def _written(folder: Path, content: bytes) -> Path:

@@ -162,3 +162,26 @@ def test_deep_json_in_a_header(tmp_path):
 def test_losses_that_no_axis_has_room_for():
     steps = [{"step": step, "loss": loss, "smoothed_loss": loss} for step, loss in enumerate((1.0, 1e308, -1e308, 2.0))]
     assert readers.drawn.loss_curve(steps, "loss").shape == (1, 540, 960, 3)
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"lokr_w1": (2000, 2000), "lokr_w2": (2000, 2000)},
+        {"hada_w1_a": (100_000, 1), "hada_w1_b": (1, 100_000), "hada_w2_a": (8, 2), "hada_w2_b": (2, 8)},
+    ],
+    ids=["LoKr", "LoHa"],
+)
+def test_a_small_lora_that_stands_for_terabytes(tmp_path, tensors):
+    path = tmp_path / "a.safetensors"
+    module = "lora_unet_double_blocks_0_img_attn_proj"
+    save_file({f"{module}.{key}": torch.ones(shape) for key, shape in tensors.items()}, path)
+    with pytest.raises(core.FileFormatError, match="larger matrix than any model has"):
+        core.open_lora(path, rank=2)
+
+
+def test_a_lora_whose_factor_is_a_number(tmp_path):
+    path, name = tmp_path / "a.safetensors", f"transformer.{NAMES[0]}"
+    save_file({f"{name}.lora_A.weight": torch.ones(2, 8), f"{name}.lora_B.weight": torch.tensor(1.0)}, path)
+    with pytest.raises(core.FileFormatError):
+        core.open_lora(path)
