@@ -89,7 +89,7 @@ def demo_page(workflow: Graph, object_info: dict[str, Any]) -> dict[str, Any]:
         "sweep_sheet": "The sheet",
     }
     known = {name: title for name, title in titles.items() if name in workflow}
-    return page(workflow, object_info, groups, known, Note(NOTE, 1, (320, 420)), View(0.62, 1))
+    return page(workflow, object_info, groups, known, Note(NOTE, 1, (320, 420)), View(0.62, 1, always=True))
 
 
 def lane(name: str, last: str) -> list[list[str]]:

@@ -126,13 +126,21 @@ def queued(
             bars.hear(next_message(socket))
             entry = server.get(f"/history/{ticket}").get(ticket) if bars.quiet else None
             if entry and entry["status"]["status_str"] == "error":
-                raise WorkflowError(json.dumps(entry["status"]["messages"]))
+                raise WorkflowError(reason(entry["status"]["messages"]))
             if entry and entry["status"]["completed"]:
                 return {**entry, "outputs": {names[number]: value for number, value in entry["outputs"].items()}}
     finally:
         bars.close()
         socket.close()
     raise WorkflowError(f"no answer within {timeout:g} s:\n{server.tail()}")
+
+
+def reason(messages: list[list[Any]]) -> str:
+    """Which node failed, and why, in the host's messages about a prompt."""
+    for kind, data in reversed(messages):
+        if kind == "execution_error":
+            return f"{data.get('node_type', 'a node')}: {data.get('exception_message', '').strip()}"
+    return "interrupted" if any(kind == "execution_interrupted" for kind, _ in messages) else json.dumps(messages)
 
 
 def next_message(socket: Any) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from .toy.features import SIZE
 
 NAME = "QR-LoRA in a minute"
 FOLDER = PACK / "example_workflows"
+THUMBNAIL = (480, 480)
 GRID = "0, 0.5, 1"
 SEED = 9  # of 32 the one from which the merge is drawn clearest, by eye
 PICTURE = "qr_lora_in_a_minute.jpg"  # in web/, where web/qrlora_example.js finds it
@@ -122,7 +123,8 @@ def main() -> int:
             sheet = Image.open(server.base / "output" / saved["subfolder"] / saved["filename"]).convert("RGB")
         made = template(info)
     (FOLDER / f"{NAME}.json").write_text(json.dumps(made, indent=1, ensure_ascii=True) + "\n", encoding="utf-8")
-    sheet.save(FOLDER / f"{NAME}.jpg", quality=85, optimize=True)
+    sheet.thumbnail(THUMBNAIL)
+    sheet.save(FOLDER / f"{NAME}.jpg", quality=78, optimize=True)
     sheet.thumbnail((380, 380))
     sheet.save(PACK / "web" / PICTURE, quality=80, optimize=True)
     print(FOLDER / f"{NAME}.json")

@@ -33,10 +33,14 @@ class Note(NamedTuple):
 
 
 class View(NamedTuple):
-    """What the page shows when it opens: `scale`, and the group whose corner is at the left of the window."""
+    """What the page shows when it opens: `scale`, and the group whose corner is at the left of the window.
+
+    `always`: also where the front end would show everything (web/qrlora_example.js).
+    """
 
     scale: float
     group: int
+    always: bool = False
 
 
 def page(
@@ -96,9 +100,10 @@ def page(
         )
     made["nodes"].append(notes)
     made["last_node_id"] = notes["id"]
-    made["extra"] = {
-        "ds": {"scale": view.scale, "offset": [SIDEBAR / view.scale - corners[view.group], 90 / view.scale]}
-    }
+    offset = [SIDEBAR / view.scale - corners[view.group], TOOLBAR / view.scale]
+    made["extra"] = {"ds": {"scale": view.scale, "offset": offset}}
+    if view.always:
+        made["extra"]["qrlora_view"] = made["extra"]["ds"]
     return made
 
 

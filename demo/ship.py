@@ -1,4 +1,4 @@
-"""Makes what ships with the pack for a first run: the toy in fp8, and the two adapters of a demo in half precision.
+"""Makes what ships with the pack for a first run: the toy in fp8, and the two adapters of a demo in bfloat16.
 
     python -m demo.ship demo_results
 
@@ -26,7 +26,7 @@ def main() -> None:
     rewrite(WEIGHTS, FP8, torch.float8_e4m3fn)
     for concept in (CONTENT, STYLE):
         name = f"{concept.name}.safetensors"
-        rewrite(args.results / name, FOLDER / name, torch.float16)
+        rewrite(args.results / name, FOLDER / name, torch.bfloat16)
     for path in sorted(FOLDER.glob("*.safetensors")):
         print(f"{path.stat().st_size / 1e6:5.2f} MB  {path}")
 

@@ -30,6 +30,7 @@ from . import in_comfyui as demo_host
 from .concepts import CONTENT, FIT, MERGED_PROMPT, MORE, STYLE, Settings, fit, to_image
 from .judge import judge, summary, verdict
 from .model import load_toy, patched, sample
+from .server import WorkflowError
 
 GRID = "0, 0.25, 0.5, 0.75, 1"
 SHEET, SIMILARITY, NUMBERS = "sheet.png", "similarity.png", "numbers.json"
@@ -82,6 +83,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             good = demo_host.run(host, args.out, settings, SEED, GRID, train_outside, numbers, wait)
     except subprocess.CalledProcessError as error:  # the trainer has said why
         return error.returncode
+    except WorkflowError as error:
+        print(f"\nThe workflow stopped. {error}\nlog      {args.out / 'comfyui.log'}", file=sys.stderr)
+        return 1
     return 0 if good else 1
 
 

@@ -1,6 +1,6 @@
 """Thumbnails of the templates: what the toy draws, instead of a graph of grey boxes.
 
-python -m demo.thumbnails    writes example_workflows/*.jpg, but for that of `demo.minute`
+python -m demo.thumbnails    writes example_workflows/*.jpg (but for that of `demo.minute`) and docs/*.png
 """
 
 from collections.abc import Sequence
@@ -12,13 +12,14 @@ from qrlora_core import Adapter, MergeRecipe, merge, merged_adapter, open_adapte
 from qrlora_plots import contact_sheet, similarity_figure
 from qrlora_plots.text import font_for
 
-from .concepts import CONTENT, MERGED_PROMPT, STYLE, to_image
+from .concepts import CONTENT, MERGED_PROMPT, PACK, STYLE, to_image
 from .minute import FOLDER as TEMPLATES
-from .minute import SEED
+from .minute import SEED, THUMBNAIL
 from .model import load_toy, patched, sample
 from .pictures import draw
 from .ship import FOLDER, FP8
 
+DOCS = PACK / "docs"
 TILE, GAP = 256, 64
 PAPER, INK = "#f4f1ea", "#33302a"
 
@@ -36,8 +37,9 @@ def main() -> None:
         "Compare two adapters": compared(style, content),
     }
     for name, picture in made.items():
-        picture.thumbnail((720, 720))
-        picture.convert("RGB").save(TEMPLATES / f"{name}.jpg", quality=82, optimize=True)
+        picture.thumbnail(THUMBNAIL)
+        picture.convert("RGB").save(TEMPLATES / f"{name}.jpg", quality=78, optimize=True)
+    registry(pictures[CONTENT.name], pictures[STYLE.name], drawn["merged"])
 
 
 def drawn_by(style: Adapter, content: Adapter) -> dict[str, Image.Image]:
@@ -67,6 +69,15 @@ def row(parts: Sequence[Image.Image | str]) -> Image.Image:
             paper.paste(part.resize((TILE, TILE), Image.Resampling.NEAREST), (left, GAP))
             left += TILE
     return paper
+
+
+def registry(content: Image.Image, style: Image.Image, merged: Image.Image) -> None:
+    """Icon, 400 x 400, and banner, 21 : 9, of the pack in ComfyUI's registry."""
+    merged.resize((400, 400), Image.Resampling.NEAREST).save(DOCS / "icon.png", optimize=True)
+    banner = Image.new("RGB", (1344, 576), PAPER)
+    line = row([content, "+", style, "=", merged])
+    banner.paste(line, ((banner.width - line.width) // 2, (banner.height - line.height) // 2))
+    banner.save(DOCS / "banner.png", optimize=True)
 
 
 def stacked(upper: Image.Image, lower: Image.Image) -> Image.Image:

@@ -2,6 +2,9 @@
 
 from typing import Any
 
+from qrlora_core import __version__
+
+HOST_VERSION = "0.33.0"  # of the ComfyUI that pages were made with
 WIDGETS = ("COMBO", "INT", "FLOAT", "STRING", "BOOLEAN")
 COLUMN, ROW = 360, 60
 LINE, LINES = 26, 70  # height of a socket or widget, and what a field of several lines needs more
@@ -90,9 +93,35 @@ def _node(number: int, one: dict[str, Any], info: dict[str, Any]) -> dict[str, A
             {"name": name, "type": kind, "links": [], "slot_index": index}
             for index, (name, kind) in enumerate(zip(info["output_name"], info["output"]))
         ],
-        "properties": {"Node name for S&R": one["class_type"]},
+        "properties": {"Node name for S&R": one["class_type"], **origin(one["class_type"])},
         "widgets_values": values,
     }
+
+
+def origin(class_type: str) -> dict[str, str]:
+    """The pack that a node comes from, as the registry knows it: a page that lacks it can offer to install it."""
+    if class_type.startswith("QRLoRA"):
+        return {"cnr_id": "qr-lora", "ver": __version__}
+    return {"cnr_id": "comfy-core", "ver": HOST_VERSION}
+
+
+def prompt_of(page: dict[str, Any], object_info: dict[str, Any]) -> dict[str, Any]:
+    """The API form of a page without subgraphs, as the browser would send it; the inverse of `editable`."""
+    links = {link[0]: [str(link[1]), link[2]] for link in page["links"]}
+    prompt = {}
+    for one in page["nodes"]:
+        if one["type"] not in object_info:  # a note
+            continue
+        values, inputs = iter(one.get("widgets_values") or []), {}
+        for name, spec in input_specs(object_info[one["type"]]).items():
+            if is_widget(spec):
+                inputs[name] = next(values)
+                if len(spec) > 1 and spec[1].get("control_after_generate"):
+                    next(values)
+        linked = {socket["name"]: socket["link"] for socket in one.get("inputs", []) if socket.get("link") is not None}
+        inputs |= {name: links[link] for name, link in linked.items()}
+        prompt[str(one["id"])] = {"class_type": one["type"], "inputs": inputs}
+    return prompt
 
 
 def _arrange(workflow: dict[str, Any], nodes: dict[str, dict[str, Any]]) -> None:

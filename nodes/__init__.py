@@ -2,12 +2,14 @@
 
 from comfy_api.latest import ComfyExtension, io
 
+from . import adapter_routes
 from .apply import Apply
 from .block_scale import BlockScaleNode
 from .create_hook import CreateHook
 from .demo import ToyAdapter, ToyModel, ToyTextEncoder, ToyVAE
 from .host import folders
 from .load import LoadDeltaR, LoadResidual
+from .load_lora import FromLoRAStack, LoadLoRA
 from .merge import Merge
 from .prompt import PromptNode
 from .save import ExportLoRA, SaveDeltaR, SaveResidual
@@ -21,6 +23,8 @@ from .training import routes
 NODES: list[type[io.ComfyNode]] = [
     LoadResidual,
     LoadDeltaR,
+    LoadLoRA,
+    FromLoRAStack,
     Merge,
     Apply,
     SaveResidual,
@@ -48,4 +52,5 @@ class QRLoRAExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         folders.register_folders()  # not in on_load: 0.8 and 0.3.64 never call that
         routes.register()
+        adapter_routes.register()
         return NODES

@@ -13,7 +13,7 @@ from ..train.data.captions import DEFAULT_PROMPT, folder_version
 from . import report, sockets
 from .host import encoders, folders, session
 from .train_options import combo_input, number_input
-from .training import loss_curve as pictures
+from .training import pictures
 from .training.jobs import JOBS
 from .training.request import from_widgets
 from .training.runs import RunFolder
@@ -21,6 +21,7 @@ from .training.service import finished_text, reporting, train
 
 _SHOWN_SAMPLES = 16
 _LOG_LINES = 60
+_NO_SAMPLES = "no samples: sample_every is 0 or larger than steps"
 _AS_RANK = {"default": 0.0, "min": 0.0, "step": 0.5}
 # By this process, with size and time: one that vanished or was overwritten has to be published again.
 _published: dict[Path, tuple[int, int]] = {}
@@ -89,7 +90,10 @@ class Train(io.ComfyNode):
                 _published[trained.path] = version
             name = trained.path.relative_to(folders.results_folder().resolve()).as_posix()
             curve = pictures.loss_curve(job.steps(), name)
-            samples = _samples(trained.run, request.steps, request.vae)
+            decoded = _samples(trained.run, request.steps, request.vae)
+            if decoded is not None:
+                pictures.write_preview(trained.path, decoded[-1])
+            samples = pictures.note(_NO_SAMPLES) if decoded is None else decoded
             text = finished_text(trained, job)
             job.tell("finished", text)
             shown = "\n".join([*request.warnings, text, report.adapter_text(trained.recipe.adapters[0])])
@@ -106,12 +110,12 @@ def _version(path: Path) -> tuple[int, int] | None:
     return status.st_size, status.st_mtime_ns
 
 
-def _samples(run: RunFolder, steps: int, vae: Any) -> Tensor:
-    """The newest samples as one batch, decoded by the graph's VAE."""
+def _samples(run: RunFolder, steps: int, vae: Any) -> Tensor | None:
+    """The newest samples as one batch, decoded by the graph's VAE; None without any."""
     latents = [TensorFile(path).tensor("latent") for step, path in run.samples().items() if step <= steps]
     latents = [latent for latent in latents if latent.shape[-2:] == latents[-1].shape[-2:]]
     if not latents:
-        return pictures.note("no samples: sample_every is 0 or larger than steps")
+        return None
     return torch.cat([encoders.decode_latent(vae, latent) for latent in latents[-_SHOWN_SAMPLES:]])
 
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from .errors import BasisMismatchError, FileFormatError, TargetError
+from .families import network_order
 from .linalg import Basis, require_finite
-from .targets import LayerTarget, comfy_slice, nearest, network_order
+from .targets import LayerTarget, nearest
 
 AdapterMethod = Literal["delta_r", "delta_r_triangular", "qr"]
 METHODS: tuple[str, ...] = get_args(AdapterMethod)
@@ -61,8 +62,7 @@ class Adapter:
             and sweeps share its tensors, and they go when nobody refers to it any more.
 
     Raises:
-        FileFormatError: no layers, an unknown method, or shapes that contradict each other.
-        TargetError: a layer that FLUX does not have.
+        FileFormatError: no layers, an unknown method, or a layer without rank or shape.
     """
 
     __slots__ = ("__dict__", "__weakref__", "_held", "_read", "has_initial", "layers", "metadata", "method", "name")
@@ -83,7 +83,8 @@ class Adapter:
         if not layers:
             raise FileFormatError(f"{name} holds no layers")
         for layer, info in layers.items():
-            comfy_slice(layer, info.shape)
+            if len(info.shape) != 2 or min(info.shape) < 1:
+                raise FileFormatError(f"{name}: {layer} has shape {info.shape}, expected (out, in)")
             if info.rank < 1:
                 raise FileFormatError(f"{name}: {layer} has rank {info.rank}")
         self.name = name

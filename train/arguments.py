@@ -101,38 +101,54 @@ def _command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
     return command
 
 
-def _add_settings(parser: argparse.ArgumentParser, kind: Any) -> None:
-    """`--settings`, and one flag per setting. A flag that is not given is None, so that a file's value stays."""
+# The first setting of every group of a command's help
+_GROUPS = {
+    "model": "what and where (model, data and run_dir are required)",
+    "method": "what is trained",
+    "steps": "steps",
+    "timestep_sampling": "loss",
+    "device": "memory",
+    "basis_cache": "files",
+    "pipeline": "what and where (pipeline, pictures and output are required)",
+    "captions": "captions",
+    "repeats": "pictures",
+    "max_tokens": "encoding",
+}
+
+
+def _add_settings(parser: argparse.ArgumentParser, config: Any) -> None:
+    """`--settings`, and one flag per setting, in groups. A flag that is not given is None: a file's value stays."""
     parser.add_argument("--settings", type=Path, help="a .toml or .json file with settings; flags win over it")
-    for setting in fields(kind):
-        flag, text = f"--{setting.name.replace('_', '-')}", setting.metadata["help"]
-        if setting.default is not MISSING and setting.default != "" and setting.default != ():
-            text += f" (default: {setting.default})"
-        text = text.replace("%", "%%")
-        options: dict[str, Any] = {"dest": setting.name, "default": None, "help": text}
-        allowed, kind = choices(setting), plain_type(setting)
-        if kind is bool and may_be_auto(setting):
-            # alone it is switched on, as ever; --no-... switches it off
-            parser.add_argument(flag, type=_switch, nargs="?", const=True, metavar="{auto,on,off}", **options)
-            parser.add_argument(
-                f"--no-{flag[2:]}",
-                dest=setting.name,
-                action="store_false",
-                default=None,
-                help=f"as {flag} off",
-            )
-        elif kind is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
-        elif setting.name == "resume":  # alone it means what it says: there has to be something to go on from
-            parser.add_argument(flag, choices=allowed, nargs="?", const="require", **options)
-        elif allowed is not None:
-            parser.add_argument(flag, choices=allowed, **options)
-        elif kind is tuple:
-            parser.add_argument(flag, nargs="+", metavar="NAME", **options)
-        elif may_be_auto(setting):
-            parser.add_argument(flag, type=_auto_or_number, metavar="{auto,0..1}", **options)
-        else:
-            parser.add_argument(flag, type=kind, metavar=kind.__name__.upper(), **options)
+    group: Any = parser
+    for setting in fields(config):
+        if setting.name in _GROUPS:
+            group = parser.add_argument_group(_GROUPS[setting.name])
+        _add_setting(group, setting)
+
+
+def _add_setting(group: Any, setting: Any) -> None:
+    flag, text = f"--{setting.name.replace('_', '-')}", setting.metadata["help"]
+    if setting.default is not MISSING and setting.default != "" and setting.default != ():
+        text += f" (default: {setting.default})"
+    options: dict[str, Any] = {"dest": setting.name, "default": None, "help": text.replace("%", "%%")}
+    allowed, kind = choices(setting), plain_type(setting)
+    if kind is bool and may_be_auto(setting):
+        # alone it is switched on, as ever; --no-... switches it off
+        group.add_argument(flag, type=_switch, nargs="?", const=True, metavar="{auto,on,off}", **options)
+        off = {"dest": setting.name, "default": None, "help": f"the same as {flag} off"}
+        group.add_argument(f"--no-{flag[2:]}", action="store_false", **off)
+    elif kind is bool:
+        group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
+    elif setting.name == "resume":  # alone it means what it says: there has to be something to go on from
+        group.add_argument(flag, choices=allowed, nargs="?", const="require", **options)
+    elif allowed is not None:
+        group.add_argument(flag, choices=allowed, **options)
+    elif kind is tuple:
+        group.add_argument(flag, nargs="+", metavar="NAME", **options)
+    elif may_be_auto(setting):
+        group.add_argument(flag, type=_auto_or_number, metavar="{auto,0..1}", **options)
+    else:
+        group.add_argument(flag, type=kind, metavar=kind.__name__.upper(), **options)
 
 
 def _switch(text: str) -> bool | str:

@@ -27,7 +27,7 @@ OPTIONAL = ("bitsandbytes", "torchao", "prodigyopt", "xformers", "matplotlib")
 _NEEDED_BY = {"adamw8bit": "bitsandbytes", "nf4": "bitsandbytes", "int8": "torchao", "prodigy": "prodigyopt"}
 
 
-def check(config: FitConfig, data: bool = True) -> dict[str, Any]:
+def check(config: FitConfig, data: bool = True, model: bool = True) -> dict[str, Any]:
     """Look at the interpreter, the device, the disk, the base model and the data.
 
     Works in an interpreter that lacks the trainer's packages: that is then one of the problems.
@@ -35,6 +35,7 @@ def check(config: FitConfig, data: bool = True) -> dict[str, Any]:
     Args:
         config: settings of the run that is planned.
         data: whether the training cache exists already.
+        model: whether a base model is named already; without one the question is whether this machine can train at all.
 
     Returns:
         JSON-ready: `python`, `versions`, `device`, `vram_free`, `ram_free`, `disk_free`, `model`, `estimate` (bytes,
@@ -69,7 +70,8 @@ def check(config: FitConfig, data: bool = True) -> dict[str, Any]:
             )
             return report
         look_at_device(config, report, problems)
-        look_at_files(config, report, problems, data)
+        if model:
+            look_at_files(config, report, problems, data)
     return report
 
 
@@ -79,14 +81,14 @@ def readable(report: Mapping[str, Any]) -> str:
     lines = [f"python     {report['python']}", f"packages   {versions}"]
     for key in ("device", "model"):
         value = report[key]
-        text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
+        text = ", ".join(f"{k} {v}" for k, v in value.items() if k != "is_flux") if isinstance(value, dict) else value
         lines.append(f"{key:<10} {text or 'not known'}")
     for key in ("vram_free", "ram_free", "disk_free"):
         if report[key] is not None:
             lines.append(f"{key:<10} {report[key] / 1e9:.1f} GB")
     if report["estimate"]:
         parts = ", ".join(f"{k} {v / 1e9:.1f} GB" for k, v in report["estimate"].items())
-        lines += [f"needs      {parts}", f"memory     {report['memory']}"]
+        lines += [f"needs      {parts}", f"memory     {report['memory']}", f"scaling    {report['scaling']:g}"]
     lines += [f"PROBLEM    {problem['what']}\n           fix: {problem['fix']}" for problem in report["problems"]]
     return "\n".join(lines if report["problems"] else [*lines, "ready to train"])
 

@@ -99,12 +99,13 @@ def _encode(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> int:
     # what is not known yet does not keep anybody from asking whether the machine is good enough
-    unknown = {"data": "none", "run_dir": "."}
     no_data = args.no_data or (args.data is None and not args.settings)
-    config = _config(args, FitConfig, unknown if no_data else {"run_dir": "."})
+    no_model = args.model is None and not args.settings
+    unknown = {"run_dir": ".", **({"data": "none"} if no_data else {}), **({"model": "none"} if no_model else {})}
+    config = _config(args, FitConfig, unknown)
     from .check import check, readable
 
-    report = check(config, data=not no_data)
+    report = check(config, data=not no_data, model=not no_model)
     sys.stdout.write((json.dumps(report) if args.json else readable(report)) + "\n")
     return FAILED if report["problems"] else DONE
 

@@ -57,6 +57,7 @@ FIELDS: Mapping[str, Mapping[str, tuple[type, ...]]] = MappingProxyType(
     }
 )
 _DEEPEST = 20  # brackets in one another that an event may have
+_LARGEST = 1 << 63  # what a count may be; larger ones cannot become floats
 _LATEST = 1e15  # unix seconds; also keeps NaN and infinity out
 _CUT = "#cut"  # ends a line that a killed writer left half done; no JSON ends so
 REASONS = ("settings", "data", "model", "memory", "disk", "loss", "resume", "library", "internal")
@@ -88,7 +89,8 @@ class TrainEvent:
             raise EventError(f"event kind {self.kind!r:.80} is not one of {', '.join(KINDS)}")
         for name, types in FIELDS[self.kind].items():
             value = self.data.get(name)
-            if not isinstance(value, types) or isinstance(value, bool):
+            fits = isinstance(value, types) and not isinstance(value, bool)
+            if not fits or (isinstance(value, int) and not abs(value) < _LARGEST):
                 raise EventError(
                     f"{self.kind}.{name} is {value!r:.80}, expected {' or '.join(t.__name__ for t in types)}"
                 )

@@ -4,6 +4,8 @@ import { app } from "../../scripts/app.js";
 import { nodeById } from "./qrlora_graph.js";
 
 const WIDGET = "qrlora_example";
+const VIEW = "qrlora_view";
+const LOOKS = 16; // four seconds
 const HEIGHT = 250;
 const MARGIN = 10;
 
@@ -43,4 +45,24 @@ function remove(node) {
 
 api.addEventListener("executed", ({ detail }) => remove(nodeById(detail?.display_node ?? detail?.node)));
 
-app.registerExtension({ name: "qrlora.example", loadedGraphNode: show });
+// Where a page of ours begins. The front end shows the whole of a template that is named in the address, however small,
+// some time after it is loaded; so this looks again until then, or until the reader looks elsewhere.
+function lookAt() {
+  const { scale, offset } = app.graph?.extra?.[VIEW] ?? {};
+  if (!(scale > 0.1 && scale < 10) || !Array.isArray(offset) || !offset.every(Number.isFinite)) return;
+  delete app.graph.extra[VIEW]; // once: after that it is the reader's own view
+  const graph = app.graph.id;
+  let left = LOOKS;
+  const stop = () => (left = 0);
+  for (const event of ["pointerdown", "wheel", "keydown"]) window.addEventListener(event, stop, { once: true, capture: true });
+  const look = () => {
+    if (left-- <= 0 || app.graph?.id !== graph) return;
+    app.canvas.ds.scale = scale;
+    app.canvas.ds.offset = [offset[0], offset[1]];
+    app.canvas.setDirty(true, true);
+    setTimeout(look, 250);
+  };
+  look();
+}
+
+app.registerExtension({ name: "qrlora.example", loadedGraphNode: show, afterConfigureGraph: lookAt });

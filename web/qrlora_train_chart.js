@@ -1,4 +1,5 @@
 // The loss curve as SVG: sharp at every zoom of the canvas, and its colours follow the theme by themselves.
+import { translated } from "./qrlora_words.js";
 
 const SVG = "http://www.w3.org/2000/svg";
 // A blue and the vermilion of Okabe and Ito, told apart by every kind of colour vision; width and shape differ as well.
@@ -99,7 +100,7 @@ export class Chart {
     const [width, height] = this.inner;
     shape(this.grid, "path", { d: `M${left} ${top}v${height}h${width}`, fill: "none" }, { stroke: RAW });
     if (!this.scale) {
-      this.#label(left + width / 2, top + height / 2, "no steps yet", "middle");
+      this.#label(left + width / 2, top + height / 2, translated("no steps yet"), "middle");
       return;
     }
     for (const value of this.scale.yTicks) {
@@ -112,9 +113,9 @@ export class Chart {
       shape(this.grid, "path", { d: `M${x} ${top + height}v4`, fill: "none" }, { stroke: RAW });
       this.#label(Math.min(x, left + width - 8), top + height + 14, count(value), "middle");
     }
-    this.#label(left - 14, top + height + 14, "step", "end");
+    this.#label(left - 14, top + height + 14, translated("step"), "end");
     const [x, y] = [10, top + height / 2];
-    this.#label(x, y, this.scale.log ? "loss (log)" : "loss", "middle").setAttribute(
+    this.#label(x, y, translated(this.scale.log ? "loss (log)" : "loss"), "middle").setAttribute(
       "transform",
       `rotate(-90 ${x} ${y})`,
     );
@@ -153,7 +154,8 @@ export class Chart {
     this.#label(
       MARGIN.left,
       13,
-      `step ${count(bucket.step)}   loss ${raw}   smoothed ${number(bucket.smoothed)}`,
+      `${translated("step")} ${count(bucket.step)}   ${translated("loss")} ${raw}   ` +
+        `${translated("smoothed")} ${number(bucket.smoothed)}`,
       "start",
       this.legend,
     );
@@ -169,7 +171,7 @@ export class Chart {
     for (const [name, stroke, width] of items) {
       const d = name === "validation" ? diamond(x + 8, 9, 4) : `M${x} 9h16`;
       shape(this.legend, "path", { d, fill: "none", "stroke-width": width }, { stroke });
-      this.#label(x + 21, 13, name, "start", this.legend);
+      this.#label(x + 21, 13, translated(name), "start", this.legend);
       x += 21 + name.length * FONT * 0.56 + 14;
     }
   }

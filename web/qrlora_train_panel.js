@@ -1,5 +1,6 @@
 // What the Train node shows of its run: built once, filled by `show`. Text is only ever set as text.
 import { BLUE, Chart, count, number } from "./qrlora_train_chart.js";
+import { translated } from "./qrlora_words.js";
 
 export const HEIGHT = 380;
 const TEXT = "var(--input-text, #ddd)";
@@ -64,7 +65,7 @@ export class Panel {
       overflowY: "hidden",
       scrollbarWidth: "none", // it would cover the pictures
     });
-    this.samples.setAttribute("aria-label", "Newest samples");
+    this.samples.setAttribute("aria-label", translated("Newest samples"));
     this.message = make(this.element, "div", {
       flex: "0 0 auto",
       height: "2.7em",
@@ -103,7 +104,7 @@ export class Panel {
       role: "progressbar",
       "aria-valuemin": 0,
       "aria-valuemax": 100,
-      "aria-label": "Training progress",
+      "aria-label": translated("Training progress"),
     }).forEach(([key, value]) => track.setAttribute(key, value));
     this.bar = make(track, "div", { height: "100%", width: "0", background: BLUE, transition: "width 0.2s linear" });
     this.facts = make(this.element, "div", {
@@ -116,8 +117,8 @@ export class Panel {
       minHeight: "1.35em",
     });
     this.eta = make(this.facts, "span");
-    this.speed = make(this.facts, "span", {}, { title: "Duration of one step" });
-    this.memory = make(this.facts, "span", {}, { title: "Highest memory use of the trainer so far" });
+    this.speed = make(this.facts, "span", {}, { title: translated("Duration of one step") });
+    this.memory = make(this.facts, "span", {}, { title: translated("Highest memory use of the trainer so far") });
   }
 
   #foot(stop) {
@@ -137,7 +138,7 @@ export class Panel {
         border: `1px solid ${LINE}`,
         borderRadius: "6px",
       },
-      { type: "button", title: "Save a checkpoint and stop. Queueing again goes on from there." },
+      { type: "button", title: translated("Save a checkpoint and stop. Queueing again goes on from there.") },
     );
     this.hint = make(foot, "span", { opacity: "0.85", overflow: "hidden" });
     // The canvas would take these keys for its own shortcuts.
@@ -190,13 +191,13 @@ export class Panel {
       run: job?.run ?? "",
     });
     put(this.title, heading(shown, job));
-    put(this.steps, job?.steps ? `step ${count(job.step)} / ${count(job.steps)}` : "");
+    put(this.steps, job?.steps ? translated("step {step} / {steps}", { step: count(job.step), steps: count(job.steps) }) : "");
     this.#progress(shown, job);
     const live = shown === "running" || shown === "stopping";
-    put(this.eta, live && Number.isFinite(job.eta) ? `${duration(job.eta)} left` : live ? "" : this.scaling);
-    this.eta.title = live ? "Time left" : "The update is scaled by alpha / rank; alpha 0 means as rank";
+    put(this.eta, live && Number.isFinite(job.eta) ? translated("{time} left", { time: duration(job.eta) }) : live ? "" : this.scaling);
+    this.eta.title = translated(live ? "Time left" : "The update is scaled by alpha / rank; alpha 0 means as rank");
     put(this.speed, Number.isFinite(job?.seconds) ? speed(job.seconds) : "");
-    put(this.memory, job?.peak > 0 ? `peak ${(job.peak / 1e9).toFixed(1)} GB` : "");
+    put(this.memory, job?.peak > 0 ? translated("peak {size} GB", { size: (job.peak / 1e9).toFixed(1) }) : "");
     this.chart.draw(job);
     this.#pictures(job);
     put(this.message, this.refused || this.#message(state, job));
@@ -205,7 +206,7 @@ export class Panel {
     this.button.disabled = !(shown === "running" || shown === "preparing");
     this.button.style.opacity = this.button.disabled ? "0.45" : "1";
     this.button.style.cursor = this.button.disabled ? "default" : "pointer";
-    put(this.button, shown === "stopping" ? "Stopping" : "Stop");
+    put(this.button, translated(shown === "stopping" ? "Stopping" : "Stop"));
     put(this.hint, hint(shown, job));
   }
 
@@ -213,7 +214,7 @@ export class Panel {
     if (state === "finished" && this.lines) return this.lines;
     // Of a step the server's line says what stands above already.
     const stepping = state === "running" && job.lastEvent === "step" && job.curve.last;
-    const text = stepping ? losses(job) : job ? job.text || job.reason : IDLE;
+    const text = stepping ? losses(job) : job ? job.text || job.reason : translated(IDLE);
     return [...(job?.warnings ?? []), text].join("\n");
   }
 
@@ -259,13 +260,13 @@ function thumbnail(address, step) {
       borderRadius: "4px",
       overflow: "hidden",
     },
-    { href: address, target: "_blank", rel: "noopener", title: `Sample at step ${step}: open in a new tab` },
+    { href: address, target: "_blank", rel: "noopener", title: translated("Sample at step {step}: open in a new tab", { step }) },
   );
   const image = make(
     link,
     "img",
     { height: "100%", display: "block" },
-    { alt: `Sample at step ${step}`, draggable: "false" },
+    { alt: translated("Sample at step {step}", { step }), draggable: "false" },
   );
   make(link, "span", {
     position: "absolute",
@@ -286,32 +287,38 @@ function thumbnail(address, step) {
 }
 
 function heading(state, job) {
-  if (state === "idle") return "Not trained yet";
-  if (state !== "running") return STATES[state] ?? state;
+  if (state === "idle") return translated("Not trained yet");
+  if (state !== "running") return translated(STATES[state] ?? state);
   const phase = job.phase?.phase;
-  return phase ? (PHASES[phase] ?? phase[0].toUpperCase() + phase.slice(1)) : job.step ? "Training" : "Starting";
+  if (!phase) return translated(job.step ? "Training" : "Starting");
+  return PHASES[phase] ? translated(PHASES[phase]) : phase[0].toUpperCase() + phase.slice(1);
 }
 
 function losses(job) {
-  return `smoothed loss ${number(job.curve.last.smoothed)}, learning rate ${number(job.rate)}`;
+  const values = { loss: number(job.curve.last.smoothed), rate: number(job.rate) };
+  return translated("smoothed loss {loss}, learning rate {rate}", values);
 }
 
 function hint(state, job) {
-  if (state === "running" || state === "preparing") return "Saves a checkpoint; queueing again resumes.";
-  if (state === "stopping") return "Saving a checkpoint; queueing again resumes.";
+  if (state === "running" || state === "preparing") return translated("Saves a checkpoint; queueing again resumes.");
+  if (state === "stopping") return translated("Saving a checkpoint; queueing again resumes.");
   if (state === "stopped")
-    return job.step ? `Queue again to go on from step ${count(job.step)}.` : "Queue again to start.";
-  if (state === "failed") return job.step ? "Queue again to go on from the last checkpoint." : "";
+    return job.step
+      ? translated("Queue again to go on from step {step}.", { step: count(job.step) })
+      : translated("Queue again to start.");
+  if (state === "failed") return job.step ? translated("Queue again to go on from the last checkpoint.") : "";
   return "";
 }
 
 function scalingText(rank, alpha) {
   const scaling = alpha ? alpha / rank : 1;
-  return `scaling ${Number(scaling.toPrecision(3))} (${alpha ? `alpha ${alpha} / rank ${rank}` : "alpha as rank"})`;
+  const values = { scaling: Number(scaling.toPrecision(3)), alpha, rank };
+  return translated(alpha ? "scaling {scaling} (alpha {alpha} / rank {rank})" : "scaling {scaling} (alpha as rank)", values);
 }
 
 function speed(seconds) {
-  return seconds >= 1 ? `${seconds.toFixed(2)} s/step` : `${(1 / Math.max(seconds, 1e-6)).toFixed(1)} steps/s`;
+  if (seconds >= 1) return translated("{seconds} s/step", { seconds: seconds.toFixed(2) });
+  return translated("{steps} steps/s", { steps: (1 / Math.max(seconds, 1e-6)).toFixed(1) });
 }
 
 export function duration(seconds) {

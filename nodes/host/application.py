@@ -136,7 +136,7 @@ def patch_model(
     clone = patches.patched_clone(base, patches.placed(sums, places), strength)
     if residual is not None:
         kept = {
-            name: RestoredWeight.of(residual, name, found.basis, found.scaling, 1.0 - _open_core(full, name))
+            name: RestoredWeight.of(residual, name, found.basis, found.scaling, 1.0 - _cores_taken(full, name))
             for name, found in restored.items()
         }
         add_restored(clone, kept, places)
@@ -169,7 +169,7 @@ def _sums(
     return {name: one for name, one in found.items() if one is not None}
 
 
-def _open_core(recipe: MergeRecipe, name: str) -> float:
+def _cores_taken(recipe: MergeRecipe, name: str) -> float:
     """How often full-QR terms without initial Q and R take the core of a layer away."""
     return sum(
         term.factor(name)

@@ -14,11 +14,18 @@ from ...train.data.captions import PICTURE_ENDINGS
 log = logging.getLogger(__name__)
 
 FOLDER = "qrlora"
+LORAS = "loras"
 RUNS = "runs"
 BASES = "_basis"
 MODEL_FOLDERS = ("diffusion_models", "checkpoints")
 MODEL_ENDINGS = (".safetensors", ".sft")
 NO_DATASET = "none"
+# what an empty drop-down says: a host shows "undefined" there
+NO_ADAPTER = "none: put adapters into models/qrlora, press R"
+NO_RESIDUAL = "none: put a residual into models/qrlora, press R"
+NO_MODEL = "none: put a model into models/diffusion_models, press R"
+NO_LORA = "none: put a LoRA into models/loras, press R"
+_NOTHING = (NO_ADAPTER, NO_RESIDUAL, NO_MODEL, NO_LORA)
 
 
 class _Contents(NamedTuple):
@@ -55,7 +62,8 @@ def file_names(residuals: bool) -> list[str]:
     """
     names = [name for name in folder_paths.get_filename_list(FOLDER) if not _of_a_run(name)]
     shown = ("", "residual" if residuals else "other")
-    return [name for name, kind in _kinds_of(tuple(names)).items() if kind in shown]
+    found = [name for name, kind in _kinds_of(tuple(names)).items() if kind in shown]
+    return found or [NO_RESIDUAL if residuals else NO_ADAPTER]
 
 
 def find_file(name: str) -> Path:
@@ -64,6 +72,7 @@ def find_file(name: str) -> Path:
     Raises:
         PathError: the name leaves its folder, or no such file is there.
     """
+    _require_name(name)
     refused = None
     for folder in folder_paths.get_folder_paths(FOLDER):
         try:
@@ -74,6 +83,36 @@ def find_file(name: str) -> Path:
         if path.is_file():
             return path
     raise refused or PathError(f"{name!r} is not in models/{FOLDER}; put the file there and refresh (R)")
+
+
+def lora_names() -> list[str]:
+    """LoRA files for a drop-down: the safetensors files in the folders of LoRAs."""
+    names = [name for name in folder_paths.get_filename_list(LORAS) if name.lower().endswith(MODEL_ENDINGS)]
+    return names or [NO_LORA]
+
+
+def lora_file(name: str) -> Path:
+    """The LoRA file that a workflow names. One that is listed may be a link to another disk: its owner put it there.
+
+    Raises:
+        PathError: not a safetensors file, or not in the folders.
+    """
+    _require_name(name)
+    if not name.lower().endswith(MODEL_ENDINGS):
+        raise PathError(f"{name!r} is not a safetensors file; only {' and '.join(MODEL_ENDINGS)} are read")
+    if _listed(name, folder_paths.get_filename_list(LORAS)):
+        for root in folder_paths.get_folder_paths(LORAS):
+            if (path := Path(root, name.replace("\\", "/"))).is_file():
+                return path
+    return _inside(folder_paths.get_folder_paths(LORAS), name)
+
+
+def _require_name(name: str) -> None:
+    """Refuse what stands in an empty drop-down."""
+    if name in _NOTHING:
+        raise PathError(
+            f"nothing is chosen, because nothing was there to choose: {name.removeprefix('none: ')}, choose it"
+        )
 
 
 def save_folder(kind: str = FOLDER) -> Path:
@@ -109,7 +148,7 @@ def forget_names() -> None:
 def model_names() -> list[str]:
     """Base models that can be trained on: single files in the folders of diffusion models and checkpoints."""
     names = [name for kind in MODEL_FOLDERS for name in folder_paths.get_filename_list(kind)]
-    return [name for name in dict.fromkeys(names) if name.lower().endswith(MODEL_ENDINGS)]
+    return [name for name in dict.fromkeys(names) if name.lower().endswith(MODEL_ENDINGS)] or [NO_MODEL]
 
 
 def model_file(name: str) -> Path:
@@ -118,6 +157,7 @@ def model_file(name: str) -> Path:
     Raises:
         PathError: not a safetensors file, or not in the folders.
     """
+    _require_name(name)
     if not name.lower().endswith(MODEL_ENDINGS):
         raise PathError(f"{name!r} is not a safetensors file; training reads {' and '.join(MODEL_ENDINGS)} only")
     for kind in MODEL_FOLDERS:

@@ -106,7 +106,8 @@ def _question(who: owner.Owner, settings: Path) -> str:
     values = json.loads(settings.read_text(encoding="utf-8"))
     decisive = {key: value for key, value in values.items() if key not in _NOT_DECISIVE}
     python = Path(who.python)
-    packages = [folder for name in _PACKAGES for folder in sorted(python.parent.parent.glob(name))]
+    roots = (python.parent, python.parent.parent)  # an embedded Python for Windows lies beside its Lib
+    packages = [folder for root in roots for name in _PACKAGES for folder in sorted(root.glob(name))]
     places = [python, python.resolve(), *packages, Path(who.accelerate_config or python), Path(values["model"])]
     return json.dumps([decisive, [(str(place), _version(place)) for place in places]], sort_keys=True)
 

@@ -65,8 +65,9 @@ class RunFolder:
         return self.folder / f"adapter-{steps:08}.safetensors"
 
     def checkpoint_step(self) -> int:
-        """The newest checkpoint's step, 0 without any."""
-        names = (_CHECKPOINT.fullmatch(path.name) for path in (self.folder / "checkpoints").glob("step-*.safetensors"))
+        """The newest checkpoint's step, 0 without any. An empty file, which a full disk leaves, is none."""
+        files = (self.folder / "checkpoints").glob("step-*.safetensors")
+        names = (_CHECKPOINT.fullmatch(path.name) for path in files if path.stat().st_size)
         return max((int(name[1]) for name in names if name), default=0)
 
     def samples(self) -> dict[int, Path]:

@@ -105,6 +105,7 @@ for text in json.load(sys.stdin):
 
 
 @pytest.mark.process
+@pytest.mark.process
 def test_no_text_takes_longer_than_a_second():
     """In a process of its own: what holds the interpreter cannot be timed from within."""
     command = [sys.executable, "-c", LOOK]

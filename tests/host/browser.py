@@ -6,6 +6,7 @@ import shutil
 import time
 import urllib.parse
 import urllib.request
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -64,8 +65,8 @@ class Page:
         return self
 
     def load(self, workflow: dict[str, Any]) -> None:
-        """Put a workflow in the place of the open one."""
-        self.js("return app.loadGraphData(arguments[0])", workflow)
+        """Put a workflow in the place of the open one; without an id it gets a new one, as a new tab does."""
+        self.js("return app.loadGraphData(arguments[0])", {"id": str(uuid.uuid4()), **workflow})
         self.wait(
             "return app.canvas.graph === app.graph && app.graph.nodes.length === arguments[0]",
             30,

@@ -1,8 +1,11 @@
 """Fixtures over a real ComfyUI; without one every host test is skipped with how to get one."""
 
+import contextlib
 import json
 import os
+import shutil
 import subprocess
+import zipfile
 
 import pytest
 
@@ -39,12 +42,23 @@ def server(tmp_path_factory, clip_file):
 
 @pytest.fixture(scope="session")
 def bare_server(tmp_path_factory):
-    """A server whose Python has none of the packages that the pack can do without."""
+    """A server whose Python has none of the packages that the pack can do without, and whose pack is that of the
+    registry's archive, where this is a clone that an archive can be made of.
+    """
+    from tests.archive import archived_files, make_archive
+
     folder = tmp_path_factory.mktemp("bare")
+    base = instance.make_base(folder / "base")
+    with contextlib.suppress(FileNotFoundError):
+        archived_files()
+        installed = base / "custom_nodes" / "qr-lora"
+        installed.unlink() if installed.is_symlink() else shutil.rmtree(installed)
+        with zipfile.ZipFile(make_archive(folder / "node.zip")) as archive:
+            archive.extractall(installed)
     (folder / "sitecustomize.py").write_text(
         "import sys\nfor name in ('diffusers', 'accelerate', 'peft', 'matplotlib'):\n    sys.modules[name] = None\n"
     )
-    with instance.Server(HOST, instance.make_base(folder / "base"), {"PYTHONPATH": str(folder)}) as running:
+    with instance.Server(HOST, base, {"PYTHONPATH": str(folder)}) as running:
         yield running
 
 
@@ -96,7 +110,7 @@ def run_probe(host, folder, script="probe.py"):
         folder / "result.json",
     ]
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run(command, cwd=host, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, cwd=host, env=environment, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((folder / "result.json").read_text())
 

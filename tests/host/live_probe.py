@@ -1,5 +1,6 @@
 """Run inside ComfyUI's interpreter: `live_probe.py HOST BASE RESULT`. Live application on small FLUX models."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -47,6 +48,34 @@ def model(kind="fp32", state=None):
             state[key.replace(".weight", ".scale_weight")] = scale.float()
         state["scaled_fp8"] = torch.zeros(2, dtype=torch.float8_e4m3fn)
     return comfy.sd.load_diffusion_model_state_dict(state, model_options=options)
+
+
+QUANTISED = {
+    "mxfp8": ("mxfp8", {}),
+    "nvfp4": ("nvfp4", {}),
+    "int8": ("int8_tensorwise", {}),
+    "int8_convrot": ("int8_tensorwise", {"convrot": True, "convrot_groupsize": 64}),
+}
+
+
+def quantised(kind):
+    """A model whose blocks are stored as the host's own quantised files are."""
+    from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
+
+    name, more = QUANTISED[kind]
+    state = {}
+    for key, value in weights.items():
+        if value.dim() != 2 or "_blocks." not in key:
+            state[key] = value.clone()
+            continue
+        rows = {"per_channel": True} if "convrot" in more else {}
+        packed = QuantizedTensor.from_float(value.float(), QUANT_ALGOS[name]["comfy_tensor_layout"], **more, **rows)
+        for suffix, tensor in packed.state_dict(key).items():
+            scales = getattr(torch, "float8_e8m0fnu", None)
+            state[suffix] = (tensor.view(torch.uint8) if tensor.dtype == scales else tensor).contiguous()
+        config = list(json.dumps({"format": name, **more}).encode())
+        state[key.removesuffix("weight") + "comfy_quant"] = torch.tensor(config, dtype=torch.uint8)
+    return comfy.sd.load_diffusion_model_state_dict(state)
 
 
 def cond(index=0, prompt=None):
@@ -114,15 +143,21 @@ def equal_to_patched():
 def storages():
     """Against the exact answer: the weights as the host computes them plus the exact update, all in float32."""
     found = {}
-    for kind in ("fp32", "bf16", "fp8_e4m3fn", "fp8_e5m2", "scaled_fp8"):
-        patcher = model(kind)
+    try:
+        import comfy.quant_ops
+
+        more = list(QUANTISED) if hasattr(comfy.quant_ops, "QuantizedTensor") else []
+    except ImportError:
+        more = []
+    for kind in ("fp32", "bf16", "fp8_e4m3fn", "fp8_e5m2", "scaled_fp8", *more):
+        patcher = quantised(kind) if kind in QUANTISED else model(kind)
         read = dict(weights)
-        for key in patcher.model.state_dict():
-            if key.startswith("diffusion_model.") and key.removeprefix("diffusion_model.") in weights:
-                weight = comfy.utils.get_attr(patcher.model, key)
-                read[key.removeprefix("diffusion_model.")] = (
-                    weight.dequantize() if "Quantized" in type(weight).__name__ else weight
-                ).float()
+        for key in weights:
+            try:
+                weight = comfy.utils.get_attr(patcher.model, f"diffusion_model.{key}")
+            except AttributeError:
+                continue  # a norm that the model calls otherwise; it is stored as it is
+            read[key] = (weight.dequantize() if "Quantized" in type(weight).__name__ else weight).detach().float()
         exact_base = model(state=read)
         exact, before = sample(apply(exact_base, mode="patch")), sample(exact_base)
         entry = {

@@ -1,12 +1,14 @@
 """What the nodes say in the real page: reports, errors, nothing of a node that is bypassed; and how they are found."""
 
+import json
 import os
+import re
 import shutil
 
 import pytest
 from selenium.webdriver.common.keys import Keys
 
-from demo.server import GOLDEN
+from demo.server import GOLDEN, PACK
 from demo.workflow import editable
 from tests.host import browser, training
 from tests.host.training import node, train_graph
@@ -155,6 +157,70 @@ def test_an_error_before_the_trainer_starts_is_on_the_panel(server, page, vue):
     page.wait(f"return {PANEL}.dataset.state === 'failed'")
     assert "finished:" not in page.js(f"return {PANEL}.innerText"), "the success before is not shown any more"
     assert page.errors() == []
+
+
+@RENDERERS
+def test_an_adapter_is_described_as_soon_as_it_is_chosen(server, page, vue):
+    """Facts, picture, and what is wrong with the file, without a run."""
+    folder = server.base / "models" / "qrlora"
+    training.picture((64, 64), 3).save(folder / "official_style.preview.png")
+    (folder / "no adapter.safetensors").write_bytes(b"nothing")
+    opened(page, {"style": node("QRLoRALoadDeltaR", delta_r_name="official_content.safetensors")}, vue)
+    reported(page, "QRLoRALoadDeltaR", "rank 8")
+    size = page.js("return [...app.graph.nodes[0].size]")
+    choose = """
+        const widget = app.graph.nodes[0].widgets.find((one) => one.name === "delta_r_name");
+        widget.value = arguments[0];
+        widget.callback?.(widget.value);
+    """
+    image = "app.graph.nodes[0].widgets.find((one) => one.name === 'qrlora_report').element.querySelector('img')"
+    assert page.js(f"return {image} === null")
+    page.js(choose, "official_style.safetensors")
+    page.wait(f"return {image}?.naturalWidth === 64")
+    page.js(choose, "no adapter.safetensors")
+    assert "FileFormatError" in reported(page, "QRLoRALoadDeltaR", "not a readable safetensors file")
+    assert page.js(f"return {image} === null") and page.js("return [...app.graph.nodes[0].size]") == size
+    (folder / "no adapter.safetensors").unlink()
+    (folder / "official_style.preview.png").unlink()
+    assert page.errors() == []
+
+
+@RENDERERS
+def test_a_first_run_makes_no_node_grow(server, page, vue):
+    """Nodes as they are when they are put into a graph, one below the other."""
+    opened(page, merge_graph(alpha=0.25 + vue / 10), vue)
+    page.js("for (const node of app.graph.nodes) node.setSize(node.computeSize())")
+    sizes = "app.graph.nodes.map((node) => [...node.size].map(Math.round))"
+    page.js("return new Promise((done) => setTimeout(done, 500))")
+    before = page.js(f"return {sizes}")
+    run(page)
+    reported(page, "QRLoRAMerge", "15 layers")
+    reported(page, "QRLoRASaveDeltaR", "reported")
+    page.js("return new Promise((done) => setTimeout(done, 300))")
+    assert page.js(f"return {sizes}") == before
+
+
+@pytest.mark.parametrize(
+    "locale,words", [("zh", "\u5c1a\u672a\u8bad\u7ec3"), ("ja", "\u672a\u5b66\u7fd2"), ("en", "Not trained yet")]
+)
+def test_the_panel_speaks_the_language_of_the_page(server, page, locale, words):
+    browser.set_settings(server, {"Comfy.Locale": locale})
+    opened(page, train_graph("words"), vue=True)
+    page.wait(f"return {PANEL}?.innerText.includes(arguments[0])", 30, words)
+    browser.set_settings(server, {"Comfy.Locale": "en"})
+
+
+def test_every_sentence_of_the_page_is_translated():
+    """Each text that the scripts ask for, in each language, with the same values in it; and none too many."""
+    words = json.loads((PACK / "web" / "qrlora_words.json").read_text(encoding="utf-8"))
+    scripts = "".join(path.read_text(encoding="utf-8") for path in sorted((PACK / "web").glob("*.js")))
+    for language, sentences in words.items():
+        for english, sentence in sentences.items():
+            assert f'"{english}"' in scripts or f"{english}:" in scripts, f"{language}: nobody says {english!r}"
+            assert sorted(re.findall(r"\{\w+\}", english)) == sorted(re.findall(r"\{\w+\}", sentence)), sentence
+        asked = set(re.findall(r'translated\("([^"]+)"', scripts))
+        assert asked <= sentences.keys(), asked - sentences.keys()
+    assert words["zh"].keys() == words["ja"].keys()
 
 
 SEARCHES = {

@@ -9,13 +9,23 @@ def test_live_equals_patched(live_probe):
     assert len(found) == 9 and all(value < 2e-3 for value in found.values()), found  # of the effect; float32 rounding
 
 
-@pytest.mark.parametrize("kind", ["fp32", "bf16", "fp8_e4m3fn", "fp8_e5m2", "scaled_fp8"])
+STORAGES = ["fp32", "bf16", "fp8_e4m3fn", "fp8_e5m2", "scaled_fp8", "mxfp8", "nvfp4", "int8", "int8_convrot"]
+
+
+@pytest.mark.parametrize("kind", STORAGES)
 def test_every_storage_gives_the_exact_update(live_probe, kind):
+    if kind not in live_probe["storages"]:
+        pytest.skip("this host does not load that format")
     found = live_probe["storages"][kind]
-    assert found["base"] < 1e-6 < 1e-3 < found["effect"]
-    assert found["live"] < 1e-6
-    if "fp8" in kind:  # a patch rounds the weight once more, and that costs a sixth of the effect
-        assert found["patch"] > 100 * found["live"]
+    assert found["effect"] > 1e-3
+    rounding = 1e-6
+    if kind.startswith("int8"):  # the host multiplies in int8: activations are rounded, with or without an adapter
+        rounding = 1e-6 + 1.2 * found["base"]
+    else:
+        assert found["base"] < 1e-6
+    assert found["live"] < rounding
+    if kind not in ("fp32", "bf16"):  # a patch rounds the weight once more, and that costs a sixth of the effect
+        assert found["patch"] > (1.5 if kind.startswith("int8") else 100) * found["live"]
         assert "live" in found["auto"] and "quantised" in found["auto"]
     else:
         assert "patched" in found["auto"]

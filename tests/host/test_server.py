@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 
 import pytest
 import torch
@@ -44,11 +45,16 @@ def test_main_job(server, golden, alpha, beta, route):
     if route == "residual":
         graph["20"] = node("QRLoRALoadResidual", residual_name="official_residual_fp32.safetensors")
         graph["5"]["inputs"]["residual"] = ["20", 0]
+    told = (alpha, beta, route) == (0.9, 1.0, "low_rank")
+    if told:  # by a file of its own: a node from the server's cache says nothing again
+        folder = server.base / "models" / "qrlora"
+        shutil.copy(folder / "official_style.safetensors", folder / "not yet read.safetensors")
+        graph["2"]["inputs"]["delta_r_name"] = "not yet read.safetensors"
     entry = server.queue(graph)
     picture = entry["outputs"]["11"]["images"][0]
     assert (server.base / "output" / picture["filename"]).stat().st_size > 100
     assert gap(output(server), golden[f"merged.{alpha}.{beta}.out"]) < 1e-4
-    if (alpha, beta, route) == (0.9, 1.0, "low_rank"):  # the first run: a node from the cache says nothing again
+    if told:
         assert "15 layers" in entry["outputs"]["5"]["text"][0] and "one basis" in entry["outputs"]["4"]["text"][0]
         assert "rank 8" in entry["outputs"]["2"]["text"][0] and "basis " in entry["outputs"]["2"]["text"][0]
 
@@ -123,6 +129,42 @@ def test_names_outside_are_refused(server, name):
     graph["5"]["inputs"]["residual"] = ["rest", 0]
     with pytest.raises(WorkflowError, match="refused|is not in models"):
         server.queue(graph)
+
+
+def test_an_empty_folder_says_so(server):
+    """In the drop-down, and when that is what is queued."""
+    away = server.base / "away"
+    places = [server.base / "models" / name for name in ("qrlora", "diffusion_models")]
+    places.append(server.base / "output" / "qrlora")
+    moved = [(folder, away / f"{number}") for number, folder in enumerate(places) if folder.is_dir()]
+    away.mkdir()
+    for folder, target in moved:
+        folder.rename(target)
+        folder.mkdir()
+    try:
+        info = server.get("/object_info")
+        for kind, name, words in (
+            ("QRLoRALoadDeltaR", "delta_r_name", "none: put adapters into models/qrlora, press R"),
+            ("QRLoRALoadResidual", "residual_name", "none: put a residual into models/qrlora, press R"),
+            ("QRLoRATrain", "model_name", "none: put a model into models/diffusion_models, press R"),
+        ):
+            spec = info[kind]["input"]["required"][name]
+            assert (spec[1].get("options") or spec[0]) == [words]
+        graph = workflow()
+        graph["2"]["inputs"]["delta_r_name"] = "none: put adapters into models/qrlora, press R"
+        with pytest.raises(
+            WorkflowError, match="nothing is chosen.*put adapters into models/qrlora, press R, choose it"
+        ):
+            server.queue(
+                {key: graph[key] for key in ("2",)}
+                | {"save": node("QRLoRASaveDeltaR", delta_r=["2", 0], filename="x", format="portable")}
+            )
+    finally:
+        for folder, target in moved:
+            folder.rmdir()
+            target.rename(folder)
+        away.rmdir()
+    assert "official_style.safetensors" in str(server.get("/object_info/QRLoRALoadDeltaR"))
 
 
 @pytest.mark.parametrize("name", ["../out", "/tmp/out", "a/../../b", "nul"])

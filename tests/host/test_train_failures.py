@@ -17,6 +17,7 @@ import urllib.request
 
 import psutil
 import pytest
+from PIL import Image
 
 from demo.server import PACK, WorkflowError
 from tests.host import training
@@ -288,6 +289,20 @@ def test_a_deleted_adapter_is_published_again(server):
     path.unlink()
     entry = server.queue(graph)
     assert path.is_file() and "already trained" in entry["outputs"]["train"]["text"][0]
+
+
+def test_an_adapter_has_the_newest_sample_as_its_picture(server):
+    server.play("ok", sample_every=2)
+    server.queue(train_graph("pictured", {"sample_every": 2}, steps=4))
+    with Image.open(server.base / "output" / "qrlora" / "pictured.preview.png") as picture:
+        assert picture.format == "PNG" and max(picture.size) <= 512
+    with urllib.request.urlopen(f"{server.url}/qrlora/adapter/picture?name=pictured.safetensors", timeout=10) as answer:
+        assert answer.headers["Content-Type"] == "image/png"
+    for name in ("..%2Fx", "%2Fetc%2Fpasswd", "nul%00", "", "absent.safetensors", "x" * 3000):
+        for route in ("adapter", "adapter/picture"):
+            with pytest.raises(urllib.error.HTTPError) as error:
+                urllib.request.urlopen(f"{server.url}/qrlora/{route}?name={name}", timeout=10)
+            assert error.value.code == 404
 
 
 def test_an_adapter_that_was_overwritten_is_published_again(server):

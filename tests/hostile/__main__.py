@@ -27,11 +27,15 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as folder:
         numbers = range(args.first, args.first + args.cases)
         found = campaign.run(
-            Path(folder), numbers, seed=args.seed, only=args.reader, seconds=args.seconds, keep=args.keep
+            Path(folder),
+            numbers,
+            seed=args.seed,
+            only=args.reader,
+            seconds=args.seconds,
+            keep=args.keep,
+            tell=lambda text: print(f"{text}\n", flush=True),
         )
     print(found.table())
-    for fault in found.faults:
-        print(f"\n{fault}")
     if args.json:
         tallies = {name: [tally.cases, tally.refused, tally.slowest] for name, tally in found.tallies.items()}
         figures = {"cases": found.cases, "faults": found.fault_count, "seconds": found.seconds, "readers": tallies}

@@ -7,6 +7,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +22,7 @@ SECONDS = 2.0  # of processor time that one case may take
 ROOM = 1_500_000_000  # bytes of address space above what the imports took
 LONGEST_MESSAGE = 7000
 _KEPT_FAULTS = 20
+_TOLD_EVERY = 10_000  # cases
 
 
 @dataclass(slots=True)
@@ -66,7 +68,14 @@ class Outcome:
 
 
 def run(
-    folder: Path, cases: range, *, seed: int = 0, only: str = "", seconds: float = 0.0, keep: Path | None = None
+    folder: Path,
+    cases: range,
+    *,
+    seed: int = 0,
+    only: str = "",
+    seconds: float = 0.0,
+    keep: Path | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> Outcome:
     """Go through cases by number; a number and a seed are always the same file.
 
@@ -77,6 +86,7 @@ def run(
         only: the name of one reader, "" for all.
         seconds: stop after so many, 0: never.
         keep: where files go that were no good; None: they are not kept.
+        tell: called with the text of every new kind of fault, and with the table so far after each 10,000 cases.
     """
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
@@ -88,14 +98,20 @@ def run(
     for number in cases:
         if number == cases.start + 200:
             before = memory()  # by then everything is imported and every cache is filled
-        if seconds and time.monotonic() - started > seconds:
+        outcome.seconds = time.monotonic() - started
+        if seconds and outcome.seconds > seconds:
             break
+        if tell is not None and number > cases.start and (number - cases.start) % _TOLD_EVERY == 0:
+            outcome.growth = memory() - before
+            tell(outcome.table())
         fault = one_case(folder, number, seed, chosen, outcome, keep)
         if fault:
             outcome.fault_count += 1
             kind = "".join(fault.partition(", ")[2].splitlines()[-4:])  # where it was raised, and what
             if kind not in outcome.seen and len(outcome.faults) < _KEPT_FAULTS:
                 outcome.faults.append(fault)
+                if tell is not None:
+                    tell(fault)
             outcome.seen[kind] += 1
     outcome.seconds = time.monotonic() - started
     outcome.growth = memory() - before if before else 0

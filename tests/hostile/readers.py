@@ -33,7 +33,7 @@ from train.run import checkpoint
 
 from . import mutate
 
-feed, runs, jobs, owner, curve = (load(f"training.{name}") for name in ("feed", "runs", "jobs", "owner", "loss_curve"))
+feed, runs, jobs, owner, drawn = (load(f"training.{name}") for name in ("feed", "runs", "jobs", "owner", "pictures"))
 
 PARAMETERS = {f"{name}.delta_r": (3, 10) for name in NAMES}
 
@@ -250,7 +250,7 @@ def use_events(path: Path, content: bytes) -> None:
     found = feed.earlier_events(path)
     job.catch_up(found)
     json.dumps(job.summary())
-    curve.loss_curve(job.steps(), "loss")
+    drawn.loss_curve(job.steps(), "loss")
     for one in events.read_events(path):
         events.parse(one.line())
 
@@ -397,6 +397,30 @@ def _models() -> Iterable[bytes]:
         int8[f"{layer}.comfy_quant"] = torch.frombuffer(bytearray(marked), dtype=torch.uint8)
     yield _file(fp8, {"_quantization_metadata": json.dumps({"layers": {}})})
     yield _file(int8, {})
+    yield _file(_in_blocks(thin), {})
+
+
+def _in_blocks(thin: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Three layers as MXFP8, NVFP4 and a ConvRot of four columns, the others as they are."""
+    found, draws = dict(thin), _seeded()
+    layers = ("double_blocks.0.img_attn.qkv", "double_blocks.0.txt_attn.qkv", "single_blocks.0.linear1")
+    for layer, kind in zip(layers, ("mxfp8", "nvfp4", "int8_tensorwise")):
+        rows, more = thin[f"{layer}.weight"].shape[0], {}
+        tiles = (-(-rows // 128) * 128, 4)
+        if kind == "mxfp8":
+            found[f"{layer}.weight"] = torch.randn(rows, 32, generator=draws).to(torch.float8_e4m3fn)
+            found[f"{layer}.weight_scale"] = torch.full(tiles, 127, dtype=torch.uint8)
+        elif kind == "nvfp4":
+            found[f"{layer}.weight"] = torch.randint(0, 256, (rows, 8), generator=draws).to(torch.uint8)
+            found[f"{layer}.weight_scale"] = torch.ones(tiles).to(torch.float8_e4m3fn)
+            found[f"{layer}.weight_scale_2"] = torch.tensor(0.5)
+        else:
+            found[f"{layer}.weight"] = torch.randint(-127, 128, (rows, 4), generator=draws).to(torch.int8)
+            found[f"{layer}.weight_scale"] = torch.tensor(0.01)
+            more = {"params": {"convrot": True, "convrot_groupsize": 4}}
+        marked = json.dumps({"format": kind, **more}).encode()
+        found[f"{layer}.comfy_quant"] = torch.frombuffer(bytearray(marked), dtype=torch.uint8)
+    return found
 
 
 def _file(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:

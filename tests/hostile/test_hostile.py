@@ -25,6 +25,7 @@ def start(*arguments, **more):
     return subprocess.run(command, cwd=ROOT, env=environment, **options)
 
 
+@pytest.mark.process
 def test_no_damaged_file_does_more_than_be_refused(tmp_path):
     """Each case ends in one of the pack's errors or in a result that is right, within 2 s and 1.5 GB."""
     figures = tmp_path / "figures.json"

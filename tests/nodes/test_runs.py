@@ -22,7 +22,7 @@ def with_checkpoint(root, name, step):
     folder = root / name / "checkpoints"
     folder.mkdir(parents=True)
     if step:
-        (folder / f"step-{step:08}.safetensors").touch()
+        (folder / f"step-{step:08}.safetensors").write_bytes(b"checkpoint")
     return runs.RunFolder(root / name)
 
 
@@ -44,6 +44,12 @@ def test_the_run_that_got_furthest_is_gone_on_with(tmp_path):
     assert runs.choose_run(tmp_path, "ink", key, 100, "require").checkpoint_step() == 50
     with pytest.raises(runs.PathError, match="no checkpoint"):
         runs.choose_run(tmp_path, "ink", "ba9876543210", 100, "require")
+
+
+def test_an_empty_file_is_no_checkpoint(tmp_path):
+    run = with_checkpoint(tmp_path, "ink-0123456789ab", 10)
+    (run.folder / "checkpoints" / "step-00000020.safetensors").touch()
+    assert run.checkpoint_step() == 10
 
 
 @pytest.mark.parametrize("links", [True, False])
@@ -301,8 +307,10 @@ def test_the_trainers_python_is_asked_once(asked):
     assert asked() == 3, "a package was installed"
     asked.model.write_bytes(b"another")
     assert asked() == 4
-    asked.python.write_text(asked.python.read_text() + "\n")
+    (asked.python.parent / "Lib" / "site-packages").mkdir(parents=True)  # as an embedded Python for Windows has it
     assert [asked(), asked()] == [5, 5]
+    asked.python.write_text(asked.python.read_text() + "\n")
+    assert [asked(), asked()] == [6, 6]
 
 
 @pytest.mark.process

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from demo import in_comfyui
 from demo import story as demo
-from demo.concepts import CONTENT, PACK, STYLE, read_picture
+from demo.concepts import CONTENT, FIT, MORE, PACK, STYLE, read_picture
+from demo.graph import demo_page, graph
 from demo.judge import Row, experiments, summary, verdict
 from demo.pictures import BARRED, HEART, SUNSET
 from demo.reader import read
@@ -76,6 +78,91 @@ def test_it_writes_sheet_similarity_and_numbers_and_ends_with_what_it_found(told
     assert all(row["title"] in told.printed for row in rows) and "Neither adapter" in told.printed
     assert Image.open(told.out / demo.SHEET).width > 5 * 160
     assert Image.open(told.out / demo.SIMILARITY).size == (1600, 2300)
+
+
+class StandIn:
+    """A ComfyUI that is there at once."""
+
+    url = "http://127.0.0.1:8188"
+
+    def __init__(self, host, base, log):
+        self.base, self.log = base, log
+        log.write_text("its log")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def get(self, path):
+        return {"QRLoRATrain": {}}
+
+
+def test_in_comfyui_the_address_comes_first_and_the_log_stays(tmp_path, monkeypatch, capsys):
+    printed_before_training = []
+
+    def queued(*_, **__):
+        printed_before_training.append(capsys.readouterr().out)
+        return {}
+
+    monkeypatch.setattr(in_comfyui, "Server", StandIn)
+    monkeypatch.setattr(in_comfyui, "queued", queued)
+    for name in ("offer_page", "collect"):
+        monkeypatch.setattr(in_comfyui, name, lambda *_: None)
+    arguments = (Path("a ComfyUI"), tmp_path, {"steps": 1}, 0, "0, 1", lambda: None, lambda: True)
+    assert in_comfyui.run(*arguments, wait=False)
+    (before,) = printed_before_training
+    assert before.startswith("page     http://127.0.0.1:8188/?template=")
+    assert "ComfyUI ends with the demo" in before and "ComfyUI ends now" in capsys.readouterr().out
+    assert (tmp_path / "comfyui.log").read_text() == "its log" and str(tmp_path / "comfyui.log") in before
+
+
+def test_a_node_that_fails_ends_the_demo_with_its_sentence(tmp_path, monkeypatch, capsys):
+    error = {
+        "node_type": "QRLoRATrain",
+        "exception_message": "training needs more memory\n",
+        "traceback": ["long"] * 99,
+    }
+    messages = [["execution_start", {}], ["execution_error", error]]
+
+    def failing(*_, **__):
+        raise in_comfyui.WorkflowError(in_comfyui.reason(messages))
+
+    monkeypatch.setenv("COMFYUI_PATH", "what main() puts there goes again")
+    monkeypatch.setattr(demo, "installed_host", lambda: Path("a ComfyUI"))
+    monkeypatch.setattr(in_comfyui, "run", failing)
+    assert demo.main(["--out", str(tmp_path)]) == 1
+    said = capsys.readouterr().err
+    assert "QRLoRATrain: training needs more memory" in said and "long" not in said and "comfyui.log" in said
+    assert in_comfyui.reason([["execution_interrupted", {}]]) == "interrupted"
+
+
+def test_every_node_of_the_demos_page_stands_in_a_group_with_one_note():
+    """Page and groups without a host: every kind of node as one without inputs of its own."""
+    workflow = graph({**FIT, **MORE}, 3, "0, 1")
+    outputs = {"output": ["X"] * 5, "output_name": list("abcde")}
+    info = {
+        one["class_type"]: {
+            "input": {"required": {key: ["X", {}] for key, value in one["inputs"].items() if isinstance(value, list)}},
+            **outputs,
+        }
+        for one in workflow.values()
+    }
+    made = demo_page(workflow, info)
+    assert [one["type"] for one in made["nodes"]].count("MarkdownNote") == 1
+    for node in made["nodes"]:
+        inside = [group for group in made["groups"] if within(node, group["bounding"])]
+        assert len(inside) == 1, node["type"]
+    assert {node.get("title") for node in made["nodes"]} >= {"Style: <s>", "Content: <c>", "The sheet"}
+    with pytest.raises(ValueError, match="in no group"):
+        demo_page({**workflow, "stray": workflow["clip"]}, info)
+
+
+def within(node, bounding):
+    (x, y), (width, height) = node["pos"], node["size"]
+    left, top, across, down = bounding
+    return left <= x and x + width <= left + across and top <= y and y + height <= top + down
 
 
 @pytest.mark.process

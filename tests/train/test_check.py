@@ -73,6 +73,7 @@ def test_a_good_machine(settings):
     json.dumps(found)
     text = readable(found)
     assert text.endswith("ready to train") and "PROBLEM" not in text
+    assert "scaling    1" in text and "is_flux" not in text
     assert "memory     base_storage fp32, gradient_checkpointing off, offload 0: about 1.0 GB of " in text
 
 
@@ -80,7 +81,11 @@ def test_a_good_machine(settings):
     "changes, message, fix",
     [
         ({"model": "missing.safetensors"}, "missing.safetensors' does not exist", "FLUX.1 model"),
-        ({"model": str(GOLDEN / "official_style.safetensors")}, "not a FLUX.1 transformer", "FLUX.1 model"),
+        (
+            {"model": str(GOLDEN / "official_style.safetensors")},
+            "not a FLUX.1, FLUX.2, Qwen-Image or Z-Image transformer",
+            "FLUX.1 model",
+        ),
         ({"targets": ["attn.to_w"]}, "matches no layer", "targets"),
         ({"data": "missing.cache"}, "missing.cache", "train encode"),
         ({"device": "cuda:7"}, "cuda:7", "device"),

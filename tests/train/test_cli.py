@@ -111,7 +111,6 @@ def test_wrong_flags(arguments, capsys):
         (["fit", "--model", "m", "--data", "d", "--run-dir", "r", "--rank", "0"], "rank is 0, expected 1 to 3072"),
         (["fit", "--settings", "missing.toml"], "missing.toml cannot be read"),
         (["encode"], "missing settings: pipeline, pictures, output"),
-        (["check"], "missing settings: model"),
     ],
 )
 def test_wrong_settings(arguments, message, caplog):
@@ -242,7 +241,7 @@ def test_out_of_memory_has_a_name_in_every_torch(monkeypatch):
 def test_nothing_of_other_peoples_imports_is_printed(settings, tmp_path):
     """torchao, Triton, bitsandbytes and transformers complain on a machine that is as it should be."""
     path = tmp_path / "settings.json"
-    path.write_text(json.dumps(as_table(settings(steps=1))))
+    path.write_text(json.dumps(as_table(settings(steps=1, memory_check=False))))
     for command, *more in (("fit",), ("fit", "--dry-run"), ("check",)):
         line = [sys.executable, "-m", "train", command, "--settings", path, *more]
         done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
@@ -255,3 +254,24 @@ def test_warnings_that_are_not_of_an_import_stay(caplog):
         logging.getLogger("torchao").error("it is broken")
     logging.getLogger("torchao").warning("a real one")
     assert [record.message for record in caplog.records] == ["it is broken", "a real one"]
+
+
+def test_check_without_a_model_asks_whether_the_machine_can_train(capsys):
+    assert main(["check", "--device", "cpu"]) == DONE
+    text = capsys.readouterr().out
+    assert "model      not known" in text and text.rstrip().endswith("ready to train")
+
+
+def test_the_help_of_fit_is_in_groups(capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", "--help"])
+    text = capsys.readouterr().out
+    groups = [
+        "what and where (model, data and run_dir are required):",
+        "what is trained:",
+        "steps:",
+        "loss:",
+        "memory:",
+    ]
+    places = [text.index(f"\n{title}") for title in groups]
+    assert places == sorted(places) and text.rindex("--rank ") > places[1] and text.rindex("--offload ") > places[4]

@@ -569,7 +569,11 @@ def test_published_format_and_half_precision(settings, elsewhere):
     "changes,kind,message",
     [
         ({"model": "nowhere.safetensors"}, TrainError, "does not exist; nothing is downloaded"),
-        ({"model": str(GOLDEN / "official_style.safetensors")}, TrainError, "is not a FLUX.1 transformer"),
+        (
+            {"model": str(GOLDEN / "official_style.safetensors")},
+            TrainError,
+            "is not a FLUX.1, FLUX.2, Qwen-Image or Z-Image transformer",
+        ),
         ({"data": "nowhere.safetensors"}, TrainError, "does not exist; `python -m train encode`"),
         ({"data": str(GOLDEN / "tensors.safetensors")}, TrainError, "is not a training cache"),
         ({"rank": 200}, WeightError, "rank 200 does not fit"),

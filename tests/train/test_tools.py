@@ -220,7 +220,10 @@ def test_basis_is_the_file_that_fit_looks_for(tmp_path):
         (("merge", "--style", BASE, "--content", CONTENT), "base_bfl.safetensors"),
         (("merge", "--style", "missing.safetensors", "--content", CONTENT), "missing.safetensors"),
         (("export", "--adapter", GOLDEN / "official_residual_fp16.safetensors"), "residual"),
-        (("export", "--adapter", STYLE, "--format", "published", "--model", STYLE), "not a FLUX.1 transformer"),
+        (
+            ("export", "--adapter", STYLE, "--format", "published", "--model", STYLE),
+            "not a FLUX.1, FLUX.2, Qwen-Image or Z-Image transformer",
+        ),
     ],
 )
 def test_refused(tmp_path, caplog, arguments, message):

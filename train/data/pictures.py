@@ -1,5 +1,6 @@
 """Picture files as they are meant to be seen, and cut to size. PIL and numpy only: ComfyUI's node reads by it, too."""
 
+import io
 import struct
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from .captions import DatasetError, is_dangling
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "AVIF", "GIF")
 # Decoded, a picture takes up to 16 bytes for a pixel; a file of 300 kB can claim a billion of them.
 MAX_PIXELS = 128_000_000
+MAX_BYTES = 8 * MAX_PIXELS  # four colours of 16 bits, not compressed
 # What Pillow's decoders raise for damaged files; many check little
 _BROKEN = (
     OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, ArithmeticError, NotImplementedError,
@@ -29,7 +31,8 @@ def read_picture(path: Path) -> Image.Image:
     if is_dangling(path):
         raise DatasetError(f"the picture {path.name} is a link that leads nowhere; mend or remove it")
     try:
-        with Image.open(path, formats=_known_formats()) as opened:
+        # from memory: a damaged PNG may announce a chunk of 4 GB, which is allocated before a file's end is seen
+        with Image.open(io.BytesIO(_content(path)), formats=_known_formats()) as opened:
             width, height = opened.size
             if width * height > MAX_PIXELS:
                 raise DatasetError(
@@ -52,6 +55,19 @@ def read_picture(path: Path) -> Image.Image:
         raise _unreadable(path, error.strerror or str(error)) from error
     except _BROKEN as error:
         raise _unreadable(path, str(error)) from error
+
+
+def _content(path: Path) -> bytes:
+    """A whole file, unless it is larger than any picture of MAX_PIXELS.
+
+    Raises:
+        DatasetError: it is.
+        OSError: it cannot be read.
+    """
+    size = path.stat().st_size
+    if size > MAX_BYTES:
+        raise DatasetError(f"the picture {path.name} has {size / 1e9:.1f} GB, {MAX_BYTES / 1e9:.0f} GB are the most")
+    return path.read_bytes()
 
 
 def require_visible(name: str, mask: "np.ndarray | None") -> None:

@@ -45,6 +45,7 @@ _ADVICE = "Use the bf16 or fp8 safetensors file of this model"
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _TILE_ROWS, _TILE_COLUMNS = 128, 4  # in which the scales of blocks are stored
 _MXFP8_BLOCK, _NVFP4_BLOCK = 32, 16
+_LARGEST_GROUP = 1 << 14  # of columns that are mixed; real ones are 256
 
 
 class Quantization(NamedTuple):
@@ -119,12 +120,20 @@ def quantization_of(
     beside = [name for name in siblings if name not in (*_PLAIN, *_SCALES, _SCALE_2, *_ABOUT_INPUTS, _CONFIG)]
     if packed and beside:
         raise _refused(layer, title, f"is stored as {_words(weight)} with {beside[0]} beside it, which is not known")
+    # plain fp8 files store norms in fp8, too; whatever has scales is a matrix
+    scaled = scale is not None or config is not None or not weight.dtype.is_floating_point
+    if scaled and (len(weight.shape) != 2 or 0 in weight.shape):
+        raise _refused(layer, title, f"is stored as {_words(weight)} {weight.shape}, expected a matrix")
     if config is None:
         return _without_config(layer, weight, scale, siblings, title)
     name, parameters = str(config.get("format")), config.get("params")
     parameters = {**(parameters if isinstance(parameters, dict) else {}), **config}
     if name.startswith("float8_") and weight.dtype in _FLOAT8:
-        return None if scale is None else Quantization("fp8", (f"{layer}.{scale}",))
+        if scale is None:
+            return None
+        quantization = Quantization("fp8", (f"{layer}.{scale}",))
+        _require_fit(layer, quantization, siblings, scale, title)
+        return quantization
     if scale is None:
         raise _refused(layer, title, f"is stored as {name} and lacks its scales")
     local = f"{layer}.{scale}"
@@ -133,7 +142,9 @@ def quantization_of(
     elif name == "nvfp4" and weight.dtype == torch.uint8 and _SCALE_2 in siblings:
         quantization = Quantization("nvfp4", (local, f"{layer}.{_SCALE_2}"))
     elif name == "int8_tensorwise" and weight.dtype == torch.int8:
-        group = int(parameters.get("convrot_groupsize", 256)) if parameters.get("convrot") else 0
+        group = parameters.get("convrot_groupsize", 256) if parameters.get("convrot") else 0
+        if type(group) is not int or not 0 <= group <= _LARGEST_GROUP:
+            raise _refused(layer, title, f"is mixed in groups of {group!r:.40} columns, expected a power of four")
         quantization = Quantization("int8_convrot" if group else "int8", (local,), group)
     else:
         raise _refused(layer, title, f"is stored as {name} in {_words(weight)}, which is not known")
@@ -203,6 +214,10 @@ def _require_fit(
 ) -> None:
     """Whether there are as many scales as the format needs, and columns that its blocks divide."""
     rows, columns = logical_shape(quantization, siblings["weight"].shape)
+    if quantization.format in ("mxfp8", "nvfp4") and siblings[scale].dtype.itemsize != 1:
+        raise _refused(layer, title, f"has scales stored as {_words(siblings[scale])}, expected 8 bits each")
+    if quantization.format == "nvfp4" and torch.Size(siblings[_SCALE_2].shape).numel() != 1:
+        raise _refused(layer, title, f"has {_SCALE_2} of shape {siblings[_SCALE_2].shape}, expected one number")
     count = torch.Size(siblings[scale].shape).numel()
     if quantization.format in ("mxfp8", "nvfp4"):
         block = _MXFP8_BLOCK if quantization.format == "mxfp8" else _NVFP4_BLOCK

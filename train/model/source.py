@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from qrlora_core import FileFormatError, LayerTarget, TensorFile, match_targets, model_fingerprint
+from qrlora_core.families import network_order
 from qrlora_core.storage import TensorSpec
-from qrlora_core.targets import network_order
 
 from ..errors import TrainError
-from .backbones import BACKBONES, Backbone, ModelFacts, StoredRows, count_blocks, foreign, recognised
+from .backbones import BACKBONES, FLUX, Backbone, ModelFacts, StoredRows, count_blocks, foreign, recognised
 from .quantized import (
     Quantization,
     dequantized,
@@ -179,7 +179,7 @@ def _recognised(stored: Mapping[str, TensorSpec], title: str) -> tuple[Backbone,
         "model",
         f"{title} is not a {titles_text} transformer{f' but {kind}' if kind else ''}: it begins with "
         f"{', '.join(list(stored)[:3]) or 'nothing'}. Expected a ComfyUI file with {marks}, or a diffusers folder. "
-        f"{BACKBONES[0].advice}",
+        f"{FLUX.advice}",
     )
 
 

@@ -224,7 +224,7 @@ def _largest_block(source: BaseModel) -> int:
 
 def _activations(config: FitConfig, plan: MemoryPlan, source: BaseModel, shape: tuple[int, ...]) -> int:
     _, height, width, text, _ = shape
-    tokens = config.batch_size * (height * width // 4 + text)
+    tokens = config.batch_size * (source.backbone.tokens(height, width) + text)
     bytes_each = tokens * source.facts.hidden * DTYPES[config.precision].itemsize
     counts, blocks = source.backbone.activation_counts, source.blocks
     if plan.gradient_checkpointing:  # a block that is recomputed keeps its input only

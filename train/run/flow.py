@@ -39,7 +39,7 @@ def flow_loss(
         A scalar with a gradient.
     """
     latents, noise = batch.latents.to(device), batch.noise.to(device)
-    tokens = latents.shape[2] * latents.shape[3] // 4
+    tokens = backbone.tokens(*latents.shape[2:])
     factor = {"none": 1.0, "constant": config.shift_value, "resolution": backbone.shift(tokens)}[config.shift]
     sigmas = shifted(batch.sigmas, factor).to(device)
     mixed = torch.lerp(latents, noise, sigmas[:, None, None, None])
@@ -105,7 +105,7 @@ def sample_latents(
     dtype: torch.dtype,
 ) -> Tensor:
     """Euler steps from noise (batch, channels, height, width) to latents, with the family's schedule; float32, CPU."""
-    tokens = noise.shape[2] * noise.shape[3] // 4
+    tokens = backbone.tokens(*noise.shape[2:])
     sigmas = shifted(torch.linspace(1.0, 0.0, steps + 1), backbone.shift(tokens))
     latents = noise.to(device, torch.float32)
     for sigma, following in itertools.pairwise(sigmas):

@@ -99,4 +99,5 @@ def planned(config: FitConfig) -> str:
 
 def _default_shape(source: BaseModel) -> tuple[int, ...]:
     """A square picture of 512 pixels and 512 tokens of text, the published sizes."""
-    return (source.facts.channels, 64, 64, 512, source.facts.text_widths[0])
+    side = 32 * source.backbone.patch
+    return (source.facts.channels, side, side, 512, source.facts.text_widths[0])

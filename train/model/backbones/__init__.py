@@ -4,12 +4,13 @@ from collections.abc import Iterable
 
 from .backbone import Backbone, ModelFacts, StoredRows, count_blocks, packed, unpacked
 from .flux import FLUX
+from .flux2 import FLUX2
+from .qwen_image import QWEN_IMAGE
+from .z_image import Z_IMAGE
 
-BACKBONES = (FLUX,)
+BACKBONES = (FLUX, FLUX2, QWEN_IMAGE, Z_IMAGE)
 # keys that tell a model which is often taken for one of these
 _OTHERS = {
-    "double_stream_modulation_img.lin.weight": "FLUX.2",
-    "double_stream_modulation_img.linear.weight": "FLUX.2",
     "distilled_guidance_layer.in_proj.weight": "Chroma",
     "input_blocks.0.0.weight": "a Stable Diffusion 1, 2 or XL model",
     "joint_blocks.0.x_block.attn.qkv.weight": "Stable Diffusion 3",
@@ -24,7 +25,7 @@ def recognised(keys: Iterable[str]) -> tuple[Backbone, str, bool] | None:
     names = set(keys)
     if foreign(names):
         return None
-    for backbone in BACKBONES:
+    for backbone in reversed(BACKBONES):  # FLUX.2 has FLUX.1's marks besides its own
         for prefix in PREFIXES:
             if f"{prefix}{backbone.folder_mark}" in names:
                 return backbone, prefix, True
@@ -44,6 +45,7 @@ def foreign(keys: Iterable[str]) -> str:
 
 __all__ = [
     "BACKBONES",
+    "FLUX",
     "PREFIXES",
     "Backbone",
     "ModelFacts",

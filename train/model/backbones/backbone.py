@@ -61,6 +61,7 @@ class Backbone:
             for a key that is no parameter.
         swapped: diffusers' parameters whose halves change places (shift and scale).
         facts: reads specs by diffusers' names, with the title of the file for messages.
+        patch: side of the square of latent pixels that makes a token.
         stated: arguments that shapes do not tell; a folder's config.json has its say on them.
         inputs: (model, latents, sigmas, text, guidance) -> arguments of the transformer. Latents are (batch, channels,
             height, width), sigmas (batch,), the text's tensors have a batch dimension; all on the model's device, in
@@ -85,6 +86,11 @@ class Backbone:
     shift: Callable[[int], float]
     swapped: frozenset[str] = frozenset()
     stated: tuple[str, ...] = ()
+    patch: int = 2
+
+    def tokens(self, height: int, width: int) -> int:
+        """How many tokens latents of this size are."""
+        return height * width // self.patch**2
 
     def block_of(self, name: str) -> str:
         """`transformer_blocks.3` of `transformer_blocks.3.attn.to_q.weight`; "" outside of the blocks."""

@@ -1,7 +1,9 @@
-"""Pictures of a training: the loss curve, and a sheet that says why there are no samples."""
+"""Pictures of a training: the loss curve, the adapter's own picture, a sheet that says why there are no samples."""
 
-import math
+import logging
+import uuid
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +11,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+log = logging.getLogger(__name__)
+
 _SIZE = (960, 540)
+_PREVIEW_SIDE = 512
+_HIGHEST = 1e30  # a loss above it is no point of a curve; the axis would become infinite
 _MARGIN = (84, 44, 24, 56)  # left, top, right, bottom
 _BACKGROUND, _GRID, _TEXT = "#16181c", "#2c3038", "#c8ccd4"
 _RAW, _SMOOTH = "#3a6f6a", "#1fbfa8"
@@ -66,6 +72,30 @@ def note(text: str) -> Tensor:
     return to_image(picture)
 
 
+def write_preview(adapter: Path, picture: Tensor) -> None:
+    """`<adapter>.preview.png`, where managers of LoRAs look for a picture; one that is there already stays.
+
+    A disk that refuses it does not fail a training.
+
+    Args:
+        adapter: the published file.
+        picture: (height, width, 3), 0 to 1.
+    """
+    path = adapter.with_suffix(".preview.png")
+    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
+    try:
+        if path.exists():
+            return
+        image = Image.fromarray(picture.clamp(0, 1).mul(255).round().to(torch.uint8).cpu().numpy())
+        image.thumbnail((_PREVIEW_SIDE, _PREVIEW_SIDE))
+        image.save(temporary, "PNG")
+        temporary.replace(path)
+    except OSError as error:
+        log.warning("QR-LoRA: %s was not written: %s", path.name, error)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def to_image(picture: Image.Image) -> Tensor:
     """(1, height, width, 3), 0 to 1."""
     return torch.from_numpy(np.asarray(picture.convert("RGB"), dtype=np.float32) / 255.0)[None]
@@ -88,4 +118,4 @@ def _bounds(losses: list[float]) -> tuple[float, float]:
 
 
 def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, int | float) and abs(value) < _HIGHEST  # false for NaN

@@ -1,0 +1,78 @@
+"""What the templates promise before a node runs: pack and version of every node, where files go, pictures, one note."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import qrlora_core
+
+ROOT = Path(__file__).resolve().parents[1]
+TEMPLATES = sorted((ROOT / "example_workflows").glob("*.json"))
+NOTES = ("MarkdownNote", "Note")
+LOADERS = {"UNETLoader": ("unet_name",), "VAELoader": ("vae_name",), "DualCLIPLoader": ("clip_name1", "clip_name2")}
+FOLDERS = {"UNETLoader": "diffusion_models", "VAELoader": "vae", "DualCLIPLoader": "text_encoders"}
+
+
+@pytest.fixture(params=TEMPLATES, ids=lambda path: path.stem)
+def template(request):
+    return request.param, json.loads(request.param.read_text(encoding="utf-8"))
+
+
+def test_there_are_templates():
+    assert len(TEMPLATES) >= 5
+
+
+def test_every_node_names_its_pack(template):
+    for node in template[1]["nodes"]:
+        if node["type"] in NOTES:
+            continue
+        ours = node["type"].startswith("QRLoRA")
+        assert node["properties"]["cnr_id"] == ("qr-lora" if ours else "comfy-core"), node["type"]
+        assert re.fullmatch(r"\d+\.\d+\.\d+", node["properties"]["ver"]), node["type"]
+        assert not ours or node["properties"]["ver"] == qrlora_core.__version__
+
+
+def test_every_file_has_an_address_and_a_folder(template):
+    _, graph = template
+    note = "\n".join(node["widgets_values"][0] for node in graph["nodes"] if node["type"] in NOTES)
+    for node in graph["nodes"]:
+        for number in range(len(LOADERS.get(node["type"], ()))):
+            name = node["widgets_values"][number]
+            (model,) = [one for one in node["properties"]["models"] if one["name"] == name]
+            assert model["url"].startswith("https://huggingface.co/") and model["url"].endswith(name)
+            assert model["directory"] == FOLDERS[node["type"]]
+            assert f"[{name}]({model['url']})" in note and f"models/{model['directory']}" in note, (
+                "the note says it too"
+            )
+        if node["type"] == "QRLoRALoadDeltaR":
+            assert "models/qrlora" in note
+
+
+def test_one_note_and_a_picture(template):
+    path, graph = template
+    assert sum(node["type"] in NOTES for node in graph["nodes"]) == 1
+    picture = Image.open(path.with_suffix(".jpg"))
+    assert max(picture.size) >= 360 and path.with_suffix(".jpg").stat().st_size < 150_000
+
+
+def test_titles_are_words(template):
+    assert re.fullmatch(r"[A-Z][\w-]*,?( [\w-]+,?)+", template[0].stem) and "_" not in template[0].stem
+
+
+def test_nothing_overlaps(template):
+    """Nodes have a title of 30 pixels above their place."""
+    nodes = template[1]["nodes"]
+    for index, one in enumerate(nodes):
+        for other in nodes[index + 1 :]:
+            (left, top), (width, height) = one["pos"], one["size"]
+            (left2, top2), (width2, height2) = other["pos"], other["size"]
+            apart = (
+                left + width <= left2
+                or left2 + width2 <= left
+                or top + height <= top2 - 30
+                or top2 + height2 <= top - 30
+            )
+            assert apart, f"{one['type']} {one['id']} and {other['type']} {other['id']}"

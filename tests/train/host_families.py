@@ -1,0 +1,54 @@
+"""Runs in ComfyUI's own Python: a family's small model with an adapter on it, through the host's stock LoRA loader.
+
+`python host_families.py COMFYUI_PATH WORK.json`: the JSON names the class of `comfy.supported_models`, its
+configuration, the files, and whether the model takes a dimension for frames. Writes `outputs.safetensors`.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+work = json.loads(Path(sys.argv[2]).read_text())
+sys.path.insert(0, sys.argv[1])
+sys.argv[1:] = ["--cpu"]
+
+import comfy.options
+
+comfy.options.enable_args_parsing()
+
+import comfy.sd
+import comfy.supported_models
+import comfy.utils
+import torch
+from comfy.model_patcher import ModelPatcher
+from safetensors.torch import load_file, save_file
+
+torch.set_num_threads(1)
+cpu = torch.device("cpu")
+config = getattr(comfy.supported_models, work["class"])(work["config"])
+config.set_inference_dtype(torch.float32, None)
+model = config.get_model({}, "", device=cpu)
+missing, unexpected = model.diffusion_model.load_state_dict(load_file(work["model"]), strict=False)
+assert not missing and not unexpected, (missing, unexpected)
+patcher = ModelPatcher(model, load_device=cpu, offload_device=cpu)
+given = load_file(work["inputs"])
+latents = given["latents"].unsqueeze(2) if work["frames"] else given["latents"]
+
+
+def output(patcher):
+    patcher.patch_model(device_to=cpu)
+    try:
+        with torch.no_grad():
+            found = patcher.model.diffusion_model(
+                latents, given["sigmas"], context=given["embeds"], num_tokens=given["embeds"].shape[1]
+            )
+    finally:
+        patcher.unpatch_model(cpu)
+    return found.reshape(given["latents"].shape).contiguous()
+
+
+adapter = comfy.utils.load_torch_file(work["adapter"], safe_load=True)
+adapted, _ = comfy.sd.load_lora_for_models(patcher, None, adapter, 1.0, 0.0)
+patched = {key if isinstance(key, str) else key[0] for key in adapted.patches}
+outputs = {"base": output(patcher), "adapted": output(adapted), "patched": torch.tensor(len(patched))}
+save_file(outputs, work["outputs"])

@@ -1,0 +1,78 @@
+// The few lines that a node shows about what it did, in a box that it has from the start.
+import { translated } from "./qrlora_words.js";
+
+const WIDGET = "qrlora_report";
+const EMPTY = "What it did stands here after a run.";
+// Five lines. Fixed, so that a longer or shorter report never moves the graph; what is longer scrolls.
+const HEIGHT = 96;
+// What the canvas keeps free above and below such an element; without it a picture below would begin under the text.
+const MARGIN = 10;
+const TEXT = "var(--input-text, #ddd)";
+export const ERROR_TEXT = "var(--error-text, #ff6b6b)";
+
+export function addStyle() {
+  const style = document.createElement("style");
+  style.textContent = `
+    [data-qrlora-report]:empty::before { content: attr(data-qrlora-report); opacity: 0.6; }
+    [data-qrlora-report] img { float: right; height: ${HEIGHT - 8}px; margin-left: 8px; border-radius: 4px; }
+  `;
+  document.head.append(style);
+}
+
+export function reportWidget(node) {
+  const known = node.widgets?.find((widget) => widget.name === WIDGET);
+  if (known) return known;
+  const element = document.createElement("div");
+  Object.assign(element.style, {
+    boxSizing: "border-box",
+    height: `${HEIGHT}px`,
+    minHeight: `${HEIGHT}px`, // the new renderer shrinks what may shrink
+    padding: "4px 8px",
+    overflow: "auto",
+    whiteSpace: "pre-wrap",
+    overflowWrap: "anywhere",
+    font: "12px/1.4 monospace",
+    color: TEXT,
+    background: "var(--comfy-input-bg, #222)",
+    borderRadius: "4px",
+    userSelect: "text",
+  });
+  element.setAttribute("role", "status");
+  element.dataset.qrloraReport = translated(EMPTY);
+  // Never part of the workflow: neither a widget value nor an input of the prompt.
+  const widget = node.addDOMWidget(WIDGET, WIDGET, element, {
+    serialize: false,
+    hideOnZoom: false,
+    getMinHeight: () => HEIGHT + 2 * MARGIN,
+    getMaxHeight: () => HEIGHT + 2 * MARGIN,
+  });
+  widget.serialize = false;
+  const [width, height] = node.computeSize();
+  node.setSize([Math.max(node.size[0], width), Math.max(node.size[1], height)]);
+  return widget;
+}
+
+// A node that ran once for each item of a list reports as often; what is the same is shown once.
+function summary(reports) {
+  if (!Array.isArray(reports)) return String(reports);
+  const counts = new Map();
+  for (const report of reports) counts.set(report, (counts.get(report) ?? 0) + 1);
+  return [...counts].map(([report, count]) => (count > 1 ? `${count} times: ${report}` : report)).join("\n");
+}
+
+// color: of the text. The picture of an adapter that was chosen stays beside it.
+export function put(node, text, color = TEXT) {
+  if (!text && !node.widgets?.some((widget) => widget.name === WIDGET)) return; // nothing to clear
+  const { element } = reportWidget(node);
+  const parts = [text && node.qrloraPicture, text].filter(Boolean);
+  element.replaceChildren(...parts);
+  element.style.color = color;
+  node.setDirtyCanvas?.(true, true);
+}
+
+export function show(node, output) {
+  if (!output?.text?.length) return;
+  const text = summary(output.text);
+  if (node.qrloraReport) return node.qrloraReport(text); // a node with a view of its own
+  put(node, text);
+}
