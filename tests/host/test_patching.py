@@ -106,7 +106,10 @@ def test_what_is_refused_changes_nothing(probe):
     assert found["unchanged"] and found["host table"]
     assert "NaN or Inf" in found["nan"]
     assert "lacks 1 of" in found["foreign layer"] and "transformer_blocks.7.attn.to_q" in found["foreign layer"]
+    assert "did you mean 'transformer_blocks.0.attn.to_q'" in found["foreign layer"]
     assert "another shape" in found["wrong shape"]
+    assert "swap_scale_shift" in found["rearranged"] and "norm_out.linear" in found["rearranged"]
+    assert found["family"] == "FLUX.1" and found["published"]
     for name in ("foreign residual", "foreign R"):
         assert "does not belong to this adapter's basis" in found[name]
 
