@@ -47,7 +47,8 @@ PATHS = (
     "\\\\server\\share\\canary",
     "file://{out}/canary.safetensors",
     "~/canary.safetensors",
-    "link/canary.safetensors",
+    "link/owned.safetensors",
+    "link/../../../outside/canary.safetensors",
     "CON",
     "a/" * 300,
     ".",
@@ -70,8 +71,11 @@ def outside(server):
     for place in (folder, server.base, server.base.parent, server.base / "models"):
         (place / f"{SECRET}.safetensors").write_bytes(adapter)
     (folder / f"{SECRET}.png").write_bytes((server.base / "input" / "picture 0.png").read_bytes())
+    linked = server.base.parent / "linked"  # what the machine's owner links may be read, and is never written
+    linked.mkdir()
+    (linked / "owned.safetensors").write_bytes(adapter)
     for place in (server.base / "input", server.base / "models" / "qrlora", server.base / "models" / "loras"):
-        (place / "link").symlink_to(folder, target_is_directory=True)
+        (place / "link").symlink_to(linked, target_is_directory=True)
     yield folder
     for place in (server.base / "input", server.base / "models" / "qrlora", server.base / "models" / "loras"):
         (place / "link").unlink()
