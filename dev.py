@@ -51,7 +51,7 @@ def main() -> int:
             ),
         ],
         [python, str(ROOT / "tests" / "mypy_nodes.py")],
-        [python, "-m", "pytest", "--durations=25", *rest],
+        [python, "-m", "pytest", "-rs", "--durations=25", *rest],
     ]
     codes = [run(stage) for stage in stages]
     return next((code for code in codes if code), 0)

@@ -22,6 +22,7 @@ from typing import Any
 from safetensors.torch import load_file
 
 from demo import server as instance
+from demo.in_comfyui import keep
 from demo.server import GOLDEN, PACK, Server
 from demo.workflow import editable
 
@@ -29,6 +30,7 @@ WORKFLOW = PACK / "tests" / "workflows" / "merge_api.json"
 EXAMPLES = PACK / "example_workflows"
 RESIDUAL = "official_residual_fp32.safetensors"
 TOLERANCE = 1e-4
+LOG = Path("demo_results") / "comfyui.log"  # it stays
 ALPHA_BETA = ((0.9, 1.0), (0.0, 0.0), (0.5, 0.25), (1.0, 1.0))
 PAGE = "golden_merge"  # the small workflow, and the pack in the scratch folder that offers it as a template
 PAGE_PACK = "qrlora_demo"
@@ -43,18 +45,24 @@ def main(argv: list[str] | None = None) -> int:
     if host is None:
         print(instance.HOW_TO, file=sys.stderr)
         return 2
+    LOG.parent.mkdir(exist_ok=True)
+    wait = not args.no_wait and sys.stdin.isatty()
     with tempfile.TemporaryDirectory(prefix="qr-lora-demo-", ignore_cleanup_errors=True) as scratch:
         base = instance.make_base(Path(scratch) / "base")
         add_page_pack(base)
-        print(f"starting ComfyUI from {host} (the first time takes a while)", flush=True)
-        with Server(host, base) as server:
+        server = Server(host, base, log=LOG)
+        address = f"{server.url}/?template={PAGE}&source={PAGE_PACK}"
+        print(f"page     {address}\n         answers in some ten seconds\nlog      {server.log}")
+        print(f"starting ComfyUI from {host}", flush=True)
+        with server:
             put_workflows(server)
             worst = print_table(server)
             print(f"\n{'equal' if worst <= TOLERANCE else 'NOT EQUAL'} to the published outputs within {TOLERANCE:g}")
-            print(f"log      {server.log}")
-            print(f"page     {server.url}/?template={PAGE}&source={PAGE_PACK}", flush=True)
-            if not args.no_wait and sys.stdin.isatty():
+            if wait:
+                webbrowser.open(address)
                 keep(server)
+            else:
+                print("ComfyUI ends now, and the page with it", flush=True)
     return int(worst > TOLERANCE)
 
 
@@ -114,17 +122,6 @@ def with_residual(workflow: dict[str, Any], residual: str | None) -> dict[str, A
         graph["residual"] = {"class_type": "QRLoRALoadResidual", "inputs": {"residual_name": residual}}
         graph["5"]["inputs"]["residual"] = ["residual", 0]
     return graph
-
-
-def keep(server: Server) -> None:
-    """Leave the server running, with its page open, until Ctrl-C."""
-    webbrowser.open(f"{server.url}/?template={PAGE}&source={PAGE_PACK}")
-    print("\nComfyUI keeps running; press Ctrl-C to end it and remove the scratch folder.", flush=True)
-    try:
-        server.process.wait()
-    except KeyboardInterrupt:
-        return
-    print(f"ComfyUI ended by itself:\n{server.tail()}", file=sys.stderr)
 
 
 if __name__ == "__main__":

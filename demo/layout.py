@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qrlora_core import comfy_slice
+from qrlora_core.families import FLUX, native_place
 
-# The parts outside of blocks and the norms of queries and keys; every other name follows from `comfy_slice`.
+# The parts outside of blocks and the norms of queries and keys; every other name follows from `native_place`.
 _PLAIN = {
     "x_embedder": "img_in",
     "context_embedder": "txt_in",
@@ -53,7 +53,7 @@ def to_comfy(state: dict[str, Tensor]) -> dict[str, Tensor]:
             block = "double_blocks" if kind_of_block == "transformer_blocks" else "single_blocks"
             result[f"{block}.{number}.{_NORMS[kind_of_block][name]}.scale"] = tensor
         else:
-            place = comfy_slice(module, state[f"{module}.weight"].shape)
+            place = native_place(FLUX, module, state[f"{module}.weight"].shape)
             rows[place.key.removesuffix("weight") + kind].append((place.start or 0, tensor))
     for key, parts in rows.items():
         result[key] = torch.cat([tensor for _, tensor in sorted(parts, key=lambda part: part[0])])

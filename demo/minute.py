@@ -23,7 +23,7 @@ from .toy.features import SIZE
 
 NAME = "QR-LoRA in a minute"
 FOLDER = PACK / "example_workflows"
-THUMBNAIL = (600, 600)
+THUMBNAIL = (480, 480)
 GRID = "0, 0.5, 1"
 SEED = 9  # of 32 the one from which the merge is drawn clearest, by eye
 PICTURE = "qr_lora_in_a_minute.jpg"  # in web/, where web/qrlora_example.js finds it
@@ -124,7 +124,7 @@ def main() -> int:
         made = template(info)
     (FOLDER / f"{NAME}.json").write_text(json.dumps(made, indent=1, ensure_ascii=True) + "\n", encoding="utf-8")
     sheet.thumbnail(THUMBNAIL)
-    sheet.save(FOLDER / f"{NAME}.jpg", quality=82, optimize=True)
+    sheet.save(FOLDER / f"{NAME}.jpg", quality=78, optimize=True)
     sheet.thumbnail((380, 380))
     sheet.save(PACK / "web" / PICTURE, quality=80, optimize=True)
     print(FOLDER / f"{NAME}.json")

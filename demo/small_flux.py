@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from qrlora_core import Adapter, comfy_slice, layer_names
+from qrlora_core import Adapter
+from qrlora_core.families import FLUX, native_layers, native_place
 
 GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "golden"
 ALPHA_BETA = ((0.0, 0.0), (0.5, 0.25), (0.9, 1.0), (1.0, 1.0))
@@ -47,7 +48,7 @@ def base_weights() -> dict[str, Tensor]:
 
 def own_weight(name: str, adapter: Adapter) -> Tensor:
     """The base weight of one layer, (out, in), cut out of ComfyUI's fused one."""
-    place = comfy_slice(name, adapter.layers[name].shape)
+    place = native_place(FLUX, name, adapter.layers[name].shape)
     weight = base_weights()[place.key]
     return weight if place.start is None else weight.narrow(0, place.start, place.length)
 
@@ -70,7 +71,7 @@ def to_diffusers(state: dict[str, Tensor]) -> dict[str, Tensor]:
             prefix = "transformer_blocks" if block[0] == "double_blocks" else "single_transformer_blocks"
             result[f"{prefix}.{block[1]}.{_NORMS[suffix]}"] = tensor
         else:
-            names = layer_names(f"{module}.weight")
+            names = native_layers(FLUX, module)
             hidden = tensor.shape[0] // 3 if "qkv" in module else 0
             if "linear1" in module:
                 hidden = state[f"{module}.weight"].shape[1]

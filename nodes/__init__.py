@@ -9,6 +9,7 @@ from .create_hook import CreateHook
 from .demo import ToyAdapter, ToyModel, ToyTextEncoder, ToyVAE
 from .host import folders
 from .load import LoadDeltaR, LoadResidual
+from .load_lora import FromLoRAStack, LoadLoRA
 from .merge import Merge
 from .prompt import PromptNode
 from .save import ExportLoRA, SaveDeltaR, SaveResidual
@@ -22,6 +23,8 @@ from .training import routes
 NODES: list[type[io.ComfyNode]] = [
     LoadResidual,
     LoadDeltaR,
+    LoadLoRA,
+    FromLoRAStack,
     Merge,
     Apply,
     SaveResidual,

@@ -17,10 +17,10 @@ class Apply(io.ComfyNode):
         return sockets.schema(
             "QRLoRAApply",
             "Apply QR-LoRA",
-            "Patches a FLUX model with an adapter or a merge. Works before and after other LoRAs and on fp8 bases. "
+            "Patches a model with an adapter or a merge. Works before and after other LoRAs and on fp8 bases. "
             "Stops with an error when a layer of the adapter is not in the model.",
             inputs=[
-                io.Model.Input("model", tooltip="A FLUX.1 model, with or without other LoRAs."),
+                io.Model.Input("model", tooltip="The model that the adapters are for, with or without other LoRAs."),
                 sockets.delta_r_input("delta_r", "From Load \u0394R Adapter or Merge \u0394R."),
                 sockets.strength_input("strength", "A factor for the whole adapter or merge."),
                 sockets.Residual.Input(

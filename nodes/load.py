@@ -21,7 +21,7 @@ class LoadDeltaR(io.ComfyNode):
                 io.Combo.Input(
                     "delta_r_name",
                     options=folders.file_names(residuals=False),
-                    tooltip="A file in models/qrlora or output/qrlora. A plain LoRA belongs into Load LoRA instead.",
+                    tooltip="A file in models/qrlora or output/qrlora. A plain LoRA belongs into Load LoRA as \u0394R.",
                 )
             ],
             outputs=[sockets.DeltaR.Output(display_name="delta_r", tooltip="The adapter, for Merge, Apply and Save.")],
@@ -61,6 +61,7 @@ class LoadResidual(io.ComfyNode):
             ],
             outputs=[sockets.Residual.Output(display_name="residual", tooltip="For Apply QR-LoRA.")],
             search_aliases=["qr-lora residual"],
+            category=sockets.ADVANCED,
         )
 
     @classmethod

@@ -145,6 +145,7 @@ class SaveResidual(io.ComfyNode):
             outputs=[io.String.Output(display_name="filename", tooltip="Name of the file inside models/qrlora.")],
             is_output_node=True,
             search_aliases=["qr-lora residual"],
+            category=sockets.ADVANCED,
         )
 
     @classmethod
@@ -153,7 +154,7 @@ class SaveResidual(io.ComfyNode):
     ) -> io.NodeOutput:
         path = free_name(folders.save_folder(), filename)
         adapter = None if delta_r is None else _one_basis(delta_r)
-        targets = host.flux_layers(model) if adapter is None else adapter.targets
+        targets = host.published_layers(model) if adapter is None else adapter.targets
         places = host.place_layers(model, targets)
         host.require_unpatched(model, places.values())
 

@@ -8,6 +8,7 @@ from typing import Any
 from comfy_api.latest import io
 
 CATEGORY = "QR-LoRA"
+ADVANCED = f"{CATEGORY}/advanced"
 
 DeltaR = io.Custom("DELTA_R")
 Residual = io.Custom("RESIDUAL")

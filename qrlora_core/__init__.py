@@ -14,7 +14,7 @@ from .basis import (
     same_basis,
     save_basis,
 )
-from .blocks import BlockRange, BlockScale, parse_ranges
+from .blocks import BlockRange, BlockScale, parse_kind_ranges, parse_ranges
 from .cache import CacheItem, EncodedPicture, EncodedText, TrainingCache, bucket_size, save_cache
 from .errors import (
     BasisMismatchError,
@@ -25,20 +25,13 @@ from .errors import (
     TargetError,
     WeightError,
 )
+from .families import Family, LayerKind, family_of_targets, flux_targets, layer_kind
 from .formats import file_kind, is_residual, open_adapter
 from .gate import Gate, content_gate, holds, style_gate, triggers_of
 from .linalg import Basis, base_r, core_energy, decompose, residual_weight, restored_weight
-from .merge import (
-    LayerSum,
-    MergeReport,
-    OnMismatch,
-    Product,
-    layer_sum,
-    merge,
-    merge_report,
-    merged_adapter,
-    term_products,
-)
+from .lora import OTHER_PARTS, OpenedLora, OtherParts, lora_text, open_lora
+from .merge import MergeReport, OnMismatch, merge, merge_report, merged_adapter
+from .products import LayerSum, Product, layer_sum, term_products
 from .recipe import NOTHING, MergeRecipe, Term
 from .residual import Residual, match_residual, storage_tolerance, value_dtype, write_residual
 from .save import save_adapter
@@ -47,22 +40,14 @@ from .similarity import similarity_report
 from .similarity_schema import SimilarityReport
 from .storage import TensorFile, contained_path, free_name, model_fingerprint
 from .sweep import MAX_COMBINATIONS, SweepCell, parse_scales, sweep
-from .targets import (
-    LayerKind,
-    LayerTarget,
-    WeightSlice,
-    comfy_slice,
-    flux_targets,
-    layer_kind,
-    layer_names,
-    match_targets,
-)
+from .targets import LayerTarget, WeightSlice, match_targets
 from .truncate import Truncated, truncated
 
 __all__ = [
     "MAX_COMBINATIONS",
     "METHODS",
     "NOTHING",
+    "OTHER_PARTS",
     "PRESETS",
     "Adapter",
     "AdapterLayer",
@@ -73,6 +58,7 @@ __all__ = [
     "CacheItem",
     "EncodedPicture",
     "EncodedText",
+    "Family",
     "FileFormatError",
     "Gate",
     "JointBasis",
@@ -83,6 +69,8 @@ __all__ = [
     "MergeRecipe",
     "MergeReport",
     "OnMismatch",
+    "OpenedLora",
+    "OtherParts",
     "PathError",
     "Product",
     "QRLoRAError",
@@ -101,12 +89,12 @@ __all__ = [
     "base_r",
     "basis_name",
     "bucket_size",
-    "comfy_slice",
     "contained_path",
     "content_first",
     "content_gate",
     "core_energy",
     "decompose",
+    "family_of_targets",
     "file_kind",
     "flux_targets",
     "free_name",
@@ -115,8 +103,8 @@ __all__ = [
     "is_residual",
     "joint_basis",
     "layer_kind",
-    "layer_names",
     "layer_sum",
+    "lora_text",
     "match_residual",
     "match_targets",
     "merge",
@@ -125,8 +113,10 @@ __all__ = [
     "model_fingerprint",
     "open_adapter",
     "open_basis",
+    "open_lora",
     "orthonormal",
     "own_basis",
+    "parse_kind_ranges",
     "parse_ranges",
     "parse_scales",
     "parse_schedule",

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from .errors import BasisMismatchError, FileFormatError, TargetError
+from .families import network_order
 from .linalg import Basis, require_finite
-from .targets import LayerTarget, nearest, network_order
+from .targets import LayerTarget, nearest
 
 AdapterMethod = Literal["delta_r", "delta_r_triangular", "qr"]
 METHODS: tuple[str, ...] = get_args(AdapterMethod)

@@ -1,4 +1,4 @@
-"""Strength per block, part and stream of FLUX, as data: nothing is multiplied before a merge is computed."""
+"""Strength per block, part and stream of a model, as data: nothing is multiplied before a merge is computed."""
 
 import re
 from collections.abc import Iterable
@@ -7,13 +7,15 @@ from decimal import Decimal, InvalidOperation
 from typing import NamedTuple
 
 from .errors import SettingError, TargetError
-from .targets import layer_kind
+from .families import Family, layer_kind
 
 LIMIT = 4.0  # strengths of all nodes lie in -4 to 4
 LONGEST_TEXT = 10_000  # characters of a list that a person writes
 _LONGEST_NUMBER = 50  # characters
 _SMALLEST_EXPONENT = -30  # of a number other than 0
 _RANGE = re.compile(r"(\d{1,4})(?:\s*-\s*(\d{1,4}))?\s*:\s*(.+)")
+_KIND = re.compile(r"([A-Za-z]\w{0,63})\s*(.*)")
+_LAST = 9999  # no block has a higher number
 
 
 class BlockRange(NamedTuple):
@@ -33,6 +35,8 @@ class BlockScale:
         attention, feed_forward: for the two parts of a block.
         image, text: for the two streams of double blocks; single blocks have one stream for both and keep 1.
         double_ranges, single_ranges: for some blocks; those that are in no range keep 1.
+        other_ranges: (kind of block, range) for kinds of a family's own, such as a U-Net's "input" and "output".
+        family: where layers are looked up; by default in all families, which is ambiguous where two share a name.
     """
 
     double: float = 1.0
@@ -43,35 +47,40 @@ class BlockScale:
     text: float = 1.0
     double_ranges: tuple[BlockRange, ...] = ()
     single_ranges: tuple[BlockRange, ...] = ()
+    other_ranges: tuple[tuple[str, BlockRange], ...] = ()
+    family: Family | None = None
 
     def factor(self, name: str) -> float:
-        """The factor of one layer.
-
-        Raises:
-            TargetError: no FLUX layer has that name.
-        """
-        kind = layer_kind(name)
-        result = self.double if kind.block == "double" else self.single
+        """The factor of one layer; 1 for a layer that no family knows."""
+        kind = layer_kind(name, self.family)
+        result = {"double": self.double, "single": self.single}.get(kind.block, 1.0)
         result *= {"attention": self.attention, "feed_forward": self.feed_forward}.get(kind.part, 1.0)
         result *= {"image": self.image, "text": self.text}.get(kind.stream, 1.0)
-        for first, last, factor in self.double_ranges if kind.block == "double" else self.single_ranges:
-            if first <= kind.number <= last:
+        for _, block, (first, last, factor) in self._ranges():
+            if block == kind.block and first <= kind.number <= last:
                 result *= factor
         return result
 
+    def _ranges(self) -> list[tuple[str, str, BlockRange]]:
+        """(input, kind of block, range) of all ranges."""
+        named = [("double_ranges", "double", one) for one in self.double_ranges]
+        named += [("single_ranges", "single", one) for one in self.single_ranges]
+        return named + [("other_ranges", block, one) for block, one in self.other_ranges]
+
     def check(self, names: Iterable[str]) -> None:
         """Raise TargetError when a range holds no block of these layers: it would be ignored in silence."""
-        kinds = [layer_kind(name) for name in names]
+        kinds = [layer_kind(name, self.family) for name in names]
         if not kinds:
             return  # nothing is scaled, so nothing is ignored
-        for block, ranges in (("double", self.double_ranges), ("single", self.single_ranges)):
+        for where, block, one in self._ranges():
             present = sorted({kind.number for kind in kinds if kind.block == block})
-            for one in ranges:
-                if not any(one.first <= index <= one.last for index in present):
-                    known = f"{present[0]} to {present[-1]}" if present else "none"
-                    raise TargetError(
-                        f"{block}_ranges: {_shown(one)!r} matches no block; the adapter has {block} blocks: {known}"
-                    )
+            if not any(one.first <= index <= one.last for index in present):
+                known = f"{present[0]} to {present[-1]}" if present else "none"
+                others = ", ".join(dict.fromkeys(kind.block for kind in kinds if kind.block != block))
+                raise TargetError(
+                    f"{where}: {_shown(one)!r} matches no block; the adapter has {block} blocks: {known}"
+                    + (f" (it has {others} blocks)" if others and not present else "")
+                )
 
     def __str__(self) -> str:
         """What differs from 1, in a few words."""
@@ -79,6 +88,7 @@ class BlockScale:
         parts = [f"{name} {getattr(self, name):g}" for name in names if getattr(self, name) != 1]
         for block, ranges in (("double", self.double_ranges), ("single", self.single_ranges)):
             parts += [f"{block} {_shown(one)}" for one in ranges]
+        parts += [f"{block} {_shown(one)}" for block, one in self.other_ranges]
         return ", ".join(parts) or "all 1"
 
 
@@ -108,6 +118,28 @@ def parse_ranges(text: str, what: str) -> tuple[BlockRange, ...]:
                 raise SettingError(f"{where} and {_shown(other)!r} share blocks; give each block one factor")
         found.append(one)
     return tuple(found)
+
+
+def parse_kind_ranges(text: str, what: str) -> tuple[tuple[str, BlockRange], ...]:
+    """Read "input 4-5: 0.5, middle: 0": ranges with the kind of block before each; without numbers all of that kind.
+
+    Raises:
+        SettingError: as for `parse_ranges`, or a part that names no kind of block.
+    """
+    require_short(text, what)
+    found: dict[str, list[str]] = {}
+    for part in (part.strip() for part in re.split(r"[,;\n]", text)):
+        if not part:
+            continue
+        match = _KIND.fullmatch(part)
+        if not match or ":" not in match[2]:
+            raise SettingError(
+                f"{what}: {shortened(part)!r} names no kind of block; write kind, blocks and a factor, as in "
+                "'input 4-5: 0.5' or 'middle: 0'"
+            )
+        rest = match[2] if not match[2].startswith(":") else f"0-{_LAST}{match[2]}"
+        found.setdefault(match[1], []).append(rest)
+    return tuple((kind, one) for kind, parts in found.items() for one in parse_ranges(", ".join(parts), what))
 
 
 def parse_factor(text: str, where: str) -> float:
@@ -158,5 +190,7 @@ def shortened(text: str, length: int = 60) -> str:
 
 
 def _shown(one: BlockRange) -> str:
+    if (one.first, one.last) == (0, _LAST):
+        return f"all: {one.factor:g}"
     blocks = f"{one.first}" if one.first == one.last else f"{one.first}-{one.last}"
     return f"{blocks}: {one.factor:g}"

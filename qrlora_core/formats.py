@@ -11,6 +11,7 @@ import torch
 from .adapter import METHODS, Adapter, AdapterLayer, AdapterMethod, LayerInfo
 from .blocks import shortened
 from .errors import FileFormatError
+from .families import FAMILIES, find
 from .linalg import ORTHONORMAL, Basis, orthonormality_error, trapezoid_error
 from .storage import TensorFile
 
@@ -19,11 +20,17 @@ FileKind = Literal["delta_r_published", "portable", "qr_published", "residual", 
 # Which tensors one layer has in each format: role -> key, {} standing for the layer's diffusers name.
 PUBLISHED = {"q": "transformer.{}.lora.q.weight", "delta_r": "transformer.{}.lora.delta_r.weight"}
 PUBLISHED_BASE_R = "transformer.{}.lora.base_r.weight"
-PORTABLE = {"up": "transformer.{}.lora_B.weight", "down": "transformer.{}.lora_A.weight"}
-PORTABLE_ALPHA = "transformer.{}.alpha"
 FULL_QR = {"up": "transformer.{}.lora.up.weight", "down": "transformer.{}.lora.down.weight"}
 RESIDUAL = "{}.residual.weight"
 BASIS = {"q": "{}.q.weight", "r": "{}.r.weight"}
+
+# Of the portable format, {} is whatever LoRA loaders call the layer: see `portable_key`.
+PORTABLE = {"up": "{}.lora_B.weight", "down": "{}.lora_A.weight"}
+PORTABLE_ALPHA = "{}.alpha"
+_TRANSFORMER = "transformer."
+NATIVE = "diffusion_model."  # begins the name of a layer that no family's table has
+KOHYA = "lora_unet_"
+_OWN = (NATIVE, KOHYA, "lora_transformer_", "lycoris_")  # begin names that are keys themselves
 
 # Training moves Q' and R' of a full-QR file away from their orthonormal and trapezoidal start, but not all the way;
 # a LoRA that began with zeros and noise has neither structure. On both scales 0 is perfect, 1 is none.
@@ -73,11 +80,31 @@ def open_adapter(path: Path) -> Adapter:
         _opened[file.identity()] = adapter = _OPENERS[kind](file)
         return adapter
     found = {
-        "lora": "is a plain LoRA (its `up` is not a basis): load it with ComfyUI's own Load LoRA node",
+        "lora": "is a plain LoRA (its `up` is not a basis): load it with Load LoRA as \u0394R, from models/loras",
         "residual": "is a residual: load it with Load FLUX Residual",
         "basis": "is a basis (Q and R), which holds no trained change",
     }.get(kind, f"is not an adapter; it begins with {few(file.specs) or 'nothing'}")
     raise FileFormatError(f"{file.path.name} {found}. Expected keys like {PUBLISHED['delta_r'].format('<layer>')}")
+
+
+def portable_key(name: str) -> str:
+    """What any LoRA loader calls a layer: the key of its tensors in a portable file, without the ending."""
+    if name.startswith(_OWN):
+        return name
+    prefix = next((family.portable for family in FAMILIES if find(family, name) is not None), _TRANSFORMER)
+    return prefix + (name.replace(".", "_") if prefix.endswith("_") else name)
+
+
+def portable_layer(key: str) -> str | None:
+    """The layer that `portable_key` gave this key; None for any other key."""
+    if key.startswith(_TRANSFORMER):
+        return key.removeprefix(_TRANSFORMER)
+    if key.startswith(KOHYA):
+        for family in FAMILIES:
+            found = find(family, key.removeprefix(KOHYA)) if family.portable == KOHYA else None
+            if found is not None and not found.native:
+                return found.name(found.layers[0])
+    return key if key.startswith(_OWN) else None
 
 
 def layer_of(key: str, pattern: str) -> str | None:
@@ -148,7 +175,12 @@ def _open_published(file: TensorFile) -> Adapter:
 
 
 def _open_portable(file: TensorFile) -> Adapter:
-    layers = group_layers(file, PORTABLE, {"alpha": PORTABLE_ALPHA})
+    layers = {}
+    for key, keys in group_layers(file, PORTABLE, {"alpha": PORTABLE_ALPHA}).items():
+        name = portable_layer(key)
+        if name is None:
+            raise FileFormatError(f"{file.path.name} holds tensors that do not belong there: {keys['up']}")
+        layers[name] = keys
     method = _stated_method(file, default="delta_r")
     infos = {}
     for name, keys in layers.items():
@@ -201,7 +233,7 @@ def _info(file: TensorFile, name: str, up_key: str, down_key: str) -> LayerInfo:
     if min(out, rank, down.shape[1]) < 1:
         raise FileFormatError(f"{file.path.name}: {name} is empty, it pairs {up.shape} with {down.shape}")
     # stacked merges (portable) may have more columns than the weight has; one decomposition cannot
-    if rank > min(out, down.shape[1]) and up_key != PORTABLE["up"].format(name):
+    if rank > min(out, down.shape[1]) and layer_of(up_key, PORTABLE["up"]) is None:
         raise FileFormatError(
             f"{file.path.name}: {name} has rank {rank}, above what a {(out, down.shape[1])} weight has"
         )

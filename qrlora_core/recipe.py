@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from .adapter import Adapter
 from .blocks import BlockScale
 from .errors import SettingError
+from .families import network_order
 from .gate import Gate
 from .schedule import Schedule
-from .targets import network_order
 
 
 @dataclass(frozen=True, slots=True, eq=False)

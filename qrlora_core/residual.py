@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from .errors import BasisMismatchError, FileFormatError, TargetError
+from .families import network_order
 from .formats import RESIDUAL, few, file_kind, group_layers
 from .linalg import Basis, require_finite, restored_weight
 from .storage import TensorFile, TensorSpec, write_tensors
-from .targets import LayerTarget, nearest, network_order
+from .targets import LayerTarget, nearest
 
 
 class Residual:

@@ -11,6 +11,7 @@ from torch import Tensor
 from . import __version__
 from .adapter import Adapter, AdapterLayer, Progress
 from .errors import BasisMismatchError, FileFormatError
+from .families import family_of_targets, layer_kind
 from .formats import (
     FULL_QR,
     PORTABLE,
@@ -18,6 +19,7 @@ from .formats import (
     PUBLISHED,
     PUBLISHED_BASE_R,
     open_adapter,
+    portable_key,
 )
 from .linalg import require_finite
 from .storage import TensorSpec, write_tensors
@@ -92,10 +94,11 @@ def save_adapter(
 
 def standard_metadata(adapter: Adapter) -> dict[str, str]:
     """Header fields of an adapter: modelspec's, and ours under `qrlora.`; what the source file said is kept."""
+    family = family_of_targets(adapter.targets)
     kept = {key: value for key, value in adapter.metadata.items() if key.startswith(("qrlora.", "modelspec."))}
     fields = {
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": "flux-1-dev/lora",
+        "modelspec.architecture": f"{family.architecture if family else 'unknown'}/lora",
         "modelspec.implementation": "qr-lora",
         "modelspec.title": adapter.name,
         "modelspec.date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -103,7 +106,7 @@ def standard_metadata(adapter: Adapter) -> dict[str, str]:
         "qrlora.method": adapter.method,
         "qrlora.rank": str(adapter.rank),
         "qrlora.alpha": f"{adapter.alpha:.9g}",
-        "qrlora.targets": " ".join(sorted({_suffix(name) for name in adapter.layers})),
+        "qrlora.targets": " ".join(sorted({layer_kind(name, family).layer for name in adapter.layers})),
         "qrlora.pack_version": __version__,
     }
     if adapter.basis_fingerprint:
@@ -127,9 +130,10 @@ def _portable_entries(adapter: Adapter, name: str, _: object) -> Iterable[Entry]
             )
         rank *= 2
     up, down = TensorSpec(dtype, (out, rank)), TensorSpec(dtype, (rank, width))
-    yield PORTABLE["up"].format(name), up, lambda _: adapter.update(name)[0]
-    yield PORTABLE["down"].format(name), down, lambda _: adapter.update(name)[1]
-    yield PORTABLE_ALPHA.format(name), TensorSpec(torch.float32, ()), lambda _: torch.tensor(scaling * rank)
+    key = portable_key(name)
+    yield PORTABLE["up"].format(key), up, lambda _: adapter.update(name)[0]
+    yield PORTABLE["down"].format(key), down, lambda _: adapter.update(name)[1]
+    yield PORTABLE_ALPHA.format(key), TensorSpec(torch.float32, ()), lambda _: torch.tensor(scaling * rank)
 
 
 def _published_entries(adapter: Adapter, name: str, base_r: Callable[[str], Tensor] | None) -> Iterable[Entry]:
@@ -158,7 +162,3 @@ def _published_entries(adapter: Adapter, name: str, base_r: Callable[[str], Tens
 
 def _times(tensor: Tensor, factor: float) -> Tensor:
     return tensor if factor == 1 else tensor.float() * factor
-
-
-def _suffix(name: str) -> str:
-    return name.split(".", 2)[2]

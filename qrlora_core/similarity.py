@@ -14,6 +14,7 @@ from torch import Tensor
 from .adapter import Adapter, AdapterLayer, Progress
 from .basis import same_basis
 from .errors import TargetError
+from .families import Family, family_of_targets, layer_kind
 from .formats import few
 from .similarity_schema import (
     QUANTITIES,
@@ -26,7 +27,6 @@ from .similarity_schema import (
     SimilarityReport,
     statistics,
 )
-from .targets import layer_kind
 
 # Half the width of the interval that holds 95 % of a normal distribution, in standard deviations
 _BAND = 1.959964
@@ -57,8 +57,9 @@ def similarity_report(a: Adapter, b: Adapter, progress: Progress | None = None) 
             raise TargetError(f"the adapters were made for different models: {name} has shape {shapes}")
     layers: list[LayerEntry] = []
     inner = 0.0
+    family = family_of_targets(a.targets)
     for name in common if progress is None else progress(common):
-        entry, product = _compare(name, a, b)
+        entry, product = _compare(name, a, b, family)
         layers.append(entry)
         inner += product
     size_a, size_b = (_total([entry["norms"][key] for entry in layers]) for key in ("update_a", "update_b"))
@@ -121,9 +122,9 @@ def _parts(
     return _Parts(up, down, None, _Update(*stacked, scaling))
 
 
-def _compare(name: str, a: Adapter, b: Adapter) -> tuple[LayerEntry, float]:
+def _compare(name: str, a: Adapter, b: Adapter, family: Family | None) -> tuple[LayerEntry, float]:
     """One layer, and the inner product of its two updates."""
-    info, kind = a.layers[name], layer_kind(name)
+    info, kind = a.layers[name], layer_kind(name, family)
     layer_a, layer_b = a.layer(name), b.layer(name)
     one, two = _both(layer_a, layer_b, a, b, name)
     same = one.q is two.q or same_basis(layer_a.up, layer_b.up)

@@ -171,3 +171,45 @@ def test_what_only_tests_and_demo_need_stays_out_of_the_pack():
     for path in python_files("demo"):
         used = {name.split(".")[0] for name, level in imports(path) if not level}
         assert not used & {"comfy", "comfy_api", "folder_paths"}, f"{path.name} imports {used}"
+
+
+# What only the families' files may know: names of one model, and how it fuses its weights
+FAMILY_WORDS = re.compile(r"flux|qkv|double_blocks|single_blocks|joint_blocks", re.IGNORECASE)
+# ids that saved workflows and files hold, and what is a person's text
+STABLE_IDS = {"double_blocks", "single_blocks", "flux_residual", "flux_targets", "is_flux"}
+FAMILY_ROOMS = (("qrlora_core", "families"), ("train", "model", "backbones"))
+
+
+def identifiers(tree):
+    """Every name that code gives or uses, and every text that is one word (a key, a name of a layer)."""
+    for node in ast.walk(tree):
+        for field in ("id", "attr", "arg", "name", "asname"):
+            value = getattr(node, field, None)
+            if isinstance(value, str):
+                yield value
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and not re.search(r"\s", node.value):
+            yield node.value
+
+
+@pytest.mark.parametrize(
+    "path", python_files("qrlora_core", "qrlora_plots", "train", "nodes"), ids=lambda path: path.as_posix()[-40:]
+)
+def test_only_families_know_a_family(path):
+    parts = path.relative_to(ROOT).parts
+    if any(parts[: len(room)] == room for room in FAMILY_ROOMS):
+        return
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    said = {name for name in identifiers(tree) if FAMILY_WORDS.search(name)} - STABLE_IDS
+    allowed = ALLOWED_FAMILY_WORDS.get(path.relative_to(ROOT).as_posix(), set())
+    assert not said - allowed, f"{path.name} says {sorted(said - allowed)}"
+
+
+# encoding pictures and captions, and sampling from a shell, serve FLUX.1 alone so far
+ALLOWED_FAMILY_WORDS = {
+    "nodes/host/encoders.py": {"Flux", "flux"},
+    "nodes/host/toy.py": {"Flux", "toy_flux_fp8.safetensors"},  # the toy is a small FLUX
+    "train/data/encode.py": {"FluxPipeline"},
+    "train/model/source.py": {"FLUX"},  # the one backbone so far
+    "train/run/plan.py": {"flux"},
+    "train/run/sample.py": {"FluxPipeline"},
+}

@@ -14,6 +14,7 @@ from ...train.data.captions import PICTURE_ENDINGS
 log = logging.getLogger(__name__)
 
 FOLDER = "qrlora"
+LORAS = "loras"
 RUNS = "runs"
 BASES = "_basis"
 MODEL_FOLDERS = ("diffusion_models", "checkpoints")
@@ -23,7 +24,8 @@ NO_DATASET = "none"
 NO_ADAPTER = "none: put adapters into models/qrlora, press R"
 NO_RESIDUAL = "none: put a residual into models/qrlora, press R"
 NO_MODEL = "none: put a model into models/diffusion_models, press R"
-_NOTHING = (NO_ADAPTER, NO_RESIDUAL, NO_MODEL)
+NO_LORA = "none: put a LoRA into models/loras, press R"
+_NOTHING = (NO_ADAPTER, NO_RESIDUAL, NO_MODEL, NO_LORA)
 
 
 class _Contents(NamedTuple):
@@ -81,6 +83,28 @@ def find_file(name: str) -> Path:
         if path.is_file():
             return path
     raise refused or PathError(f"{name!r} is not in models/{FOLDER}; put the file there and refresh (R)")
+
+
+def lora_names() -> list[str]:
+    """LoRA files for a drop-down: the safetensors files in the folders of LoRAs."""
+    names = [name for name in folder_paths.get_filename_list(LORAS) if name.lower().endswith(MODEL_ENDINGS)]
+    return names or [NO_LORA]
+
+
+def lora_file(name: str) -> Path:
+    """The LoRA file that a workflow names. One that is listed may be a link to another disk: its owner put it there.
+
+    Raises:
+        PathError: not a safetensors file, or not in the folders.
+    """
+    _require_name(name)
+    if not name.lower().endswith(MODEL_ENDINGS):
+        raise PathError(f"{name!r} is not a safetensors file; only {' and '.join(MODEL_ENDINGS)} are read")
+    if _listed(name, folder_paths.get_filename_list(LORAS)):
+        for root in folder_paths.get_folder_paths(LORAS):
+            if (path := Path(root, name.replace("\\", "/"))).is_file():
+                return path
+    return _inside(folder_paths.get_folder_paths(LORAS), name)
 
 
 def _require_name(name: str) -> None:

@@ -57,7 +57,7 @@ class RecipePatch(WeightAdapterBase):
     def calculate_weight(self, weight, key, strength, strength_model, offset, function, *_args, **_kwargs):  # type: ignore[no-untyped-def]
         """Called by the host with the rows of this layer; they are changed in place, as the host's slices need."""
         change, scaling = self.change(weight.device)
-        weight += function(((strength * scaling) * change).to(weight.dtype))
+        weight += function(((strength * scaling) * change).to(weight.dtype).reshape(weight.shape))
         return weight
 
 

@@ -1,35 +1,52 @@
-"""Where a model keeps its layers, and what it holds there."""
+"""Where a model keeps its layers, and what it holds there.
 
-from collections.abc import Iterable
+The host's own map of LoRA names says where each of diffusers' layers lies, so any model that it knows can be patched.
+"""
 
+import weakref
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import comfy.lora
+import comfy.model_management
 import comfy.model_patcher
 import comfy.utils
 import torch
 from torch import Tensor
 
-from ...qrlora_core import LayerTarget, TargetError, WeightError, WeightSlice, comfy_slice, flux_targets, value_dtype
+from ...qrlora_core import LayerTarget, TargetError, WeightError, WeightSlice, value_dtype
+from ...qrlora_core.families import FAMILIES, Family, family_of, native_place, network_order
+from ...qrlora_core.families import published_layers as layers_of_family
+from ...qrlora_core.targets import nearest
 from .protocols import ModelPatcher
 
 PREFIX = "diffusion_model."
 
 Place = tuple[str, tuple[int, int, int]] | str  # what ComfyUI takes as the key of a patch
 
+# The host's map is some ten thousand names; a loaded model keeps its own
+_maps: weakref.WeakKeyDictionary[torch.nn.Module, dict[str, Any]] = weakref.WeakKeyDictionary()
 
-def flux_layers(model: ModelPatcher) -> tuple[LayerTarget, ...]:
-    """The published target layers of a model, with their shapes.
+
+def model_family(model: ModelPatcher) -> Family | None:
+    """The family that a model is of, by the names and shapes of its weights; None for one that is not known here."""
+    return family_of(_module_shapes(model))
+
+
+def published_layers(model: ModelPatcher) -> tuple[LayerTarget, ...]:
+    """The layers of a model that are adapted by default in its family, with their shapes.
 
     Raises:
-        TargetError: it is not a FLUX model.
+        TargetError: no family that is known here has such a model.
     """
-    keys = [key.removeprefix(PREFIX).split(".") for key in model.model.state_dict() if key.startswith(PREFIX)]
-    double = len({key[1] for key in keys if key[0] == "double_blocks"})
-    single = len({key[1] for key in keys if key[0] == "single_blocks"})
-    try:
-        hidden = _weight(model, "img_in.weight").shape[0]
-        mlp = _weight(model, "double_blocks.0.img_mlp.0.weight").shape[0]
-    except AttributeError as error:
-        raise TargetError(f"this is not a FLUX model ({type(model.model).__name__}): it has no {error.name}") from error
-    targets = flux_targets(double, single, hidden, mlp // hidden)
+    shapes = _module_shapes(model)
+    family = family_of(shapes)
+    targets = layers_of_family(family, shapes) if family is not None else ()
+    if not targets:
+        raise TargetError(
+            f"this {type(model.model).__name__} model is of no family that is known here "
+            f"({', '.join(one.name for one in FAMILIES)}); connect an adapter, whose layers are then taken"
+        )
     place_layers(model, targets)
     return targets
 
@@ -38,29 +55,28 @@ def place_layers(model: ModelPatcher, targets: Iterable[LayerTarget]) -> dict[st
     """Layer name -> where this model keeps it.
 
     Raises:
-        TargetError: the model lacks a layer, or has it in another shape; the message names them.
+        TargetError: the model lacks a layer, has it in another shape, or keeps it changed by a function; the message
+            names them.
     """
+    table = _host_map(model)
     places, missing, different = {}, [], []
     for target in targets:
-        place = comfy_slice(target.name, target.shape)
-        try:
-            shape = tuple(_weight(model, place.key).shape)
-        except AttributeError:
-            missing.append(target.name)
+        found = _candidates(model, table, target)
+        if not found:
+            missing.append(target)
             continue
-        if place.start is None:
-            fits = shape == target.shape
-        else:
-            fused = 3 * target.shape[0] if "qkv" in place.key else place.start + target.shape[0]
-            fits = shape[1] == target.shape[1] and (shape[0] == fused or ("qkv" not in place.key and shape[0] > fused))
-        if not fits:
-            different.append(f"{target.name} {target.shape} against {place.key} {shape}")
-        places[target.name] = place
+        fitting = next((place for place in found if _fits(model, place, target)), None)
+        if fitting is None:
+            shape = tuple(_weight(model, found[0].key).shape)
+            different.append(f"{target.name} {target.shape} against {found[0].key} {shape}")
+        places[target.name] = fitting or found[0]
     count = len(places) + len(missing)
+    title = type(model.model).__name__
     if missing:
+        names = ", ".join(target.name for target in missing[:3])
         raise TargetError(
-            f"this {type(model.model).__name__} model lacks {len(missing)} of the adapter's {count} layers: "
-            f"{', '.join(missing[:3])}. Is it a FLUX.1 model with as many blocks as the one trained on?"
+            f"this {title} model lacks {len(missing)} of the adapter's {count} layers: {names}"
+            f"{_hint(table, model, missing[0].name)}. Was the adapter made for another model?"
         )
     if different:
         raise TargetError(
@@ -103,7 +119,7 @@ def own_weight(model: ModelPatcher, place: WeightSlice) -> tuple[Tensor, torch.d
             f"{place.key} is stored as {type(weight).__name__} {weight.dtype}, which cannot be read back as numbers; "
             "use a base in fp8 or more, or apply without a residual"
         )
-    weight = weight.to(torch.float32)
+    weight = weight.to(torch.float32).flatten(1)  # a convolution counts as (out, in * height * width)
     weight = weight if place.start is None else weight.narrow(0, place.start, place.length)
     return weight, value_dtype(weight) if stored is not None and stored.itemsize > 1 else stored
 
@@ -121,10 +137,96 @@ def quantised(model: ModelPatcher, place: WeightSlice) -> bool:
     return packed or weight.dtype.itemsize < 2 or not weight.dtype.is_floating_point
 
 
+def work_device() -> torch.device:
+    """Where heavy work goes that belongs to no model."""
+    device: torch.device = comfy.model_management.get_torch_device()
+    return device
+
+
 def load_device(model: ModelPatcher) -> torch.device:
     """Where this model will run; heavy work on its weights goes there."""
     device: torch.device = model.load_device
     return device
+
+
+def _candidates(model: ModelPatcher, table: Mapping[str, Any], target: LayerTarget) -> list[WeightSlice]:
+    """Where a layer may lie in this model, what the host says first.
+
+    Raises:
+        TargetError: the host keeps the layer changed by a function, which a low-rank patch cannot follow.
+    """
+    name = target.name
+    found = []
+    for key in (f"transformer.{name}", f"lora_unet_{name.replace('.', '_')}", name):
+        if key in table:
+            found.append(_place(name, table[key]))
+    for family in FAMILIES:  # hosts of old map fewer models; families know their native layouts
+        try:
+            found.append(native_place(family, name, target.shape))
+        except TargetError:
+            continue
+    return [place for place in dict.fromkeys(found) if _has(model, place.key)]
+
+
+def _place(name: str, entry: Any) -> WeightSlice:
+    """An entry of the host's map: a key, or (key, (dim, start, length)), or those with a function."""
+    key, rows, function = (*entry, None, None)[:3] if isinstance(entry, tuple) else (entry, None, None)
+    if function is not None:
+        raise TargetError(
+            f"ComfyUI keeps {name} rearranged ({getattr(function, '__name__', 'by a function')}), which this pack does "
+            "not apply; use the stock LoRA loader for this file"
+        )
+    key = key.removeprefix(PREFIX)
+    if rows is None:
+        return WeightSlice(key, None, None)
+    dim, start, length = rows
+    if dim != 0:
+        raise TargetError(f"ComfyUI keeps {name} in columns of {key}, which this pack does not apply")
+    return WeightSlice(key, start, length)
+
+
+def _fits(model: ModelPatcher, place: WeightSlice, target: LayerTarget) -> bool:
+    rows, *rest = _weight(model, place.key).shape
+    columns = torch.Size(rest).numel()
+    if place.start is None or place.length is None:
+        return (rows, columns) == target.shape
+    return place.start + place.length <= rows and (place.length, columns) == target.shape
+
+
+def _host_map(model: ModelPatcher) -> dict[str, Any]:
+    if model.model not in _maps:
+        _maps[model.model] = comfy.lora.model_lora_keys_unet(model.model, {})
+    return _maps[model.model]
+
+
+def _module_shapes(model: ModelPatcher) -> dict[str, tuple[int, ...]]:
+    """Native module name -> shape of its weight."""
+    return {
+        key.removeprefix(PREFIX).removesuffix(".weight"): tuple(value.shape)
+        for key, value in model.model.state_dict().items()
+        if key.startswith(PREFIX) and key.endswith(".weight")
+    }
+
+
+def _hint(table: Mapping[str, Any], model: ModelPatcher, name: str) -> str:
+    """The nearest layers that the model does have: those that end alike, or lie in the same block."""
+    last, block = name.rsplit(".", 1)[-1], name.split(".")[:2]
+    names = [key.removeprefix("transformer.") for key in table if key.startswith("transformer.")]
+    alike = [one for one in names if one.endswith(f".{last}") or one.split(".")[:2] == block]
+    present = [one for one in alike if _has(model, _key(table[f"transformer.{one}"]).removeprefix(PREFIX))]
+    return nearest(name, sorted(present, key=network_order)[:200])
+
+
+def _key(entry: Any) -> str:
+    key: str = entry[0] if isinstance(entry, tuple) else entry
+    return key
+
+
+def _has(model: ModelPatcher, key: str) -> bool:
+    try:
+        return len(_weight(model, key).shape) > 1
+    except AttributeError:
+        return False
 
 
 def _weight(model: ModelPatcher, key: str) -> Tensor:

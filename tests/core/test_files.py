@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import qrlora_core as core
 from qrlora_core import storage
+from qrlora_core.families import FLUX, native_layers, native_place
 from qrlora_core.storage import CHECKSUM, TensorFile, TensorSpec, size_text, verify_checksum, write_tensors
 from tests.core.test_merge import NAMES, make
 
@@ -400,27 +401,31 @@ def test_targets():
     for wrong, hint in (("to_qq", "to_q"), ("attn.to_", "attn.to_"), ("o_q", "to_q")):
         with pytest.raises(core.TargetError, match=f"did you mean .*{hint}"):
             core.match_targets([wrong], names)
-    assert core.comfy_slice("single_transformer_blocks.7.attn.to_v", (256, 256)) == core.WeightSlice(
+    assert native_place(FLUX, "single_transformer_blocks.7.attn.to_v", (256, 256)) == core.WeightSlice(
         "single_blocks.7.linear1.weight", 512, 256
     )
     for target in core.flux_targets(2, 1, 128):
-        assert target.name in core.layer_names(core.comfy_slice(target.name, target.shape).key)
+        assert target.name in native_layers(
+            FLUX, native_place(FLUX, target.name, target.shape).key.removesuffix(".weight")
+        )
     with pytest.raises(core.TargetError, match="not a layer of FLUX"):
-        core.comfy_slice("transformer_blocks.0.attn.to_z", (1, 1))
+        native_place(FLUX, "transformer_blocks.0.attn.to_z", (1, 1))
 
 
 @settings(max_examples=30)
 @given(st.integers(0, 4), st.integers(0, 4), st.integers(1, 64), st.integers(1, 6))
 def test_slices_fill_the_fused_weights(doubles, singles, hidden, ratio):
-    """q, k, v of any FLUX follow each other without a gap, and back again by `layer_names`."""
+    """q, k, v of any FLUX follow each other without a gap, and back again by `native_layers`."""
     targets = core.flux_targets(doubles, singles, hidden, ratio)
     assert len(targets) == 12 * doubles + 3 * singles
     rows = {}
     for target in targets:
-        place = core.comfy_slice(target.name, target.shape)
-        assert target.name == core.layer_names(place.key)[len(rows.setdefault(place.key, []))]
+        place = native_place(FLUX, target.name, target.shape)
+        assert (
+            target.name == native_layers(FLUX, place.key.removesuffix(".weight"))[len(rows.setdefault(place.key, []))]
+        )
         rows[place.key].append((place.start, place.length))
-    mlp = core.comfy_slice("single_transformer_blocks.0.proj_mlp", (ratio * hidden, hidden))
+    mlp = native_place(FLUX, "single_transformer_blocks.0.proj_mlp", (ratio * hidden, hidden))
     assert mlp == core.WeightSlice("single_blocks.0.linear1.weight", 3 * hidden, ratio * hidden)
     for key, parts in rows.items():
         fused = "qkv" in key or "linear1" in key

@@ -270,6 +270,14 @@ def refused():
             found[name] = ""
         except core.QRLoRAError as error:
             found[name] = str(error)
+    try:
+        swapped = {"norm_out.linear": core.AdapterLayer(torch.zeros(256, 8), torch.zeros(8, 128))}
+        ours(patcher, of(swapped))
+        found["rearranged"] = ""
+    except core.QRLoRAError as error:
+        found["rearranged"] = str(error)
+    found["family"] = host_room.model_family(patcher).name
+    found["published"] = sorted(target.name for target in host_room.published_layers(patcher)) == sorted(layers)
     found["unchanged"] = (
         not patcher.patches and torch.equal(output(patcher), plain) and same_bits(bits(patcher), before)
     )

@@ -12,12 +12,40 @@ NODES = "LoadResidual LoadDeltaR Merge Apply SaveResidual SaveDeltaR ExportLoRA 
 NODES += " ScaleSweep ContactSheet BlockScale CreateHook Schedule Prompt ToyModel ToyAdapter ToyTextEncoder ToyVAE"
 
 
+OLDER = ("0.3.64", "0.8.0")  # the oldest that the pack promises to work in, and one between
+
+
 def older_hosts():
-    """Other ComfyUI folders to try: COMFYUI_PATHS_EXTRA, or siblings of the host called ComfyUI-<version>."""
+    """Other ComfyUI folders to try: COMFYUI_PATHS_EXTRA, or siblings of the host called ComfyUI-<version>.
+
+    Those of OLDER that are not there are parameters too, skipped with how to get them.
+    """
     listed = os.environ.get("COMFYUI_PATHS_EXTRA")
     if listed:
-        return [Path(path) for path in listed.split(os.pathsep)]
-    return sorted(path for path in HOST.parent.glob("ComfyUI-*") if (path / "main.py").is_file()) if HOST else []
+        return [pytest.param(Path(path), id=Path(path).name) for path in listed.split(os.pathsep)]
+    beside = HOST.parent if HOST else Path.home()
+    there = sorted(path for path in beside.glob("ComfyUI-*") if (path / "main.py").is_file()) if HOST else []
+    missing = [version for version in OLDER if beside / f"ComfyUI-{version}" not in there]
+    return [pytest.param(path, id=path.name) for path in there] + [
+        pytest.param(None, id=f"ComfyUI-{version}", marks=pytest.mark.skip(reason=how_to(version, beside)))
+        for version in missing
+    ]
+
+
+def how_to(version, beside):
+    source = "https://github.com/Comfy-Org/ComfyUI"
+    return f"no older ComfyUI: git clone --depth 1 --branch v{version} {source} {beside / f'ComfyUI-{version}'}"
+
+
+def test_an_older_host_that_is_missing_is_skipped_with_how_to_get_it(monkeypatch, tmp_path):
+    (tmp_path / "ComfyUI-0.8.0").mkdir()
+    (tmp_path / "ComfyUI-0.8.0" / "main.py").touch()
+    monkeypatch.setattr("tests.host.test_patching.HOST", tmp_path / "ComfyUI")
+    monkeypatch.delenv("COMFYUI_PATHS_EXTRA", raising=False)
+    found = {one.id: one for one in older_hosts()}
+    assert found["ComfyUI-0.8.0"].values == (tmp_path / "ComfyUI-0.8.0",) and not found["ComfyUI-0.8.0"].marks
+    (skip,) = found["ComfyUI-0.3.64"].marks
+    assert "git clone" in skip.kwargs["reason"] and "v0.3.64" in skip.kwargs["reason"]
 
 
 def test_golden_outputs(probe):
@@ -78,7 +106,10 @@ def test_what_is_refused_changes_nothing(probe):
     assert found["unchanged"] and found["host table"]
     assert "NaN or Inf" in found["nan"]
     assert "lacks 1 of" in found["foreign layer"] and "transformer_blocks.7.attn.to_q" in found["foreign layer"]
+    assert "did you mean 'transformer_blocks.0.attn.to_q'" in found["foreign layer"]
     assert "another shape" in found["wrong shape"]
+    assert "swap_scale_shift" in found["rearranged"] and "norm_out.linear" in found["rearranged"]
+    assert found["family"] == "FLUX.1" and found["published"]
     for name in ("foreign residual", "foreign R"):
         assert "does not belong to this adapter's basis" in found[name]
 
@@ -95,7 +126,7 @@ def test_cancel_leaves_no_file(probe):
     assert "carry patches" in found["patched"]
 
 
-@pytest.mark.parametrize("host", older_hosts(), ids=lambda path: path.name)
+@pytest.mark.parametrize("host", older_hosts())
 def test_older_hosts(host, tmp_path):
     found = run_probe(host, instance.make_base(tmp_path / "base"))
     assert [name.removeprefix("QRLoRA") for name in found["nodes"]] == NODES.split()

@@ -26,7 +26,7 @@ def templates(tmp_path_factory):
     return {"PYTHONPATH": str(folder)}
 
 
-@pytest.mark.parametrize("host", older_hosts(), ids=lambda path: path.name)
+@pytest.mark.parametrize("host", older_hosts())
 def test_main_job_on_older_servers(host, templates, tmp_path):
     base = instance.make_base(tmp_path / "base")
     golden = load_file(GOLDEN / "tensors.safetensors")

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from qrlora_core import FileFormatError, LayerTarget, TensorFile, match_targets, model_fingerprint
+from qrlora_core.families import network_order
 from qrlora_core.storage import TensorSpec
-from qrlora_core.targets import network_order
 
 from ..errors import TrainError
 from .backbones import BACKBONES, FLUX, Backbone, ModelFacts, StoredRows, count_blocks, foreign, recognised

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qrlora_core import EncodedText, layer_names
-from qrlora_core.targets import DOUBLE_TARGETS, SINGLE_TARGETS
+from qrlora_core import EncodedText
+from qrlora_core.families import DOUBLE_TARGETS, SINGLE_TARGETS, native_layers
+from qrlora_core.families import FLUX as TABLE
 
 from ...errors import TrainError
 from .backbone import Backbone, ModelFacts, Specs, StoredRows, count_blocks, packed, unpacked
@@ -45,7 +46,7 @@ def stored_rows(key: str, rows: int) -> list[StoredRows]:
     number, _, suffix = tail.partition(".")
     if kind == "scale" and suffix in _NORMS and block in _BLOCKS:
         return [StoredRows(f"{_BLOCKS[block]}.{number}.{_NORMS[suffix]}.weight", 0, rows)]
-    names = layer_names(f"{module}.weight") if kind in ("weight", "bias") else ()
+    names = native_layers(TABLE, module) if kind in ("weight", "bias") else ()
     if not names:
         return []
     # q, k, v are a third of a double block's rows, and a seventh of a single block's (its MLP has the other four)

@@ -1,0 +1,162 @@
+"""Nodes that bring ordinary LoRA files in: one file, or a stack that another node made."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..qrlora_core import (
+    NOTHING,
+    OTHER_PARTS,
+    MergeRecipe,
+    OpenedLora,
+    OtherParts,
+    QRLoRAError,
+    SettingError,
+    lora_text,
+    open_lora,
+)
+from . import report, sockets
+from .host import folders, with_progress, work_device
+
+LoraStack = io.Custom("LORA_STACK")
+
+
+class LoadLoRA(io.ComfyNode):
+    """File in models/loras -> DELTA_R."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return sockets.schema(
+            "QRLoRALoadLoRA",
+            "Load LoRA as \u0394R",
+            "Opens an ordinary LoRA (kohya, diffusers, ai-toolkit, SimpleTuner, OneTrainer, XLabs, LoCon) as a \u0394R "
+            "adapter: B A = Q \u0394R with an orthonormal Q, exactly. Merge, sweep, block scale, schedules, similarity "
+            "and export then work on it, whatever model it is for.",
+            inputs=[
+                io.Combo.Input(
+                    "lora_name",
+                    options=folders.lora_names(),
+                    tooltip="A file in models/loras. Its text encoder part, if any, is told and left to Load LoRA.",
+                ),
+                *_settings(),
+            ],
+            outputs=[sockets.DeltaR.Output(display_name="delta_r", tooltip="The LoRA, for Merge, Apply and Save.")],
+            search_aliases=["lora loader", "load lora", "any lora", "lora merge"],
+        )
+
+    @classmethod
+    def validate_inputs(cls, lora_name: str) -> bool | str:
+        return _refusal(lora_name) or True
+
+    @classmethod
+    def fingerprint_inputs(cls, lora_name: str, rank: int = 0, other_parts: str = "refuse") -> str:
+        return f"{_version(lora_name)}:{rank}:{other_parts}"
+
+    @classmethod
+    def execute(cls, lora_name: str, rank: int = 0, other_parts: OtherParts = "refuse") -> io.NodeOutput:
+        opened = _opened(folders.lora_file(lora_name), rank, other_parts)
+        text = "\n".join([report.adapter_text(opened.adapter), *lora_text(opened)])
+        return io.NodeOutput(MergeRecipe.of(opened.adapter), ui={"text": [text]})
+
+
+class FromLoRAStack(io.ComfyNode):
+    """LORA_STACK -> DELTA_R."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return sockets.schema(
+            "QRLoRAFromLoRAStack",
+            "LoRA Stack to \u0394R",
+            "Turns the stack of a LoRA stacker, Lora Manager or Efficiency node into one \u0394R: every file at its "
+            "model strength. Strengths for CLIP are told and not applied.",
+            inputs=[
+                LoraStack.Input("lora_stack", tooltip="A list of (file, model strength, CLIP strength)."),
+                *_settings(),
+            ],
+            outputs=[sockets.DeltaR.Output(display_name="delta_r", tooltip="All of them, for Merge, Apply and Save.")],
+            search_aliases=["lora stack", "lora stacker"],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, lora_stack: Any = None, rank: int = 0, other_parts: str = "refuse") -> str:
+        names = [entry[0] for entry in lora_stack or () if isinstance(entry, list | tuple) and entry]
+        return ":".join([*(_version(str(name)) for name in names), str(rank), other_parts])
+
+    @classmethod
+    def execute(cls, lora_stack: Any, rank: int = 0, other_parts: OtherParts = "refuse") -> io.NodeOutput:
+        recipe, lines = NOTHING, []
+        for name, strength, clip in stack_entries(lora_stack):
+            opened = _opened(folders.lora_file(name), rank, other_parts)
+            recipe = MergeRecipe(recipe.terms + MergeRecipe.of(opened.adapter, strength).terms)
+            lines.append(f"{strength:g} x {name}: {len(opened.adapter.layers)} layers, {'; '.join(lora_text(opened))}")
+            if clip and opened.text_encoder:
+                lines.append(f"{name}: CLIP strength {clip:g} is not applied here")
+        return io.NodeOutput(recipe, ui={"text": ["\n".join(lines) or "the stack is empty"]})
+
+
+def stack_entries(stack: Any) -> Sequence[tuple[str, float, float]]:
+    """(name, model strength, CLIP strength) of a stack; entries without a file ("None") are left out.
+
+    Raises:
+        SettingError: it is no such list.
+    """
+    entries = []
+    for entry in stack or ():
+        try:
+            name, strength, clip = entry
+            one = (str(name), float(strength), float(clip))
+        except (TypeError, ValueError) as error:
+            raise SettingError(
+                f"lora_stack holds {str(entry)[:80]!r}, expected (file, model strength, CLIP strength)"
+            ) from error
+        if one[0] and one[0] != "None":
+            entries.append(one)
+    return entries
+
+
+def _settings() -> list[Any]:
+    return [
+        sockets.newest(
+            io.Int.Input,
+            "rank",
+            default=0,
+            min=0,
+            max=1024,
+            optional=True,
+            advanced=True,
+            tooltip="For files that are not low-rank (LoHa, LoKr, whole differences): the best approximation of this "
+            "rank is taken, and what it loses is told. 0: such files are refused. Ordinary LoRAs are always exact.",
+        ),
+        sockets.newest(
+            io.Combo.Input,
+            "other_parts",
+            options=list(OTHER_PARTS),
+            default="refuse",
+            optional=True,
+            advanced=True,
+            tooltip="Files that also change biases, norms or sizes (BFL's Canny and Depth LoRAs): refuse, or leave "
+            "those parts out and say how many.",
+        ),
+    ]
+
+
+def _opened(path: Path, rank: int, other_parts: OtherParts) -> OpenedLora:
+    return open_lora(path, rank=rank, other_parts=other_parts, device=work_device(), progress=with_progress)
+
+
+def _refusal(name: str) -> str:
+    try:
+        folders.lora_file(name)
+    except QRLoRAError as error:
+        return str(error)
+    return ""
+
+
+def _version(name: str) -> str:
+    """Changes when the file does, so that a file written anew is read anew."""
+    if _refusal(name):
+        return ""
+    status = folders.lora_file(name).stat()
+    return f"{name}:{status.st_size}:{status.st_mtime_ns}"

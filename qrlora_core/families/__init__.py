@@ -1,0 +1,42 @@
+"""Model families: one file each, data only (`record.py` says what), and `lookup.py`, which finds layers in them."""
+
+from .flux import DOUBLE_TARGETS, FLUX, SINGLE_TARGETS, flux_targets
+from .lookup import (
+    FAMILIES,
+    Found,
+    LayerKind,
+    cut,
+    family_of,
+    family_of_targets,
+    find,
+    is_known,
+    layer_kind,
+    native_layers,
+    native_place,
+    network_order,
+    published_layers,
+)
+from .record import BlockKind, Family, Layer
+
+__all__ = [
+    "DOUBLE_TARGETS",
+    "FAMILIES",
+    "FLUX",
+    "SINGLE_TARGETS",
+    "BlockKind",
+    "Family",
+    "Found",
+    "Layer",
+    "LayerKind",
+    "cut",
+    "family_of",
+    "family_of_targets",
+    "find",
+    "flux_targets",
+    "is_known",
+    "layer_kind",
+    "native_layers",
+    "native_place",
+    "network_order",
+    "published_layers",
+]

@@ -1,0 +1,389 @@
+"""Ordinary LoRA files as adapters: a LoRA's change `scaling * B A` is `Q (scaling * T A)` with `Q, T = qr(B)`, exactly.
+
+Which layer a tensor belongs to is told by the families' tables, without a model at hand: kohya's and BFL's fused
+modules are cut by rows of B, and what diffusers, PEFT, ai-toolkit, SimpleTuner, OneTrainer and XLabs call a layer
+becomes its diffusers name. A layer that no family knows keeps its own name, by which ComfyUI may know it.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from .adapter import Adapter, AdapterLayer, LayerInfo, Progress
+from .errors import FileFormatError, SettingError
+from .families import Family, cut, family_of, find
+from .formats import NATIVE, few, file_kind, open_adapter
+from .linalg import decompose, require_finite
+from .storage import TensorFile
+
+OtherParts = Literal["refuse", "leave out"]
+OTHER_PARTS: tuple[str, ...] = get_args(OtherParts)
+
+# How a key ends -> what the tensor is to its module
+_ENDINGS = {
+    ".lora_up.weight": "up",
+    ".lora_down.weight": "down",
+    ".lora_mid.weight": "mid",
+    ".lora_B.weight": "up",
+    ".lora_A.weight": "down",
+    ".lora_B.default.weight": "up",
+    ".lora_A.default.weight": "down",
+    ".lora.up.weight": "up",
+    ".lora.down.weight": "down",
+    ".lora_linear_layer.up.weight": "up",
+    ".lora_linear_layer.down.weight": "down",
+    "_lora.up.weight": "up",
+    "_lora.down.weight": "down",
+    ".lora_B": "up",
+    ".lora_A": "down",
+    ".up.weight": "up",
+    ".down.weight": "down",
+    ".alpha": "alpha",
+    ".dora_scale": "dora",
+    ".lora_magnitude_vector": "dora",
+    ".lora_magnitude_vector.weight": "dora",
+    ".diff": "diff",
+    **{f".hada_{part}": f"hada_{part}" for part in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
+    **{f".lokr_{part}": f"lokr_{part}" for part in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
+}
+# Parts that no matrix of low rank can hold, and what to call them
+_OTHER = {
+    ".diff_b": "biases",
+    ".lora_B.bias": "biases",
+    ".b_norm": "biases",
+    ".w_norm": "norms",
+    ".set_weight": "norms",
+    "_norm.scale": "norms",
+    ".reshape_weight": "changes of a weight's size",
+}
+_ORDERED = sorted([*_ENDINGS, *_OTHER], key=len, reverse=True)
+_PREFIXES = (
+    "model.diffusion_model.",
+    "diffusion_model.",
+    "base_model.model.",
+    "transformer.",
+    "unet.",
+    "lora_unet_",
+    "lora_transformer_",
+    "lycoris_",
+)
+_NATIVE_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
+_TEXT_ENCODERS = (
+    *("lora_te", "lora_prior_te", "text_encoder", "te.", "te1.", "te2.", "te3.", "clip_l", "clip_g", "t5xxl"),
+    *("text_model.", "conditioner.", "cond_stage_model.", "lycoris_text_model", "hydit_clip"),
+)
+_MOST_NUMBERS = 1 << 26  # of the tensors that are decomposed together
+
+
+class OpenedLora(NamedTuple):
+    """A LoRA file as an adapter, and what of the file is not in it.
+
+    Attributes:
+        adapter: of method delta_r, float32, scaling 1.
+        family: which family its layers are of.
+        text_encoder: modules of text encoders, which are left to the stock loader.
+        left_out: what was left out as `other_parts` allows -> how many tensors.
+        lost: layer -> share of its energy that a truncated SVD lost, for layers that are not low-rank in the file.
+    """
+
+    adapter: Adapter
+    family: Family | None
+    text_encoder: int = 0
+    left_out: Mapping[str, int] = {}
+    lost: Mapping[str, float] = {}
+
+
+def open_lora(
+    path: Path,
+    *,
+    rank: int = 0,
+    other_parts: OtherParts = "refuse",
+    device: torch.device | None = None,
+    progress: Progress | None = None,
+) -> OpenedLora:
+    """Read a LoRA file of any common dialect. A QR-LoRA adapter is opened as what it is.
+
+    Args:
+        path: a safetensors file.
+        rank: for modules that are not low-rank (LoHa, LoKr, whole differences): columns of a truncated SVD; 0 refuses.
+        other_parts: "refuse" files that change biases, norms or sizes too, or "leave out" those parts.
+        device: where factors are decomposed; the result is on the CPU.
+        progress: wraps the list of module names that is gone through, as `tqdm` does.
+
+    Raises:
+        FileFormatError: not a LoRA, DoRA (which needs the model), a tensor whose meaning is not known, or shapes that
+            do not fit.
+        SettingError: rank or other_parts is out of range.
+        WeightError: a tensor holds NaN or Inf.
+    """
+    if rank < 0 or other_parts not in OTHER_PARTS:
+        choices = " or ".join(OTHER_PARTS)
+        raise SettingError(f"rank is {rank}, expected 0 or more; other_parts is {other_parts!r}, expected {choices}")
+    file = TensorFile(path)
+    if file_kind(file) in ("delta_r_published", "portable", "qr_published"):
+        adapter = open_adapter(path)
+        return OpenedLora(adapter, family_of({target.name: target.shape for target in adapter.targets}))
+    modules, text_encoder, others = _modules(file)
+    _require_readable(file, modules, others, rank, other_parts)
+    family = family_of({_plain(base): _shape(file, keys) for base, keys in modules.items()})
+    pairs: dict[str, tuple[Tensor, Tensor]] = {}
+    dense: dict[str, Tensor] = {}
+    for base in list(modules) if progress is None else progress(list(modules)):
+        keys = modules[base]
+        if "up" in keys:
+            up, down = _factors(file, base, keys)
+            for name, rows in _layers(file, family, base, (up.shape[0], down.shape[1])):
+                _add(file, pairs, dense, name, rows, up=up, down=down)
+        else:
+            change = _change(file, base, keys)
+            for name, rows in _layers(file, family, base, (change.shape[0], change.shape[1])):
+                _add(file, pairs, dense, name, rows, change=change)
+    layers = orthonormal_pairs(pairs, device)
+    lost = {}
+    for name in list(dense) if progress is None or not dense else progress(list(dense)):
+        layers[name], lost[name] = _truncated(dense.pop(name), rank, device)
+    infos = {
+        name: LayerInfo((q.shape[0], delta_r.shape[1]), q.shape[1], 1.0, torch.float32)
+        for name, (q, delta_r, _) in layers.items()
+    }
+    metadata = {key: value for key, value in file.metadata.items() if key.startswith("modelspec.")}
+    title = file.path.name.removesuffix(".safetensors")
+    adapter = Adapter(title, "delta_r", infos, layers.__getitem__, has_initial=False, metadata=metadata)
+    return OpenedLora(adapter, family, text_encoder, dict(Counter(others.values())), lost)
+
+
+def orthonormal_pairs(
+    pairs: Mapping[str, tuple[Tensor, Tensor]], device: torch.device | None = None
+) -> dict[str, AdapterLayer]:
+    """`Q, T = qr(B)`, `dR = T A` for many layers, those of one shape together; float32, `diag(T) >= 0`.
+
+    Columns of B that are zero are dropped with their rows of A, at least one is kept.
+
+    Args:
+        pairs: layer name -> B (out, rank) and A (rank, in).
+        device: where the work is done.
+    """
+    groups: dict[tuple[int, int], list[str]] = defaultdict(list)
+    kept = {}
+    for name, (up, down) in pairs.items():
+        used = up.any(dim=0)
+        if not bool(used.all()):
+            used[0] = used[0] | ~used.any()
+            up, down = up[:, used], down[used]
+        kept[name] = (up.float(), down.float())
+        groups[up.shape[0], up.shape[1]].append(name)
+    layers = {}
+    for (out, columns), names in groups.items():
+        size = max(1, _MOST_NUMBERS // (out * columns))
+        for start in range(0, len(names), size):
+            some = names[start : start + size]
+            q, small = torch.linalg.qr(torch.stack([kept[name][0] for name in some]).to(device))
+            signs = torch.where(small.diagonal(dim1=1, dim2=2) < 0, -1.0, 1.0)
+            q, small = q * signs[:, None, :], small * signs[:, :, None]
+            for index, name in enumerate(some):
+                delta_r = small[index] @ kept[name][1].to(small.device)
+                layers[name] = AdapterLayer(q[index].cpu().clone(), delta_r.cpu())
+    return layers
+
+
+def _modules(file: TensorFile) -> tuple[dict[str, dict[str, str]], int, dict[str, str]]:
+    """Module -> {role: key}; how many modules are of text encoders; key -> what it is, for all other tensors."""
+    modules: dict[str, dict[str, str]] = {}
+    text: set[str] = set()
+    others: dict[str, str] = {}
+    for key in file.specs:
+        ending = next((one for one in _ORDERED if key.endswith(one)), "")
+        base = key[: len(key) - len(ending)]
+        if key.startswith(_TEXT_ENCODERS):
+            text.add(base)
+        elif ending in _ENDINGS:
+            modules.setdefault(base, {})[_ENDINGS[ending]] = key
+        else:
+            others[key] = _OTHER.get(ending, "tensors of an unknown kind")
+    for base, keys in list(modules.items()):
+        if "diff" in keys and len(file.specs[keys["diff"]].shape) < 2:
+            others[modules.pop(base)["diff"]] = "norms"
+        elif keys.keys() == {"alpha"}:
+            others[modules.pop(base)["alpha"]] = "tensors of an unknown kind"
+    for key, what in list(others.items()):  # a module of another size than the model's is changed as a whole
+        if what == _OTHER[".reshape_weight"]:
+            for one in modules.pop(key.removesuffix(".reshape_weight"), {}).values():
+                others[one] = what
+    return modules, len(text), others
+
+
+def _require_readable(
+    file: TensorFile, modules: Mapping[str, Mapping[str, str]], others: Mapping[str, str], rank: int, choice: str
+) -> None:
+    title = file.path.name
+    if not modules:
+        found = few(file.specs) or "nothing"
+        raise FileFormatError(f"{title} holds no LoRA of a diffusion model that can be read; it begins with {found}")
+    dora = [base for base, keys in modules.items() if "dora" in keys]
+    if dora:
+        raise FileFormatError(
+            f"{title} is a DoRA ({len(dora)} modules), whose change depends on the model's own weights: load it with "
+            "ComfyUI's own Load LoRA, before or after Apply QR-LoRA"
+        )
+    whole = [base for base, keys in modules.items() if "up" not in keys]
+    if whole and not rank:
+        raise FileFormatError(
+            f"{title}: {len(whole)} of {len(modules)} modules are not low-rank (LoHa, LoKr or whole differences): "
+            f"{few(whole)}. Set 'rank' to take the best approximation of so many columns (what it loses is told), or "
+            "use ComfyUI's own Load LoRA"
+        )
+    if others and choice == "refuse":
+        counts = ", ".join(f"{count} {what}" for what, count in Counter(others.values()).items())
+        raise FileFormatError(
+            f"{title} also holds {counts}, which no \u0394R can hold: {few(others)}. Set 'other_parts' to 'leave out' "
+            "to go without them, or use ComfyUI's own Load LoRA"
+        )
+
+
+def _plain(base: str) -> str:
+    """A module's name without what trainers put in front of it."""
+    plain, before = base, ""
+    while plain != before:
+        before = plain
+        plain = next((plain.removeprefix(prefix) for prefix in _PREFIXES if plain.startswith(prefix)), plain)
+    return plain.replace(".processor.to_", ".to_")
+
+
+def _layers(
+    file: TensorFile, family: Family | None, base: str, shape: tuple[int, int]
+) -> Iterable[tuple[str, slice | Tensor]]:
+    """The layers of a module, and the rows of its change that each of them has."""
+    plain = _plain(base)
+    found = find(family, plain) if family is not None else None
+    if found is not None:
+        places = cut(found, shape) if len(found.layers) > 1 else {found.name(found.layers[0]): (0, shape[0])}
+        if places is None:
+            names = ", ".join(found.name(layer) for layer in found.layers)
+            raise FileFormatError(f"{file.path.name}: {base} with shape {shape} cannot be cut into {names}")
+        return [(name, slice(start, start + rows)) for name, (start, rows) in places.items()]
+    for theirs, native in family.swapped if family is not None else ():
+        if plain.replace(".", "_") == theirs.replace(".", "_"):  # scale before shift there, shift before scale here
+            return [(NATIVE + native, torch.arange(shape[0]).roll(shape[0] // 2))]
+    if base.startswith(_NATIVE_PREFIXES):
+        return [(NATIVE + plain, slice(None))]
+    return [(plain if "." in plain else base, slice(None))]
+
+
+def _add(
+    file: TensorFile,
+    pairs: dict[str, tuple[Tensor, Tensor]],
+    dense: dict[str, Tensor],
+    name: str,
+    rows: slice | Tensor,
+    *,
+    up: Tensor | None = None,
+    down: Tensor | None = None,
+    change: Tensor | None = None,
+) -> None:
+    if name in pairs or name in dense:
+        raise FileFormatError(f"{file.path.name} changes {name} twice, under two names")
+    if change is not None:
+        dense[name] = change[rows]
+    elif up is not None and down is not None:
+        pairs[name] = (up[rows], down)
+
+
+def _shape(file: TensorFile, keys: Mapping[str, str]) -> tuple[int, ...]:
+    """(out, in) of a low-rank module, or nothing."""
+    if "up" not in keys or "down" not in keys:
+        return ()
+    return (file.specs[keys["up"]].shape[0], torch.Size(file.specs[keys["down"]].shape[1:]).numel())
+
+
+def _factors(file: TensorFile, base: str, keys: Mapping[str, str]) -> tuple[Tensor, Tensor]:
+    """B (out, rank) and scaling * A (rank, in) of a module, float32; convolutions are flattened."""
+    if "down" not in keys:
+        raise FileFormatError(f"{file.path.name}: {base} has an up but no down matrix")
+    up, down = _read(file, keys["up"]).flatten(1), _read(file, keys["down"])
+    columns = down.shape[0]
+    if "mid" in keys:  # LoCon's core between the two: (rank, rank, height, width)
+        middle = _read(file, keys["mid"])
+        if middle.ndim != 4 or middle.shape[1] != columns:
+            raise FileFormatError(f"{file.path.name}: {keys['mid']} has shape {tuple(middle.shape)}")
+        down = torch.einsum("rdhw,di->rihw", middle, down.flatten(1))
+    down = down.flatten(1)
+    if up.shape[1] != down.shape[0] or min(*up.shape, *down.shape) < 1:
+        shapes = f"{tuple(up.shape)} with {tuple(down.shape)}"
+        raise FileFormatError(f"{file.path.name}: {base} pairs {shapes}, expected (out, r) and (r, in)")
+    return up, down * _scaling(file, keys, columns)
+
+
+def _change(file: TensorFile, base: str, keys: Mapping[str, str]) -> Tensor:
+    """The whole change of a module that is not low-rank, (out, in), float32."""
+    tensors = {role: _read(file, key) for role, key in keys.items() if role != "alpha"}
+    try:
+        if "diff" in keys:
+            return tensors["diff"].flatten(1)
+        if "hada_w1_a" in keys and not keys.keys() & {"hada_t1", "hada_t2"}:
+            first = tensors["hada_w1_a"] @ tensors["hada_w1_b"]
+            second = tensors["hada_w2_a"] @ tensors["hada_w2_b"]
+            return first * second * _scaling(file, keys, tensors["hada_w1_b"].shape[0])
+        if any(role.startswith("lokr_w") for role in keys) and "lokr_t2" not in keys:
+            columns = 0
+            sides = []
+            for side in ("lokr_w1", "lokr_w2"):
+                if side in tensors:
+                    sides.append(tensors[side])
+                else:
+                    columns = tensors[f"{side}_b"].shape[0]
+                    sides.append(tensors[f"{side}_a"] @ tensors[f"{side}_b"])
+            first, second = sides
+            first = first.reshape(*first.shape, *[1] * (second.ndim - 2))
+            return torch.kron(first, second).flatten(1) * (_scaling(file, keys, columns) if columns else 1.0)
+    except (KeyError, RuntimeError) as error:
+        raise FileFormatError(f"{file.path.name}: {base} does not fit together ({error})") from error
+    raise FileFormatError(
+        f"{file.path.name}: {base} holds {', '.join(keys)}, which is not read; use ComfyUI's own Load LoRA"
+    )
+
+
+def _truncated(change: Tensor, rank: int, device: torch.device | None) -> tuple[AdapterLayer, float]:
+    """The best pair of so many columns, and the share of the energy that it loses."""
+    q, delta_r = decompose(change.to(device), min(rank, *change.shape), method="fast")
+    energy = float(change.double().square().sum())
+    lost = 1 - float(delta_r.double().square().sum()) / energy if energy else 0.0
+    return AdapterLayer(q.cpu(), delta_r.cpu()), lost
+
+
+def _read(file: TensorFile, key: str) -> Tensor:
+    tensor = file.tensor(key).float()
+    if tensor.ndim < 2:
+        raise FileFormatError(f"{file.path.name}: {key} has shape {tuple(tensor.shape)}, expected a matrix")
+    require_finite(tensor, f"{file.path.name}: {key}")
+    return tensor
+
+
+def _scaling(file: TensorFile, keys: Mapping[str, str], columns: int) -> float:
+    """alpha / rank; 1 without an alpha."""
+    if "alpha" not in keys:
+        return 1.0
+    if torch.Size(file.specs[keys["alpha"]].shape).numel() != 1:
+        raise FileFormatError(f"{file.path.name}: {keys['alpha']} is not one number")
+    alpha = float(file.tensor(keys["alpha"]).float().reshape(()))
+    if not abs(alpha) < 1e6:  # also false for NaN
+        raise FileFormatError(f"{file.path.name}: {keys['alpha']} is {alpha}, expected a finite number")
+    return alpha / columns
+
+
+def lora_text(opened: OpenedLora) -> Sequence[str]:
+    """What a person has to know of a file that was opened, line by line."""
+    lines = [opened.family.name if opened.family is not None else "of no family that is known here: no kinds of blocks"]
+    if opened.text_encoder:
+        lines.append(f"{opened.text_encoder} text encoder modules: left to ComfyUI's own Load LoRA (CLIP)")
+    lines += [f"left out: {count} {what}" for what, count in opened.left_out.items()]
+    if opened.lost:
+        worst = max(opened.lost, key=lambda name: opened.lost[name])
+        lines.append(
+            f"{len(opened.lost)} layers approximated: up to {100 * opened.lost[worst]:.2g} % of a layer's energy lost "
+            f"(most at {worst})"
+        )
+    return lines

@@ -1,0 +1,256 @@
+"""Run inside ComfyUI's interpreter: `lora_probe.py HOST BASE RESULT`. Ordinary LoRAs on a small model of each family,
+through this pack and through the stock loader."""
+
+import asyncio
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+host, base, result = map(Path, sys.argv[1:4])
+sys.argv = ["main.py", "--cpu", "--base-directory", str(base)]
+sys.path[0] = str(host)
+
+import comfy.options
+
+comfy.options.enable_args_parsing()
+
+import comfy.lora
+import comfy.lora_convert
+import comfy.model_patcher
+import comfy.sd
+import comfy.supported_models
+import comfy.utils
+import torch
+from safetensors.torch import save_file
+
+PACK = Path(__file__).resolve().parents[2]
+spec = importlib.util.spec_from_file_location(
+    "qr_lora_pack", PACK / "__init__.py", submodule_search_locations=[str(PACK)]
+)
+pack = importlib.util.module_from_spec(spec)
+sys.modules["qr_lora_pack"] = pack
+spec.loader.exec_module(pack)
+asyncio.run(asyncio.run(pack.comfy_entrypoint()).get_node_list())
+
+import qr_lora_pack.nodes.host.application as application
+import qr_lora_pack.nodes.host.places as places
+import qr_lora_pack.nodes.load_lora as load_lora
+import qr_lora_pack.qrlora_core as core
+from qr_lora_pack.qrlora_core.families import FAMILIES, find, native_place
+
+FLUX_SIZES = {"hidden_size": 128, "num_heads": 1, "depth": 2, "depth_single_blocks": 2, "context_in_dim": 64}
+MODELS = {
+    "FLUX.1": ("Flux", {
+        "image_model": "flux", **FLUX_SIZES, "in_channels": 16, "out_channels": 16, "vec_in_dim": 64,
+        "mlp_ratio": 4.0, "axes_dim": [16, 56, 56], "theta": 10000, "patch_size": 2, "qkv_bias": True,
+        "guidance_embed": True, "txt_ids_dims": [],
+    }),
+    "FLUX.2": ("Flux2", {
+        "image_model": "flux2", **FLUX_SIZES, "in_channels": 128, "out_channels": 128, "vec_in_dim": None,
+        "mlp_ratio": 3.0, "axes_dim": [32, 32, 32, 32], "theta": 2000, "patch_size": 1, "qkv_bias": False,
+        "ops_bias": False, "guidance_embed": True, "txt_ids_dims": [3], "global_modulation": True,
+        "mlp_silu_act": True, "default_ref_method": "index", "ref_index_scale": 10.0,
+    }),
+    "Chroma": ("Chroma", {
+        "image_model": "chroma", **FLUX_SIZES, "in_channels": 64, "out_channels": 64, "in_dim": 64, "out_dim": 128,
+        "hidden_dim": 64, "n_layers": 2, "vec_in_dim": None, "mlp_ratio": 4.0, "axes_dim": [16, 56, 56],
+        "theta": 10000, "patch_size": 2, "qkv_bias": True, "txt_ids_dims": [],
+    }),
+    "Z-Image": ("ZImage", {
+        "image_model": "lumina2", "patch_size": 2, "in_channels": 16, "dim": 128, "cap_feat_dim": 64, "n_layers": 2,
+        "qk_norm": True, "n_heads": 1, "n_kv_heads": 1, "axes_dims": [32, 48, 48], "axes_lens": [64, 64, 64],
+        "rope_theta": 256.0, "ffn_dim_multiplier": 8.0 / 3.0, "z_image_modulation": True, "time_scale": 1000.0,
+    }),
+    "Qwen-Image": ("QwenImage", {
+        "image_model": "qwen_image", "in_channels": 64, "num_layers": 2, "attention_head_dim": 128,
+        "num_attention_heads": 1, "joint_attention_dim": 64,
+    }),
+    "Krea 2": ("Krea2", {
+        "image_model": "krea2", "features": 128, "channels": 16, "patch": 2, "layers": 2, "heads": 2, "kvheads": 1,
+        "txtlayers": 3, "txtdim": 64, "txtheads": 1, "txtkvheads": 1,
+    }),
+    "SD3.5": ("SD3", {
+        "in_channels": 16, "out_channels": 16, "patch_size": 2, "depth": 2, "input_size": None,
+        "adm_in_channels": 64, "qk_norm": "rms", "pos_embed_scaling_factor": None, "pos_embed_max_size": 8,
+        "num_patches": 64, "x_block_self_attn_layers": [0],
+        "context_embedder_config": {"target": "torch.nn.Linear", "params": {"in_features": 64, "out_features": 128}},
+    }),
+    "SDXL": ("SDXL", {
+        "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 32, "num_res_blocks": [2, 2, 2],
+        "channel_mult": [1, 2, 4], "transformer_depth": [0, 0, 1, 1, 2, 2], "transformer_depth_middle": 2,
+        "transformer_depth_output": [0, 0, 0, 1, 1, 1, 2, 2, 2], "context_dim": 64, "num_head_channels": 32,
+        "use_spatial_transformer": True, "use_linear_in_transformer": True, "num_classes": "sequential",
+        "adm_in_channels": 64, "legacy": False, "use_temporal_attention": False,
+    }),
+}  # fmt: skip
+BY_NAME = {family.name: family for family in FAMILIES}
+
+
+def model(name):
+    kind, config = MODELS[name]
+    settings = getattr(comfy.supported_models, kind)(dict(config))
+    settings.set_inference_dtype(torch.float32, None)
+    torch.manual_seed(1)
+    made = settings.get_model({}, "", device="cpu")
+    with torch.no_grad():
+        for weight in made.parameters():
+            weight.copy_(0.1 * torch.randn(weight.shape))
+    return comfy.model_patcher.ModelPatcher(made, torch.device("cpu"), torch.device("cpu"))
+
+
+def weights(patcher):
+    """Every patched weight, computed as the host computes it."""
+    state = patcher.model.state_dict()
+    return {
+        key: comfy.lora.calculate_weight(patches, state[key].clone(), key) for key, patches in patcher.patches.items()
+    }
+
+
+def stock(patcher, file, strength):
+    return comfy.sd.load_lora_for_models(patcher, None, comfy.utils.load_torch_file(str(file)), strength, 0)[0]
+
+
+def opened(file):
+    return core.MergeRecipe.of(core.open_lora(file, other_parts="leave out").adapter)
+
+
+def worst(ours, theirs):
+    """The largest relative difference of any weight's change, and how many weights both changed."""
+    state = None
+    if ours.patches.keys() != theirs.patches.keys():
+        odd = sorted(map(str, ours.patches.keys() ^ theirs.patches.keys()))
+        raise AssertionError(f"only one of the two patches {odd[:5]}")
+    state, one, two = theirs.model.state_dict(), weights(ours), weights(theirs)
+    gaps = [float((one[key] - two[key]).norm() / (two[key] - state[key]).norm()) for key in one]
+    return max(gaps), len(gaps)
+
+
+def entries(patcher, name, dialect):
+    """Key of a module in a dialect -> (rows, columns...) of what it changes, for every layer that the family lists."""
+    family, state = BY_NAME[name], patcher.model.state_dict()
+    table = comfy.lora.model_lora_keys_unet(patcher.model, {})
+    found = {}
+    prefixes = {
+        "diffusers": "unet." if name == "SDXL" else "transformer.",
+        "native": "diffusion_model.",
+        "kohya": "lora_unet_",
+        "onetrainer": "lora_transformer_",
+        "simpletuner": "lycoris_",
+        "peft": "base_model.model.",
+    }
+    taken = set()
+    for key, entry in table.items():
+        prefix = prefixes[dialect]
+        if not key.startswith(prefix):
+            continue
+        plain = key.removeprefix(prefix).replace(".processor.to_", ".to_")
+        hit = find(family, plain)
+        target, rows, function = (*entry, None, None)[:3] if isinstance(entry, tuple) else (entry, None, None)
+        if "linear1_qkv" in key or hit is None or function is not None or target not in state or state[target].ndim < 2:
+            continue
+        native = dialect in ("native", "kohya")
+        if native and name != "Qwen-Image" and not hit.native and key.replace(".", "_") != target.replace(".", "_"):
+            continue
+        if hit.native != native and not native and name != "Qwen-Image" and hit.module != hit.name(hit.layers[0]):
+            continue
+        place = (target, str(rows))
+        if place in taken:
+            continue
+        taken.add(place)
+        shape = tuple(state[target].shape)
+        found[key] = (rows[2] if rows else shape[0], *shape[1:])
+    return found
+
+
+def write(path, modules, ends, seed, dtype=torch.float32, alpha=None, rank=3):
+    """A random LoRA of these modules."""
+    torch.manual_seed(seed)
+    tensors = {}
+    for key, (out, *rest) in modules.items():
+        up, down = 0.1 * torch.randn(out, rank), 0.1 * torch.randn(rank, *rest)
+        if len(rest) > 1:
+            up = up[:, :, None, None]
+        tensors[f"{key}.{ends[0]}"], tensors[f"{key}.{ends[1]}"] = up.to(dtype), down.to(dtype)
+        if alpha is not None:
+            tensors[f"{key}.alpha"] = torch.tensor(float(alpha))
+    save_file(tensors, path)
+    return path
+
+
+PEFT, KOHYA = ("lora_B.weight", "lora_A.weight"), ("lora_up.weight", "lora_down.weight")
+DIALECTS = {
+    "diffusers": {"ends": PEFT},
+    "native": {"ends": PEFT, "dtype": torch.bfloat16},
+    "kohya": {"ends": KOHYA, "alpha": 1.5, "dtype": torch.float16},
+    "onetrainer": {"ends": KOHYA, "alpha": 2, "dtype": torch.float8_e4m3fn},
+    "simpletuner": {"ends": KOHYA, "alpha": 3},
+    "peft": {"ends": PEFT},
+}
+
+
+def family(name):
+    patcher = model(name)
+    found = {"recognised": places.model_family(patcher).name, "dialects": {}}
+    files = {}
+    for number, (dialect, how) in enumerate(DIALECTS.items()):
+        modules = entries(patcher, name, dialect)
+        if not modules:
+            continue
+        path = base / "models" / "loras" / f"{name} {dialect}.safetensors"
+        files[dialect] = write(path, modules, seed=number, rank=3 + number, **how)
+        node = load_lora.LoadLoRA.execute(path.name)
+        recipe = node.args[0] if hasattr(node, "args") else node.result[0]
+        gap, count = worst(application.patch_model(patcher, recipe, 0.8)[0], stock(patcher, path, 0.8))
+        opens = core.open_lora(path)
+        known = [layer for layer in recipe.layer_names if find(BY_NAME[name], layer) is not None]
+        found["dialects"][dialect] = {
+            "gap": gap,
+            "weights": count,
+            "modules": len(modules),
+            "layers": len(recipe.layer_names),
+            "known": len(known),
+            "family": opens.family.name,
+        }
+    one, two = list(files)[:1] + list(files)[-1:]
+    merged = core.merge(opened(files[one]), 0.7, opened(files[two]), -0.4)
+    found["merge"] = worst(
+        application.patch_model(patcher, merged, 1.0)[0],
+        stock(stock(patcher, files[one], 0.7), files[two], -0.4),
+    )[0]
+    exported = core.save_adapter(core.merged_adapter(merged), base / "models" / "loras" / f"{name} export.safetensors")
+    found["export"] = worst(application.patch_model(patcher, merged, 1.0)[0], stock(patcher, exported, 1.0))[0]
+    targets = places.published_layers(patcher)
+    found["published"] = len(targets)
+    mapped = places.place_layers(patcher, targets)
+    found["rows"] = all(native_place(BY_NAME[name], t.name, t.shape) == mapped[t.name] for t in targets)
+    state = patcher.model.state_dict()
+    target = (
+        next(target for target in targets if mapped[target.name].start)
+        if any(mapped[target.name].start for target in targets)
+        else targets[0]
+    )
+    weight, _ = places.own_weight(patcher, mapped[target.name])
+    place = mapped[target.name]
+    start = place.start or 0
+    found["own weight"] = torch.equal(
+        weight, state["diffusion_model." + place.key].flatten(1)[start : start + target.shape[0]]
+    )
+    basis = core.decompose(weight, 4)
+    found["residual"] = float(
+        (core.residual_weight(weight, basis, 1.0) + basis.q @ basis.r - weight).norm() / weight.norm()
+    )
+    return found
+
+
+def checked(name):
+    try:
+        return family(name)
+    except Exception as error:  # noqa: BLE001 - one family must not hide the others
+        import traceback
+
+        return {"error": f"{error!r}\n{traceback.format_exc()[-1500:]}"}
+
+
+wanted = sys.argv[4:] or list(MODELS)
+result.write_text(json.dumps({name: checked(name) for name in wanted}, indent=1))

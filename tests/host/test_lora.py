@@ -1,0 +1,58 @@
+"""Ordinary LoRAs on a small model of each family: this pack and the stock loader change every weight alike."""
+
+import json
+import os
+import subprocess
+
+import pytest
+
+from demo import server as instance
+
+FAMILIES = ("FLUX.1", "FLUX.2", "Chroma", "Z-Image", "Qwen-Image", "Krea 2", "SD3.5", "SDXL")
+DIALECTS = {
+    "FLUX.1": {"diffusers", "native", "kohya", "onetrainer", "simpletuner"},
+    "FLUX.2": {"diffusers", "native", "kohya", "onetrainer", "simpletuner"},
+    "Chroma": {"diffusers", "native", "kohya", "onetrainer", "simpletuner"},
+    "Z-Image": {"diffusers", "native", "kohya", "simpletuner"},
+    "Qwen-Image": {"diffusers", "native", "kohya", "simpletuner"},
+    "Krea 2": {"diffusers", "native", "kohya", "simpletuner"},
+    "SD3.5": {"diffusers", "native", "kohya", "onetrainer", "simpletuner", "peft"},
+    "SDXL": {"diffusers", "native", "kohya", "simpletuner"},
+}
+CLOSE = 1e-6  # relative to the change of the weight itself
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    host = instance.find_host()
+    folder = instance.make_base(tmp_path_factory.mktemp("lora") / "base")
+    script = instance.PACK / "tests" / "host" / "lora_probe.py"
+    command = [instance.interpreter(host), script, host, folder, folder / "result.json"]
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(command, cwd=host, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((folder / "result.json").read_text())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_dialect_changes_weights_as_the_stock_loader_does(found, family):
+    one = found[family]
+    assert "error" not in one, one["error"]
+    assert one["recognised"] == family
+    assert one["dialects"].keys() == DIALECTS[family]
+    for dialect, numbers in one["dialects"].items():
+        assert numbers["gap"] < CLOSE, dialect
+        assert numbers["known"] == numbers["layers"] >= numbers["modules"] >= numbers["weights"] > 10, dialect
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_files_merge_as_two_stock_loaders_add(found, family):
+    assert found[family]["merge"] < CLOSE
+    assert found[family]["export"] < CLOSE
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_table_of_a_family_is_the_hosts_map_row_by_row(found, family):
+    one = found[family]
+    assert one["rows"] and one["published"] >= 14
+    assert one["own weight"] and one["residual"] < 1e-6
