@@ -22,6 +22,14 @@ FILES = {  # name -> (folder, address)
         "text_encoders",
         f"{HUB}/comfyanonymous/flux_text_encoders/resolve/main/t5xxl_fp16.safetensors",
     ),
+    "z_image_turbo_bf16.safetensors": (
+        "diffusion_models",
+        f"{HUB}/Comfy-Org/z_image_turbo/resolve/main/split_files/diffusion_models/z_image_turbo_bf16.safetensors",
+    ),
+    "qwen_3_4b.safetensors": (
+        "text_encoders",
+        f"{HUB}/Comfy-Org/z_image_turbo/resolve/main/split_files/text_encoders/qwen_3_4b.safetensors",
+    ),
     "ae.safetensors": (
         "vae",
         f"{HUB}/Comfy-Org/Lumina_Image_2.0_Repackaged/resolve/main/split_files/vae/ae.safetensors",

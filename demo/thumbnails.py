@@ -28,8 +28,10 @@ def main() -> None:
     style, content = (open_adapter(FOLDER / f"{one.name}.safetensors") for one in (STYLE, CONTENT))
     pictures = {one.name: to_image(draw(one.look)) for one in (STYLE, CONTENT)}
     drawn = drawn_by(style, content)
+    both = row([pictures[CONTENT.name], "+", pictures[STYLE.name], "=", drawn["merged"]])
     made = {
-        "Merge style and content": row([pictures[CONTENT.name], "+", pictures[STYLE.name], "=", drawn["merged"]]),
+        "Merge style and content": both,
+        "Merge two LoRAs": both.copy(),
         "Train and merge": stacked(
             row([pictures[CONTENT.name], ">", drawn["content"]]), row([pictures[STYLE.name], ">", drawn["style"]])
         ),

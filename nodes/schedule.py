@@ -60,11 +60,13 @@ class ScheduleNode(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, preset: str | None, points: str | None, over: Over | None) -> bool | str:
-        if preset == CUSTOM and points is not None and over is not None:
-            try:
-                parse_schedule(points, over)
-            except SettingError as error:
-                return str(error)
+        """What is linked is None here, and looked at when it is there."""
+        if preset is None or points is None or over is None:
+            return True
+        try:
+            schedule_of(preset, points, over, 0.5)
+        except SettingError as error:
+            return str(error)
         return True
 
     @classmethod
@@ -80,8 +82,10 @@ def schedule_of(preset: str, points: str, over: str, switch: float) -> Schedule:
     """The schedule that the widgets say.
 
     Raises:
-        SettingError: the points cannot be read.
+        SettingError: the points cannot be read, or there is no such preset.
     """
+    if not isinstance(preset, str) or preset not in (CUSTOM, *PRESETS, *HALVES):
+        raise SettingError(f"preset is {preset!r:.80}, expected one of {', '.join((CUSTOM, *PRESETS, *HALVES))}")
     if preset in HALVES:
         return content_first(switch)[HALVES.index(preset)]
     if preset in PRESETS:

@@ -30,17 +30,8 @@ from .formats import file_kind, is_residual, open_adapter
 from .gate import Gate, content_gate, holds, style_gate, triggers_of
 from .linalg import Basis, base_r, core_energy, decompose, residual_weight, restored_weight
 from .lora import OTHER_PARTS, OpenedLora, OtherParts, lora_text, open_lora
-from .merge import (
-    LayerSum,
-    MergeReport,
-    OnMismatch,
-    Product,
-    layer_sum,
-    merge,
-    merge_report,
-    merged_adapter,
-    term_products,
-)
+from .merge import MergeReport, OnMismatch, merge, merge_report, merged_adapter
+from .products import LayerSum, Product, layer_sum, term_products
 from .recipe import NOTHING, MergeRecipe, Term
 from .residual import Residual, match_residual, storage_tolerance, value_dtype, write_residual
 from .save import save_adapter

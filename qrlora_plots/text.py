@@ -1,7 +1,7 @@
 """Text on PIL images: a font that has the characters, at a size that fits."""
 
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 
 from PIL import Image, ImageDraw, ImageFont
@@ -63,7 +63,10 @@ def one_line(text: str) -> str:
     """A text without control characters and lone surrogates, at most _LONGEST letters of it."""
     if len(text) > _LONGEST:
         text = _cut(text, _LONGEST)
-    return "".join(" " if unicodedata.category(char) in _NOT_DRAWN else char for char in text)
+    text = "".join(" " if unicodedata.category(char) in _NOT_DRAWN else char for char in text)
+    if _font("", SMALLEST) is None:  # Pillow before 10.1 draws its one bitmap font, which raises for other letters
+        return text.encode("latin-1", errors="replace").decode("latin-1")
+    return text
 
 
 def draw_line(
@@ -106,17 +109,15 @@ def _cut(text: str, keep: int) -> str:
 def _font_name(characters: frozenset[str]) -> str:
     """The first font that has all of these, "" for Pillow's own."""
     for name in ("", *_SYSTEM_FONTS):
-        font = _font(name, SMALLEST)
-        if font is not None and _covers(font, characters):
+        if _font(name, SMALLEST) is not None and all(_draws(name, char) for char in characters - {" "}):
             return name
     return ""
 
 
-def _covers(font: ImageFont.FreeTypeFont, characters: Iterable[str]) -> bool:
-    """Whether none of them is drawn as the font's box for missing ones."""
-    missing = font.getmask("\U0010ffff")
-    for character in set(characters) - {" "}:
-        mask = font.getmask(character)
-        if mask.size == missing.size and bytes(mask) == bytes(missing):
-            return False
-    return True
+@lru_cache(maxsize=8192)
+def _draws(name: str, character: str) -> bool:
+    """Whether a font draws a character as something else than its box for missing ones."""
+    font = _font(name, SMALLEST)
+    assert font is not None
+    mask, missing = font.getmask(character), font.getmask("\U0010ffff")
+    return mask.size != missing.size or bytes(mask) != bytes(missing)

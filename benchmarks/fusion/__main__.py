@@ -34,6 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, default=Path("runs/fusion"), help="where everything is kept")
     parser.add_argument("--quick", action="store_true", help="untrained in minutes: whether the program works")
     parser.add_argument("--until", choices=("tuning", "check"), default="check", help="stop there")
+    parser.add_argument(
+        "--without", nargs="*", default=[], metavar="RECIPE", help="leave out: lora, lora8, preserve, qr40"
+    )
     parser.add_argument("--threads", type=int, default=1, help="of torch; layers this small gain little from more")
     parser.add_argument("--bf16", action="store_true", help="products in bf16: faster where the processor knows it")
     args = parser.parse_args(argv)
@@ -42,20 +45,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{machine()}; version {__version__}, protocol {VERSION}, {datetime.date.today()}")
     study = Study(args.folder, half=args.bf16, **(QUICK if args.quick else {"pictures": PICTURES}))
     tuning, check = (TUNING[:1], CHECK[:2]) if args.quick else (TUNING, CHECK)
-    return run(study, tuning, check, args.until)
+    return run(study, tuning, check, args.until, args.without)
 
 
-def run(study: Study, tuning: Sequence[Unit], check: Sequence[Unit], until: str = "check") -> int:
+def run(
+    study: Study, tuning: Sequence[Unit], check: Sequence[Unit], until: str = "check", without: Sequence[str] = ()
+) -> int:
     """Tune and check one method after another, each from where it was left; tables at the end."""
     quick_look = study.with_pictures(TUNING_PICTURES)
     fusions, results = [], {}
-    for fusion in tuned(quick_look, tuning, ["preserve"]):
+    for fusion in tuned(quick_look, tuning, without):
         fusions.append(fusion)
         if until == "check":
             results[fusion.name] = [numbers(study.readings(fusion, unit)) for unit in check]
             log.info("%s on check units: %s", fusion.name, report.row(results[fusion.name], check))
     print(f"\nChosen on {len(tuning)} tuning units:\n\n{report.chosen(fusions)}\n")
-    print(f"Adapters alone, on tuning units:\n\n{report.curve(single_adapters(quick_look, tuning))}\n", flush=True)
+    print(
+        f"Adapters alone, on tuning units:\n\n{report.curve(single_adapters(quick_look, tuning, without))}\n",
+        flush=True,
+    )
     if until == "tuning":
         return 0
     used = list(dict.fromkeys(one.adapters for one in fusions))

@@ -112,6 +112,6 @@ def picture(results: Results, units: Sequence[Unit], path: Path) -> Path:
     axes.set(
         xlim=(0, 1.02), ylim=(0, 1.02), xlabel="other words right, both adapters on", ylabel="both concepts shown, H"
     )
-    axes.legend(fontsize=8, loc="lower right")
+    axes.legend(fontsize=8, loc="upper left")
     figure.savefig(path)
     return path

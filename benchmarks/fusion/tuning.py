@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -14,38 +15,45 @@ from .store import Study
 log = logging.getLogger(__name__)
 REFERENCE = "best fixed alpha, beta"  # what the others are compared with
 GRID = (0.2, 0.4, 0.6, 0.8, 1.0)
-SWITCHES = (0.6, 0.7, 0.8)
+SWITCHES, LATER_SWITCHES = (0.5, 0.6, 0.7), (0.3, 0.4)
 
 
 def both_schedules() -> list[Schedule]:
     """Candidates where a prompt holds both triggers: content first, some of it kept, the style as it is or stronger."""
-    made = itertools.product(SWITCHES, (0.0,), (0.0, 0.5), (1.0, 1.4))
+    made = [*itertools.product(SWITCHES, (0.0,), (0.0, 0.5), (1.0, 1.4))]
+    made += itertools.product(LATER_SWITCHES, (0.0,), (0.5, 0.8), (1.4, 1.8))
     return [content_first(*parts) for parts in made]
 
 
 def style_schedules() -> list[Schedule]:
     """Candidates for a style alone."""
-    every = [fixed(strength, 0) for strength in (0.7, 0.85, 1.0)]
-    return every + [half_then_full(switch, first) for switch in (0.6, 0.75, 0.85) for first in (0.0, 0.4, 0.7)]
+    every = [fixed(strength, 0) for strength in (0.85, 1.0)]
+    return every + [half_then_full(switch, first) for switch in (0.6, 0.75) for first in (0.0, 0.4, 0.7)]
 
 
 def content_schedules() -> list[Schedule]:
     """Candidates for a content alone."""
-    every = [fixed(0, strength) for strength in (0.7, 0.85, 1.0)]
-    return every + [content_then_base(switch, last) for switch in (0.3, 0.5, 0.7) for last in (0.0, 0.5)]
+    every = [fixed(0, strength) for strength in (0.85, 1.0)]
+    return every + [content_then_base(switch, last) for switch in (0.3, 0.5) for last in (0.0, 0.5)]
 
 
 def best_everywhere(study: Study, units: Sequence[Unit], name: str, each: Iterable[Schedule]) -> Fusion:
-    """The schedule that is best where there is no gate and it applies to every prompt: harmonic mean of H and words."""
+    """The schedule that is best where there is no gate and it applies to every prompt: harmonic mean of H and words.
 
-    def value(candidate: Fusion) -> float:
-        every = [study.readings(candidate, unit, ("both", "content", "style", "none")) for unit in units]
-        shown = sum(h(one["both"]) for one in every) / len(every)
-        words = sum(other_words(one) for one in every) / len(every)
-        log.info("%s %s: H %.2f, other words %.2f", name, candidate.both, shown, words)
-        return harmonic(shown, words)
-
-    return max((Fusion(name, both=one) for one in each), key=value)
+    H alone bounds it, so the other prompts are sampled only for candidates that can still be the best.
+    """
+    candidates = [Fusion(name, both=one) for one in each]
+    shown = [statistics.fmean(h(study.readings(one, unit, ["both"])["both"]) for unit in units) for one in candidates]
+    best, highest = candidates[0], -1.0
+    for found, candidate in sorted(zip(shown, candidates), key=lambda pair: -pair[0]):
+        if harmonic(found, 1.0) <= highest:
+            break
+        every = [study.readings(candidate, unit, ("content", "style", "none")) for unit in units]
+        words = statistics.fmean(other_words(one) for one in every)
+        log.info("%s %s: H %.2f, other words %.2f", name, candidate.both, found, words)
+        if harmonic(found, words) > highest:
+            best, highest = candidate, harmonic(found, words)
+    return best
 
 
 def best_gated(study: Study, units: Sequence[Unit], name: str, adapters: str) -> Fusion:
@@ -85,12 +93,12 @@ class Single(NamedTuple):
     rest: float
 
 
-def single_adapters(study: Study, units: Sequence[Unit]) -> list[Single]:
+def single_adapters(study: Study, units: Sequence[Unit], without: Sequence[str] = ()) -> list[Single]:
     """Concept shown against rest unchanged: what `preserve` must lie above is plain training, weaker and shorter."""
     asked = [("qr", 0.4), ("qr", 0.6), ("qr", 0.8), ("qr", 1.0), ("qr40", 1.0)]
     asked += [("preserve", 0.6), ("preserve", 0.8), ("preserve", 1.0)]
     rows = []
-    for recipe, strength in asked:
+    for recipe, strength in (one for one in asked if one[0] not in without):
         shown, rest = [], []
         for side, schedule in (("content", fixed(0, strength)), ("style", fixed(strength, 0))):
             for unit in units:
@@ -101,23 +109,25 @@ def single_adapters(study: Study, units: Sequence[Unit]) -> list[Single]:
     return rows
 
 
-def tuned(study: Study, units: Sequence[Unit], recipes: Sequence[str]) -> Iterator[Fusion]:
+def tuned(study: Study, units: Sequence[Unit], without: Sequence[str] = ()) -> Iterator[Fusion]:
     """Every method of the study with nothing left open, one after another.
 
     Args:
         study: of few pictures.
         units: tuning units.
-        recipes: further adapters that get gate and schedule.
+        without: recipes whose adapters are left out.
     """
     yield Fusion("no adapter", both=())
     yield Fusion("plain sum")
     yield Fusion("prompt gate", gate=True)
     yield best_gated(study, units, "gate + schedule", "qr")
-    yield Fusion("plain LoRA, equal rank", "lora")
+    if "lora" not in without:
+        yield Fusion("plain LoRA, equal rank", "lora")
     pairs = itertools.product(GRID, GRID)
     yield best_everywhere(study, units, REFERENCE, (fixed(*pair) for pair in pairs))
     yield best_everywhere(study, units, "content first", both_schedules())
-    for recipe in recipes:
-        yield Fusion(f"{recipe}, plain sum", recipe)
-        yield best_gated(study, units, f"{recipe}, gate + schedule", recipe)
-    yield Fusion("plain LoRA, equal parameters", "lora8")
+    if "preserve" not in without:
+        yield Fusion("preserve, plain sum", "preserve")
+        yield best_gated(study, units, "preserve, gate + schedule", "preserve")
+    if "lora8" not in without:
+        yield Fusion("plain LoRA, equal parameters", "lora8")

@@ -1,7 +1,6 @@
 """Pictures of a training: the loss curve, the adapter's own picture, a sheet that says why there are no samples."""
 
 import logging
-import math
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ log = logging.getLogger(__name__)
 
 _SIZE = (960, 540)
 _PREVIEW_SIDE = 512
+_HIGHEST = 1e30  # a loss above it is no point of a curve; the axis would become infinite
 _MARGIN = (84, 44, 24, 56)  # left, top, right, bottom
 _BACKGROUND, _GRID, _TEXT = "#16181c", "#2c3038", "#c8ccd4"
 _RAW, _SMOOTH = "#3a6f6a", "#1fbfa8"
@@ -118,4 +118,4 @@ def _bounds(losses: list[float]) -> tuple[float, float]:
 
 
 def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, int | float) and abs(value) < _HIGHEST  # false for NaN

@@ -253,4 +253,4 @@ def checked(name):
 
 
 wanted = sys.argv[4:] or list(MODELS)
-result.write_text(json.dumps({name: checked(name) for name in MODELS}, indent=1))
+result.write_text(json.dumps({name: checked(name) for name in wanted}, indent=1))

@@ -19,7 +19,7 @@ DIALECTS = {
     "SD3.5": {"diffusers", "native", "kohya", "onetrainer", "simpletuner", "peft"},
     "SDXL": {"diffusers", "native", "kohya", "simpletuner"},
 }
-CLOSE = 2e-6  # relative to the change of the weight itself
+CLOSE = 1e-6  # relative to the change of the weight itself
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,7 @@ from train.run import checkpoint
 
 from . import mutate
 
-feed, runs, jobs, owner, curve = (load(f"training.{name}") for name in ("feed", "runs", "jobs", "owner", "loss_curve"))
+feed, runs, jobs, owner, drawn = (load(f"training.{name}") for name in ("feed", "runs", "jobs", "owner", "pictures"))
 
 PARAMETERS = {f"{name}.delta_r": (3, 10) for name in NAMES}
 
@@ -250,7 +250,7 @@ def use_events(path: Path, content: bytes) -> None:
     found = feed.earlier_events(path)
     job.catch_up(found)
     json.dumps(job.summary())
-    curve.loss_curve(job.steps(), "loss")
+    drawn.loss_curve(job.steps(), "loss")
     for one in events.read_events(path):
         events.parse(one.line())
 

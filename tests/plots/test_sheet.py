@@ -138,10 +138,10 @@ def test_text_card_holds_every_line():
     ids=["long", "lines", "control", "characters", "spaces", "signs", "empty"],
 )
 def test_any_words_are_drawn_in_little_time(words):
-    start = time.monotonic()
+    start = time.process_time()
     sheet = contact_sheet(pictures(4), [f"{words}{index}" for index in range(4)], title=words)
     rows = contact_sheet(pictures(2), [f"alpha={words.replace('=', '')}{index}, beta=1" for index in range(2)])
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 5
     assert max(sheet.image.width, sheet.image.height, rows.image.width, rows.image.height) < 2000
 
 
@@ -160,3 +160,12 @@ def test_pairs_are_read_as_by_the_words_of_the_docstring(label):
         half.count("=") == 1 and all(word.strip() for word in half.split("=")) for half in halves
     )
     assert (label_axes([label]) is not None) == is_pair
+
+
+def test_other_letters_without_a_font_that_has_them(monkeypatch):
+    """Pillow before 10.1 has one bitmap font of 256 letters, and raised."""
+    monkeypatch.setattr(text, "_font", lambda name, size: None)
+    if hasattr(text.ImageFont, "load_default_imagefont"):
+        monkeypatch.setattr(text.ImageFont, "load_default", text.ImageFont.load_default_imagefont)
+    sheet = contact_sheet(pictures(1), ["\u732b caf\u00e9"], title="\u0141")
+    assert sheet.cells[0].label == "\u732b caf\u00e9" and text.one_line("\u732b caf\u00e9") == "? caf\u00e9"

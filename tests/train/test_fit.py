@@ -593,7 +593,7 @@ def test_what_is_refused(settings, changes, kind, message):
 def test_texts_of_another_width_are_refused(settings, tmp_path):
     """Those of a CLIP that belongs to another model."""
     data = small_cache(tmp_path / "wide.safetensors", width=768)
-    with pytest.raises(TrainError, match=r"the texts have widths \(768, 768\), the model takes \(64, 64\)"):
+    with pytest.raises(TrainError, match=r"the texts have widths \(768, 768\), FLUX.1 takes \(64, 64\)"):
         fit(settings(data=str(data)))
 
 
