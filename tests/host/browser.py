@@ -69,7 +69,7 @@ class Page:
         self.js("return app.loadGraphData(arguments[0])", {"id": str(uuid.uuid4()), **workflow})
         self.wait(
             "return app.canvas.graph === app.graph && app.graph.nodes.length === arguments[0]",
-            30,
+            90,
             len(workflow["nodes"]),
         )
 

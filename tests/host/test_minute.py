@@ -38,7 +38,9 @@ def test_its_prompt_as_it_ships_draws_what_its_thumbnail_shows(server, saved):
     sheet.thumbnail(minute.THUMBNAIL)
     assert sheet.size == thumbnail.size
     difference = np.abs(np.asarray(sheet, dtype=float) - np.asarray(thumbnail, dtype=float))
-    assert difference.mean() < 4, "as a JPEG, and drawn by another processor; renew it with python -m demo.minute"
+    assert difference.mean() < 8, (
+        "as a JPEG of a small size, and drawn by another processor; renew it with python -m demo.minute"
+    )
     (seen,) = read(read_picture(picture_of(server, entry, nodes["PreviewImage"])))
     assert seen == (HEART, SUNSET, BARRED), "both adapters show"
 
