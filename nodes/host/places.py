@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...qrlora_core import LayerTarget, TargetError, WeightError, WeightSlice, value_dtype
-from ...qrlora_core.families import FAMILIES, Family, family_of, native_place, network_order
+from ...qrlora_core.families import FAMILIES, Family, family_of, has_layer, native_place, network_order
 from ...qrlora_core.families import published_layers as layers_of_family
 from ...qrlora_core.targets import nearest
 from .protocols import ModelPatcher
@@ -25,6 +25,7 @@ PREFIX = "diffusion_model."
 Place = tuple[str, tuple[int, int, int]] | str  # what ComfyUI takes as the key of a patch
 
 # The host's map is some ten thousand names; a loaded model keeps its own
+_known_places: weakref.WeakKeyDictionary[torch.nn.Module, dict[LayerTarget, WeightSlice]] = weakref.WeakKeyDictionary()
 _maps: weakref.WeakKeyDictionary[torch.nn.Module, dict[str, Any]] = weakref.WeakKeyDictionary()
 
 
@@ -58,6 +59,10 @@ def place_layers(model: ModelPatcher, targets: Iterable[LayerTarget]) -> dict[st
         TargetError: the model lacks a layer, has it in another shape, or keeps it changed by a function; the message
             names them.
     """
+    known = _known_places.setdefault(model.model, {})
+    targets = tuple(targets)
+    if all(target in known for target in targets):  # turning alpha asks for the same layers again
+        return {target.name: known[target] for target in targets}
     table = _host_map(model)
     places, missing, different = {}, [], []
     for target in targets:
@@ -82,6 +87,7 @@ def place_layers(model: ModelPatcher, targets: Iterable[LayerTarget]) -> dict[st
         raise TargetError(
             f"{len(different)} of {count} layers have another shape in this model: {'; '.join(different[:3])}"
         )
+    known.update({target: places[target.name] for target in targets})
     return places
 
 
@@ -156,15 +162,15 @@ def _candidates(model: ModelPatcher, table: Mapping[str, Any], target: LayerTarg
         TargetError: the host keeps the layer changed by a function, which a low-rank patch cannot follow.
     """
     name = target.name
-    found = []
+    found: list[WeightSlice] = []
     for key in (f"transformer.{name}", f"lora_unet_{name.replace('.', '_')}", name):
         if key in table:
             found.append(_place(name, table[key]))
+    if any(_has(model, place.key) and _fits(model, place, target) for place in found):
+        return [place for place in found if _has(model, place.key)]
     for family in FAMILIES:  # hosts of old map fewer models; families know their native layouts
-        try:
+        if has_layer(family, name):
             found.append(native_place(family, name, target.shape))
-        except TargetError:
-            continue
     return [place for place in dict.fromkeys(found) if _has(model, place.key)]
 
 

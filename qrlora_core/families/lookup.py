@@ -122,6 +122,12 @@ def is_known(name: str) -> bool:
     return any(one is not None and one.name(one.layers[0]) == name for one in found)
 
 
+def has_layer(family: Family, name: str) -> bool:
+    """Whether a name is diffusers' own for a layer of this family."""
+    found = find(family, name)
+    return found is not None and found.name(found.layers[0]) == name
+
+
 def native_place(family: Family, name: str, shape: Sequence[int]) -> WeightSlice:
     """Where the family's native layout keeps the layer `name` whose weight has `shape` (out, in).
 
