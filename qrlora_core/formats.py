@@ -171,8 +171,6 @@ def _open_published(file: TensorFile) -> Adapter:
     method = _stated_method(file, default="delta_r")
     if method == "qr":  # would be read as Q' and R' and take the core away
         raise FileFormatError(f"{file.path.name} holds Q and \u0394R, but its metadata say method qr; it is damaged")
-    if method == "qr":  # would be read as Q' and R' and take the core away
-        raise FileFormatError(f"{file.path.name} holds Q and \u0394R, but its metadata say method qr; it is damaged")
     return Adapter(_title(file), method, infos, read, has_initial=has_base, metadata=file.metadata, hold=True)
 
 

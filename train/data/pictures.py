@@ -15,7 +15,6 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "AVIF", "GIF")
 # Decoded, a picture takes up to 16 bytes for a pixel; a file of 300 kB can claim a billion of them.
 MAX_PIXELS = 128_000_000
 MAX_BYTES = 8 * MAX_PIXELS  # four colours of 16 bits, not compressed
-MAX_BYTES = 8 * MAX_PIXELS  # four colours of 16 bits, not compressed
 # What Pillow's decoders raise for damaged files; many check little
 _BROKEN = (
     OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, ArithmeticError, NotImplementedError,
@@ -56,19 +55,6 @@ def read_picture(path: Path) -> Image.Image:
         raise _unreadable(path, error.strerror or str(error)) from error
     except _BROKEN as error:
         raise _unreadable(path, str(error)) from error
-
-
-def _content(path: Path) -> bytes:
-    """A whole file, unless it is larger than any picture of MAX_PIXELS.
-
-    Raises:
-        DatasetError: it is.
-        OSError: it cannot be read.
-    """
-    size = path.stat().st_size
-    if size > MAX_BYTES:
-        raise DatasetError(f"the picture {path.name} has {size / 1e9:.1f} GB, {MAX_BYTES / 1e9:.0f} GB are the most")
-    return path.read_bytes()
 
 
 def _content(path: Path) -> bytes:
