@@ -85,17 +85,18 @@ def sides(model: Any, paths: list[Path]) -> dict[str, Callable[[float], Any]]:
     from pack import qrlora_core as core
     from pack.nodes.host.application import apply_recipe
 
-    held: list[Any] = []  # as ComfyUI's cache holds what the loaders gave
+    held: list[Any] = []  # as ComfyUI's cache holds what nodes gave
 
     def ours(mode: str) -> Callable[[float], Any]:
         def run(alpha: float) -> Any:
             style, content = (core.MergeRecipe.of(core.open_adapter(path)) for path in paths)
             for adapter in (*style.adapters, *content.adapters):
                 adapter.basis_fingerprint  # noqa: B018 - shown by the loader
-            held[:] = [style, content]
             merged = core.merge(style, alpha, content, 1.0)
             core.merge_report(merged)
-            return apply_recipe(model, merged, 1.0, None, mode)[0]
+            patched = apply_recipe(model, merged, 1.0, None, mode)[0]
+            held[:] = [style, content, patched]  # until the next run has made its own
+            return patched
 
         return run
 
