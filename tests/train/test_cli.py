@@ -238,6 +238,7 @@ def test_out_of_memory_has_a_name_in_every_torch(monkeypatch):
     assert known == (torch.cuda.OutOfMemoryError,)
 
 
+@pytest.mark.process
 def test_nothing_of_other_peoples_imports_is_printed(settings, tmp_path):
     """torchao, Triton, bitsandbytes and transformers complain on a machine that is as it should be."""
     path = tmp_path / "settings.json"
