@@ -143,7 +143,7 @@ class _Hook:
                 column += up.shape[1]
 
     def _down(self, active: list[tuple[float, int]], device: torch.device, dtype: torch.dtype) -> Tensor:
-        """The sum of dR's, summed in float32 and rounded once."""
+        """The sum of dR's as the store holds them, summed in float32."""
         (factor, index), *others = active
         if not others and factor == 1.0:
             return self._tensor(index, device, dtype)
