@@ -39,7 +39,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where files go (default: a temporary folder)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        run(args, Path(folder))
+        failed = [row["what"] for row in run(args, Path(folder)) if "failed" in row]
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
 
 
 class Table:

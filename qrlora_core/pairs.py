@@ -26,16 +26,18 @@ class _Memory(Generic[Value]):
     def get(self, adapters: tuple[Adapter, ...], name: str, compute: Callable[[], Value]) -> Value:
         first, *others = adapters
         known = self._known.setdefault(first, {})
-        key = (name, *map(weakref.ref, others))
+        key: tuple[object, ...] = (name, *map(weakref.ref, others))
         if key not in known:
-            known[key] = compute()
+            value = compute()
+            key = (name, *(weakref.ref(other, lambda _: known.pop(key, None)) for other in others))
+            known[key] = value
         return known[key]
 
 
 _own_layers: _Memory[AdapterLayer] = _Memory()
-_same_bases: _Memory[bool] = _Memory()
 _moved_updates: _Memory[Tensor] = _Memory()
 _alignments: _Memory[tuple[float, float]] = _Memory()
+_compared: dict[tuple[int, int], bool] = {}
 _column_counts: _Memory[tuple[int, int, int]] = _Memory()
 
 
@@ -54,9 +56,18 @@ def shares_basis(first: Adapter, second: Adapter, name: str) -> bool:
     """Whether two dR adapters have one basis in a layer that both have."""
     if first is second or (first.basis_fingerprint and first.basis_fingerprint == second.basis_fingerprint):
         return True
-    return _same_bases.get(
-        (first, second), name, lambda: same_basis(own_layer(first, name).up, own_layer(second, name).up)
-    )
+    return same_columns(own_layer(first, name).up, own_layer(second, name).up)
+
+
+def same_columns(first: Tensor, second: Tensor) -> bool:
+    """`same_basis` of two Q, (out, rank), compared once for a pair: turning alpha asks for the same again."""
+    key = (id(first), id(second))
+    known = _compared.get(key)
+    if known is None:
+        known = _compared[key] = same_basis(first, second)
+        for tensor in (first, second):  # another tensor may get the number of one that is gone
+            weakref.finalize(tensor, _compared.pop, key, None).atexit = False
+    return known
 
 
 def moved_update(adapter: Adapter, onto: Adapter, name: str) -> Tensor:
@@ -91,7 +102,7 @@ def column_counts(owners: tuple[Adapter, ...], name: str) -> tuple[int, int, int
             found = [own_layer(owner, name).up] if owner.method != "qr" else [layer.up]
             if owner.method == "qr" and layer.initial:  # Q'R' and QR: two products
                 found.insert(0, layer.initial.q)
-            ups += [up for up in found if not any(same_basis(known, up) for known in ups)]
+            ups += [up for up in found if not any(same_columns(known, up) for known in ups)]
         columns = sum(up.shape[1] for up in ups)
         return len(ups), columns, joint_basis(ups).q.shape[1] if len(ups) > 1 else columns
 

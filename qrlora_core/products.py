@@ -1,6 +1,5 @@
 """What a recipe adds to one layer: products of Q and sums of dR, as references to the adapters' own tensors."""
 
-import weakref
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -8,13 +7,11 @@ import torch
 from torch import Tensor
 
 from .adapter import Adapter, AdapterLayer
-from .basis import joint_basis, same_basis
+from .basis import joint_basis
 from .errors import BasisMismatchError, SettingError
 from .linalg import Basis
-from .pairs import moved_update, own_layer, shares_basis
+from .pairs import moved_update, own_layer, same_columns, shares_basis
 from .recipe import MergeRecipe, Term
-
-_MOST_COMPARED = 20_000  # pairs of tensors that are remembered; FLUX.1 has 342 layers
 
 InitialOf = Callable[[Adapter, str], Basis]
 
@@ -104,22 +101,6 @@ def joined(products: tuple[Product, ...]) -> AdapterLayer:
     return AdapterLayer(joint.q, down, Basis(joint.q, joint.parts[0] @ first.base_r.float()))
 
 
-_compared: dict[tuple[int, int], tuple[weakref.ref[Tensor], weakref.ref[Tensor], bool]] = {}
-
-
-def _same_columns(first: Tensor, second: Tensor) -> bool:
-    """`same_basis`, compared once for a pair of tensors: every turn of alpha asks for the same pairs again."""
-    key = (id(first), id(second))
-    known = _compared.get(key)
-    if known is not None and known[0]() is first and known[1]() is second:
-        return known[2]
-    if len(_compared) > _MOST_COMPARED:
-        _compared.clear()
-    same = same_basis(first, second)
-    _compared[key] = (weakref.ref(first), weakref.ref(second), same)
-    return same
-
-
 def require_fixed(recipe: MergeRecipe) -> None:
     """Raise SettingError when a strength follows the sampling or the prompt: one pair of factors cannot hold that."""
     if recipe.needs_live:
@@ -173,7 +154,7 @@ def _products(
 def _add(products: list[Product], new: Product) -> None:
     """Put `new` to the product with its columns, or append it."""
     for index, product in enumerate(products):
-        if _same_columns(product.up, new.up):
+        if same_columns(product.up, new.up):
             base_r = product.base_r if product.base_r is not None else new.base_r
             products[index] = Product(product.up, product.summands + new.summands, base_r)
             return

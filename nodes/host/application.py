@@ -25,7 +25,7 @@ from ...qrlora_core.linalg import ORTHONORMAL, orthonormality_error
 from ...qrlora_core.residual import Restored
 from . import patches
 from .initial_basis import initial_bases
-from .live import live_clone
+from .live import can_be_live, live_clone
 from .places import Place, load_device, own_weight, place_layers, quantised
 from .protocols import ModelPatcher
 from .restore import RestoredWeight, add_restored, plain_clone
@@ -95,6 +95,8 @@ def _reason_for_live(model: ModelPatcher, recipe: MergeRecipe, places: dict[str,
         return "as chosen"
     if recipe.needs_live:
         return "strengths follow the sampling or the prompt"
+    if not can_be_live(model, places.values()):
+        return ""
     if any(quantised(model, place) for place in places.values()):
         return "the weights are quantised"
     total = comfy.model_management.get_total_memory(load_device(model))

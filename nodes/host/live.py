@@ -9,7 +9,7 @@ because W is never read.
 
 import logging
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -194,6 +194,15 @@ def live_clone(model: ModelPatcher, recipe: MergeRecipe, places: Mapping[str, We
     return clone
 
 
+def can_be_live(model: ModelPatcher, places: Iterable[WeightSlice]) -> bool:
+    """Whether all of these layers are linear: a convolution can only be patched."""
+    return all(hasattr(_module(model, place), "in_features") for place in places)
+
+
+def _module(model: ModelPatcher, place: WeightSlice) -> Any:
+    return comfy.utils.get_attr(model.model, PREFIX + place.key.removesuffix(".weight"))
+
+
 def compute_dtype(model: ModelPatcher) -> torch.dtype:
     """What the model's activations are computed in."""
     dtype: torch.dtype = model.model.manual_cast_dtype or model.model.get_dtype()
@@ -273,7 +282,7 @@ def _built(
     for name in interruptible(recipe.layer_names):
         place = places[name]
         module = PREFIX + place.key.removesuffix(".weight")
-        if not hasattr(comfy.utils.get_attr(model.model, module), "in_features"):
+        if not can_be_live(model, [place]):
             raise SettingError(f"{name} is no linear layer, so it can only be patched; set mode to 'patch'")
         for index, term in enumerate(recipe.terms):
             if name in term.adapter.layers and term.block_factor(name):

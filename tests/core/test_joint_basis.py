@@ -219,3 +219,19 @@ def test_nothing_connected_is_nothing():
     assert core.merge_report(empty).layers == 0 and not empty.active
     with pytest.raises(core.SettingError, match="no adapter is connected"):
         core.merged_adapter(empty)
+
+
+def test_what_is_known_of_a_pair_goes_with_either_of_them():
+    from qrlora_core import pairs
+
+    gc.collect()
+    before = len(pairs._compared)
+    a, anchor = make(1), make(2, basis_seed=5)
+    core.merged_adapter(core.merge(of(anchor), 1.0, of(a), 1.0, "align"))
+    assert len(pairs._compared) > before
+    moved = weakref.ref(pairs.moved_update(a, anchor, NAMES[0]))
+    assert moved() is not None
+    del anchor
+    gc.collect()
+    assert moved() is None, "the first adapter lives on and keeps nothing of the second"
+    assert len(pairs._compared) == before
