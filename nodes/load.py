@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from ..qrlora_core import MergeRecipe, QRLoRAError, Residual, open_adapter
+from ..qrlora_core import MergeRecipe, Residual, open_adapter
 from . import report, sockets
 from .host import folders
 
@@ -30,11 +30,11 @@ class LoadDeltaR(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, delta_r_name: str) -> bool | str:
-        return _refusal(delta_r_name) or True
+        return folders.refusal(folders.find_file, delta_r_name) or True
 
     @classmethod
     def fingerprint_inputs(cls, delta_r_name: str) -> str:
-        return _version(delta_r_name)
+        return folders.version(folders.find_file, delta_r_name)
 
     @classmethod
     def execute(cls, delta_r_name: str) -> io.NodeOutput:
@@ -66,30 +66,13 @@ class LoadResidual(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, residual_name: str) -> bool | str:
-        return _refusal(residual_name) or True
+        return folders.refusal(folders.find_file, residual_name) or True
 
     @classmethod
     def fingerprint_inputs(cls, residual_name: str) -> str:
-        return _version(residual_name)
+        return folders.version(folders.find_file, residual_name)
 
     @classmethod
     def execute(cls, residual_name: str) -> io.NodeOutput:
         residual = Residual(folders.find_file(residual_name))
         return io.NodeOutput(residual, ui={"text": [report.residual_text(residual)]})
-
-
-def _refusal(name: str) -> str:
-    """Why a name cannot be used, or an empty string; asked before anything runs."""
-    try:
-        folders.find_file(name)
-    except QRLoRAError as error:
-        return str(error)
-    return ""
-
-
-def _version(name: str) -> str:
-    """Changes when the file does, so that a file written anew is read anew."""
-    if _refusal(name):
-        return ""
-    status = folders.find_file(name).stat()
-    return f"{status.st_size}:{status.st_mtime_ns}"

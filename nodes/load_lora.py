@@ -12,7 +12,6 @@ from ..qrlora_core import (
     MergeRecipe,
     OpenedLora,
     OtherParts,
-    QRLoRAError,
     SettingError,
     lora_text,
     open_lora,
@@ -48,11 +47,11 @@ class LoadLoRA(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, lora_name: str) -> bool | str:
-        return _refusal(lora_name) or True
+        return folders.refusal(folders.lora_file, lora_name) or True
 
     @classmethod
     def fingerprint_inputs(cls, lora_name: str, rank: int = 0, other_parts: str = "refuse") -> str:
-        return f"{_version(lora_name)}:{rank}:{other_parts}"
+        return f"{folders.version(folders.lora_file, lora_name)}:{rank}:{other_parts}"
 
     @classmethod
     def execute(cls, lora_name: str, rank: int = 0, other_parts: OtherParts = "refuse") -> io.NodeOutput:
@@ -82,7 +81,7 @@ class FromLoRAStack(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, lora_stack: Any = None, rank: int = 0, other_parts: str = "refuse") -> str:
         names = [entry[0] for entry in lora_stack or () if isinstance(entry, list | tuple) and entry]
-        return ":".join([*(_version(str(name)) for name in names), str(rank), other_parts])
+        return ":".join([*(folders.version(folders.lora_file, str(name)) for name in names), str(rank), other_parts])
 
     @classmethod
     def execute(cls, lora_stack: Any, rank: int = 0, other_parts: OtherParts = "refuse") -> io.NodeOutput:
@@ -144,19 +143,3 @@ def _settings() -> list[Any]:
 
 def _opened(path: Path, rank: int, other_parts: OtherParts) -> OpenedLora:
     return open_lora(path, rank=rank, other_parts=other_parts, device=work_device(), progress=with_progress)
-
-
-def _refusal(name: str) -> str:
-    try:
-        folders.lora_file(name)
-    except QRLoRAError as error:
-        return str(error)
-    return ""
-
-
-def _version(name: str) -> str:
-    """Changes when the file does, so that a file written anew is read anew."""
-    if _refusal(name):
-        return ""
-    status = folders.lora_file(name).stat()
-    return f"{name}:{status.st_size}:{status.st_mtime_ns}"

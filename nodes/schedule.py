@@ -3,7 +3,6 @@
 from comfy_api.latest import io
 
 from ..qrlora_core import NOTHING, PRESETS, MergeRecipe, Schedule, SettingError, content_first, parse_schedule
-from ..qrlora_core.schedule import Over
 from . import report, sockets
 
 CUSTOM = "points"
@@ -57,17 +56,6 @@ class ScheduleNode(io.ComfyNode):
             outputs=[sockets.DeltaR.Output(display_name="delta_r", tooltip="For Merge \u0394R and Apply QR-LoRA.")],
             search_aliases=["schedule", "fade", "strength over steps", "timestep", "delta r schedule", "keyframes"],
         )
-
-    @classmethod
-    def validate_inputs(cls, preset: str | None, points: str | None, over: Over | None) -> bool | str:
-        """What is linked is None here, and looked at when it is there."""
-        if preset is None or points is None or over is None:
-            return True
-        try:
-            schedule_of(preset, points, over, 0.5)
-        except SettingError as error:
-            return str(error)
-        return True
 
     @classmethod
     def execute(

@@ -3,12 +3,13 @@
 import logging
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import folder_paths
 
-from ...qrlora_core import FileFormatError, PathError, TensorFile, contained_path, is_residual
+from ...qrlora_core import FileFormatError, PathError, QRLoRAError, TensorFile, contained_path, is_residual
 from ...train.data.captions import PICTURE_ENDINGS
 
 log = logging.getLogger(__name__)
@@ -89,6 +90,23 @@ def lora_names() -> list[str]:
     """LoRA files for a drop-down: the safetensors files in the folders of LoRAs."""
     names = [name for name in folder_paths.get_filename_list(LORAS) if name.lower().endswith(MODEL_ENDINGS)]
     return names or [NO_LORA]
+
+
+def refusal(find: Callable[[str], Path], name: str) -> str:
+    """Why a name that a workflow gives cannot be used, or an empty string; asked before anything runs."""
+    try:
+        find(name)
+    except QRLoRAError as error:
+        return str(error)
+    return ""
+
+
+def version(find: Callable[[str], Path], name: str) -> str:
+    """Changes when the file does, so that a file written anew is read anew; empty for a name that cannot be used."""
+    if refusal(find, name):
+        return ""
+    status = find(name).stat()
+    return f"{name}:{status.st_size}:{status.st_mtime_ns}"
 
 
 def lora_file(name: str) -> Path:
