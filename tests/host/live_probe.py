@@ -383,6 +383,21 @@ def gates():
     told = apply(patcher, style.gated(lambda _: whole), mode="auto")
     found["told for the graph"] = gap(sample(told, cond(0), cond(1), cfg=3.0), mixed)
 
+    # two pictures at once, conditioned and unconditioned in one batch of four
+    pair = torch.cat([LATENT, LATENT.flip(-1)])
+    with torch.no_grad():
+        batch = comfy.sample.sample(
+            gated, pair, 1, 3.0, "euler", "simple", cond(0, "a cat in <S> style"), cond(1, "blurry"),
+            torch.zeros_like(pair), disable_pbar=True,
+        )  # fmt: skip
+    found["two pictures"] = gap(batch[:1], mixed)
+
+    # two clones of one model in turn, as two samplers of one graph use them
+    other = apply(patcher, content, mode="live")
+    alone = sample(other)
+    sample(gated, cond(0, "<s>"))
+    found["in turn"] = gap(sample(other), alone)
+
     # two prompts of one batch, each on a half of the picture, and only one of them asks for the style
     def areas(first, second):
         left = [[one[0], {**one[1], "area": (8, 4, 0, 0), "strength": 1.0}] for one in first]
