@@ -31,6 +31,7 @@ from .gate import Gate, content_gate, holds, style_gate, triggers_of
 from .linalg import Basis, base_r, core_energy, decompose, residual_weight, restored_weight
 from .lora import OTHER_PARTS, OpenedLora, OtherParts, lora_text, open_lora
 from .merge import MergeReport, OnMismatch, merge, merge_report, merged_adapter
+from .paths import contained_path, free_name
 from .products import LayerSum, Product, layer_sum, term_products
 from .recipe import NOTHING, MergeRecipe, Term
 from .residual import Residual, match_residual, storage_tolerance, value_dtype, write_residual
@@ -38,7 +39,7 @@ from .save import save_adapter
 from .schedule import PRESETS, Schedule, content_first, parse_schedule
 from .similarity import similarity_report
 from .similarity_schema import SimilarityReport
-from .storage import TensorFile, contained_path, free_name, model_fingerprint
+from .storage import TensorFile, model_fingerprint
 from .sweep import MAX_COMBINATIONS, SweepCell, parse_scales, sweep
 from .targets import LayerTarget, WeightSlice, match_targets
 from .truncate import Truncated, truncated
