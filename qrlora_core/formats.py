@@ -83,7 +83,7 @@ def open_adapter(path: Path) -> Adapter:
         "lora": "is a plain LoRA (its `up` is not a basis): load it with Load LoRA as \u0394R, from models/loras",
         "residual": "is a residual: load it with Load FLUX Residual",
         "basis": "is a basis (Q and R), which holds no trained change",
-    }.get(kind, f"is not an adapter; it begins with {few(file.specs) or 'nothing'}")
+    }.get(kind, f"is not an adapter; it begins with {first_few(file.specs) or 'nothing'}")
     raise FileFormatError(f"{file.path.name} {found}. Expected keys like {PUBLISHED['delta_r'].format('<layer>')}")
 
 
@@ -139,15 +139,15 @@ def group_layers(
         else:
             layers.setdefault(owner[1], {})[owner[0]] = key
     if foreign:
-        raise FileFormatError(f"{name} holds {len(foreign)} tensors that do not belong there: {few(foreign)}")
+        raise FileFormatError(f"{name} holds {len(foreign)} tensors that do not belong there: {first_few(foreign)}")
     expected = {role for found in layers.values() for role in found} | patterns.keys()
     missing = [every[role].format(layer) for layer, found in layers.items() for role in expected - found.keys()]
     if missing or not layers:
-        raise FileFormatError(f"{name} is incomplete, it lacks {len(missing)} tensors: {few(sorted(missing))}")
+        raise FileFormatError(f"{name} is incomplete, it lacks {len(missing)} tensors: {first_few(sorted(missing))}")
     return layers
 
 
-def few(items: Iterable[str], count: int = 3) -> str:
+def first_few(items: Iterable[str], count: int = 3) -> str:
     """The first few of many names, for a message."""
     items = list(items)
     return ", ".join(shortened(item, _LONGEST_NAME) for item in items[:count]) + (

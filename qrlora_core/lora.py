@@ -17,7 +17,7 @@ from torch import Tensor
 from .adapter import Adapter, AdapterLayer, LayerInfo, Progress
 from .errors import FileFormatError, SettingError
 from .families import Family, cut, family_of, find
-from .formats import NATIVE, few, file_kind, open_adapter
+from .formats import NATIVE, file_kind, first_few, open_adapter
 from .linalg import decompose, require_finite
 from .storage import TensorFile
 
@@ -223,7 +223,7 @@ def _require_readable(
 ) -> None:
     title = file.path.name
     if not modules:
-        found = few(file.specs) or "nothing"
+        found = first_few(file.specs) or "nothing"
         raise FileFormatError(f"{title} holds no LoRA of a diffusion model that can be read; it begins with {found}")
     dora = [base for base, keys in modules.items() if "dora" in keys]
     if dora:
@@ -235,14 +235,14 @@ def _require_readable(
     if whole and not rank:
         raise FileFormatError(
             f"{title}: {len(whole)} of {len(modules)} modules are not low-rank (LoHa, LoKr or whole differences): "
-            f"{few(whole)}. Set 'rank' to take the best approximation of so many columns (what it loses is told), or "
+            f"{first_few(whole)}. Set 'rank' for the best approximation of so many columns (what it loses is told), or "
             "use ComfyUI's own Load LoRA"
         )
     if others and choice == "refuse":
         counts = ", ".join(f"{count} {what}" for what, count in Counter(others.values()).items())
         raise FileFormatError(
-            f"{title} also holds {counts}, which no \u0394R can hold: {few(others)}. Set 'other_parts' to 'leave out' "
-            "to go without them, or use ComfyUI's own Load LoRA"
+            f"{title} also holds {counts}, which no \u0394R can hold: {first_few(others)}. Set 'other_parts' to 'leave "
+            "out' to go without them, or use ComfyUI's own Load LoRA"
         )
 
 

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 from .adapter import Adapter, AdapterLayer, LayerInfo, Progress
 from .basis import same_basis
 from .errors import BasisMismatchError, TargetError
-from .formats import few
+from .formats import first_few
 from .pairs import alignment, column_counts, shares_basis
 from .products import InitialOf, joined, require_fixed, sum_of
 from .recipe import MergeRecipe, Term
@@ -79,9 +79,9 @@ def merge(
     if foreign and on_basis_mismatch == "raise":
         names = _differing_layers(anchor, foreign[0])
         raise BasisMismatchError(
-            f"{anchor.name} and {foreign[0].adapter.name} have different bases in {len(names)} layers: {few(names)}. "
-            "They were trained on different base models, ranks or machines; set on_basis_mismatch to 'stack' (exact) "
-            "or 'align'"
+            f"{anchor.name} and {foreign[0].adapter.name} have different bases in {len(names)} layers: "
+            f"{first_few(names)}. They were trained on different base models, ranks or machines; set on_basis_mismatch "
+            "to 'stack' (exact) or 'align'"
         )
     unknown = [adapter.name for adapter in (anchor, *(t.adapter for t in foreign)) if adapter.method == "qr"]
     if foreign and unknown:

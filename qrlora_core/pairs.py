@@ -24,6 +24,7 @@ class _Memory(Generic[Value]):
         self._known: weakref.WeakKeyDictionary[Adapter, dict[tuple[object, ...], Value]] = weakref.WeakKeyDictionary()
 
     def get(self, adapters: tuple[Adapter, ...], name: str, compute: Callable[[], Value]) -> Value:
+        """What `compute` gave for this layer of these adapters; it is called at most once while all of them live."""
         first, *others = adapters
         known = self._known.setdefault(first, {})
         key: tuple[object, ...] = (name, *map(weakref.ref, others))

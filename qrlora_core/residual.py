@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .errors import BasisMismatchError, FileFormatError, TargetError
 from .families import network_order
-from .formats import RESIDUAL, few, file_kind, group_layers
+from .formats import RESIDUAL, file_kind, first_few, group_layers
 from .linalg import Basis, require_finite, restored_weight
 from .storage import TensorFile, TensorSpec, write_tensors
 from .targets import LayerTarget, nearest
@@ -163,7 +163,9 @@ def write_residual(
     """
     layers = list(layers)
     if len({layer.name for layer in layers}) != len(layers) or not layers:
-        raise TargetError(f"a residual needs distinct layers, got {few([layer.name for layer in layers]) or 'none'}")
+        raise TargetError(
+            f"a residual needs distinct layers, got {first_few([layer.name for layer in layers]) or 'none'}"
+        )
     specs = {RESIDUAL.format(layer.name): TensorSpec(dtype, layer.shape) for layer in layers}
 
     def stream() -> Iterable[tuple[str, Tensor]]:

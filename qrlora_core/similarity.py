@@ -15,7 +15,7 @@ from .adapter import Adapter, AdapterLayer, Progress
 from .basis import same_basis
 from .errors import TargetError
 from .families import Family, family_of_targets, layer_kind
-from .formats import few
+from .formats import first_few
 from .similarity_schema import (
     QUANTITIES,
     SCHEMA,
@@ -50,7 +50,9 @@ def similarity_report(a: Adapter, b: Adapter, progress: Progress | None = None) 
     """
     common = [name for name in a.layers if name in b.layers]
     if not common:
-        raise TargetError(f"{a.name} and {b.name} have no layer in common: {few(a.layers)}; {few(b.layers)}")
+        raise TargetError(
+            f"{a.name} and {b.name} have no layer in common: {first_few(a.layers)}; {first_few(b.layers)}"
+        )
     for name in common:
         if a.layers[name].shape != b.layers[name].shape:
             shapes = f"{a.layers[name].shape} in {a.name}, {b.layers[name].shape} in {b.name}"

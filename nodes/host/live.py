@@ -99,6 +99,7 @@ class LiveState:
         self.uncalled = set(modules.values())
 
     def eject(self, _patcher: Any) -> None:
+        """Take this clone's hooks off; nothing happens where there are none."""
         while self._handles:
             self._handles.pop().remove()
 
