@@ -4,9 +4,10 @@ from comfy_api.latest import io
 
 from ..qrlora_core import NOTHING, BlockScale, MergeRecipe, family_of_targets, parse_kind_ranges, parse_ranges
 from . import report, sockets
+from .arrivals import Node
 
 
-class BlockScaleNode(io.ComfyNode):
+class BlockScaleNode(Node):
     """DELTA_R -> DELTA_R with a factor for every layer."""
 
     @classmethod

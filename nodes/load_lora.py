@@ -17,12 +17,13 @@ from ..qrlora_core import (
     open_lora,
 )
 from . import report, sockets
+from .arrivals import Node
 from .host import folders, with_progress, work_device
 
 LoraStack = io.Custom("LORA_STACK")
 
 
-class LoadLoRA(io.ComfyNode):
+class LoadLoRA(Node):
     """File in models/loras -> DELTA_R."""
 
     @classmethod
@@ -60,7 +61,7 @@ class LoadLoRA(io.ComfyNode):
         return io.NodeOutput(MergeRecipe.of(opened.adapter), ui={"text": [text]})
 
 
-class FromLoRAStack(io.ComfyNode):
+class FromLoRAStack(Node):
     """LORA_STACK -> DELTA_R."""
 
     @classmethod

@@ -17,11 +17,12 @@ from ..qrlora_core import (
     triggers_of,
 )
 from . import host, report, sockets
+from .arrivals import Node
 
 ACTS = ("always", "by prompt", "by prompt, content first")
 
 
-class Merge(io.ComfyNode):
+class Merge(Node):
     """Two DELTA_R -> DELTA_R."""
 
     @classmethod

@@ -26,12 +26,13 @@ from ..qrlora_core import (
 )
 from ..qrlora_core.save import AdapterFormat
 from . import host, sockets
+from .arrivals import Node
 from .host import folders
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-class SaveDeltaR(io.ComfyNode):
+class SaveDeltaR(Node):
     """DELTA_R -> file in models/qrlora."""
 
     @classmethod
@@ -72,7 +73,7 @@ class SaveDeltaR(io.ComfyNode):
         return _saved(path, folders.save_folder())
 
 
-class ExportLoRA(io.ComfyNode):
+class ExportLoRA(Node):
     """DELTA_R -> standard LoRA in models/loras."""
 
     @classmethod
@@ -115,7 +116,7 @@ class ExportLoRA(io.ComfyNode):
         return _saved(path, folder, note)
 
 
-class SaveResidual(io.ComfyNode):
+class SaveResidual(Node):
     """MODEL -> residual file in models/qrlora."""
 
     @classmethod

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ...demo.toy.features import SIZE, text_features, to_latents, to_pictures
-from ...qrlora_core import Adapter, QRLoRAError, open_adapter
+from ...qrlora_core import Adapter, QRLoRAError, SettingError, open_adapter
 
 FOLDER = Path(__file__).resolve().parents[2] / "demo" / "toy"
 WEIGHTS = FOLDER / "toy_flux_fp8.safetensors"
@@ -29,7 +29,10 @@ class ToyCLIP:
         return text
 
     def encode_from_tokens_scheduled(self, tokens: str, **_: Any) -> list[Any]:
-        features, pooled = text_features(tokens)
+        try:
+            features, pooled = text_features(tokens)
+        except ValueError as error:
+            raise SettingError(f"{error!s:.300}") from error
         return [[features, {"pooled_output": pooled}]]
 
 

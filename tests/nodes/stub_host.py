@@ -46,8 +46,9 @@ def install(monkeypatch, base: Path) -> FolderPaths:
     """Put the modules into `sys.modules` until the test ends; the stub of `folder_paths`."""
     modules = {"folder_paths": FolderPaths(base), "server": types.ModuleType("server")}
     modules["server"].PromptServer = types.SimpleNamespace(instance=None)
-    for name in ("comfy", "comfy.model_management", "comfy.utils", "comfy.latent_formats"):
+    for name in ("comfy", "comfy.cli_args", "comfy.model_management", "comfy.utils", "comfy.latent_formats"):
         modules[name] = types.ModuleType(name)
+    modules["comfy.cli_args"].args = types.SimpleNamespace(enable_cors_header=None)
     management = modules["comfy.model_management"]
     management.InterruptProcessingException = type("InterruptProcessingException", (BaseException,), {})
     management.get_torch_device = lambda: torch.device("cpu")

@@ -110,9 +110,26 @@ class SaveConditioning(io.ComfyNode):
         return io.NodeOutput(ui={"text": [output]})
 
 
+class Anything(io.ComfyNode):
+    """What switches and reroutes of other packs do: a text, from a socket that says nothing."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="QRLoRATestAny",
+            category="QR-LoRA/test",
+            inputs=[io.String.Input("what")],
+            outputs=[io.AnyType.Output()],
+        )
+
+    @classmethod
+    def execute(cls, what):
+        return io.NodeOutput(what)
+
+
 class TestExtension(ComfyExtension):
     async def get_node_list(self):
-        return [Conditioning, Forward, SaveConditioning]
+        return [Conditioning, Forward, SaveConditioning, Anything]
 
 
 async def comfy_entrypoint():
