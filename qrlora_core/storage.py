@@ -5,9 +5,7 @@ import json
 import os
 import shutil
 import struct
-import uuid
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -17,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .errors import FileFormatError, PathError
+from .whole import whole_file
 
 DTYPES = {
     "F64": torch.float64,
@@ -221,34 +220,18 @@ def write_tensors(
     path = Path(path)
     header = header_bytes(specs, {CHECKSUM: _NO_CHECKSUM, **metadata} if checksum else metadata)
     total = len(header) + sum(spec.nbytes for spec in specs.values())
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _require_absent(path, overwrite)
+    with whole_file(path, overwrite=overwrite, check=check) as file:
         free = shutil.disk_usage(path.parent).free
         if free < total:
             raise PathError(f"{path.name} needs {size_text(total)}, the disk has {size_text(free)} free")
-        temporary = path.parent / f".qrlora-{uuid.uuid4().hex}.tmp"
-        with temporary.open("xb") as file:
-            file.write(header)
-            digest = hashlib.sha256(header)
-            written = _write_stream(file, specs, tensors, digest.update if checksum else lambda data: None)
-            if checksum:
-                file.seek(header.index(_NO_CHECKSUM.encode()))
-                file.write(digest.hexdigest().encode())
-            file.flush()
-            os.fsync(file.fileno())
+        file.write(header)
+        digest = hashlib.sha256(header)
+        written = _write_stream(file, specs, tensors, digest.update if checksum else lambda data: None)
         if written != list(specs):
             raise FileFormatError(f"{path.name}: {len(written)} of {len(specs)} tensors were written")
-        if check is not None:
-            check(temporary)
-        _publish(temporary, path, overwrite)
-    except OSError as error:
-        raise PathError(f"{path.name} cannot be written in {path.parent.name}: {error.strerror or error}") from error
-    finally:  # cancelling may arrive as a BaseException
-        if temporary is not None:
-            with suppress(FileNotFoundError):
-                temporary.unlink()
+        if checksum:
+            file.seek(header.index(_NO_CHECKSUM.encode()))
+            file.write(digest.hexdigest().encode())
     return path
 
 
@@ -351,21 +334,3 @@ def _write_stream(
         on_data(content)
         written.append(key)
     return written
-
-
-def _require_absent(path: Path, overwrite: bool) -> None:
-    if path.is_dir() or (path.exists() and not overwrite):
-        raise PathError(f"{path.name} exists already; choose another name")
-
-
-def _publish(temporary: Path, path: Path, overwrite: bool) -> None:
-    if overwrite:
-        temporary.replace(path)
-        return
-    try:
-        os.link(temporary, path)  # unlike a rename, fails when somebody else took the name meanwhile
-    except FileExistsError as error:  # also a link that leads nowhere, which `exists` does not see
-        raise PathError(f"{path.name} exists already; choose another name") from error
-    except OSError:  # a file system without hard links
-        _require_absent(path, overwrite)
-        temporary.rename(path)
