@@ -18,6 +18,7 @@ def pytest_addoption(parser):
     parser.addoption("--quick", action="store_true", help="only tests that start no other process; under a minute")
 
 
+@pytest.hookimpl(tryfirst=True)  # before the groups are read
 def pytest_collection_modifyitems(config, items):
     """The tests of the host all ask a server or a browser; the others that start a process carry the mark `process`.
 
