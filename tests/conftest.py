@@ -11,16 +11,23 @@ from demo.small_flux import GOLDEN
 settings.register_profile("pack", deadline=None, print_blob=True)
 settings.load_profile("pack")
 
+SHARED = ("server", "bare_server", "probe", "live_probe")  # what takes long to start and serves many tests
+
 
 def pytest_addoption(parser):
     parser.addoption("--quick", action="store_true", help="only tests that start no other process; under a minute")
 
 
 def pytest_collection_modifyitems(config, items):
-    """The tests of the host all ask a server or a browser; the others that start a process carry the mark `process`."""
+    """The tests of the host all ask a server or a browser; the others that start a process carry the mark `process`.
+
+    Where several processes share the tests, those of one file stay together, and those that ask the same server.
+    """
     for item in items:
         if "tests/host/" in item.path.as_posix():
             item.add_marker(pytest.mark.process)
+        shared = next((name for name in SHARED if name in item.fixturenames), item.path.as_posix())
+        item.add_marker(pytest.mark.xdist_group(shared))
     if config.getoption("--quick"):
         slow = [item for item in items if item.get_closest_marker("process")]
         config.hook.pytest_deselected(items=slow)
