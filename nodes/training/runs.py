@@ -42,7 +42,10 @@ def key_of(parts: Any) -> str:
 
 
 class Result(NamedTuple):
-    """A trained adapter that was checked: its SHA-256, and {wanted name: file name inside output/qrlora}."""
+    """A trained adapter that was checked: its SHA-256, and {wanted name: file name inside output/qrlora}.
+
+    In another folder both are of that folder, and its label and a colon stand before the wanted name.
+    """
 
     sha256: str
     published: Mapping[str, str]
