@@ -1,26 +1,15 @@
 """Nodes that bring ordinary LoRA files in: one file, or a stack that another node made."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from comfy_api.latest import io
 
-from ..qrlora_core import (
-    NOTHING,
-    OTHER_PARTS,
-    MergeRecipe,
-    OpenedLora,
-    OtherParts,
-    SettingError,
-    lora_text,
-    open_lora,
-)
+from ..qrlora_core import NOTHING, OTHER_PARTS, MergeRecipe, OpenedLora, OtherParts, lora_text, open_lora
 from . import report, sockets
 from .arrivals import Node
 from .host import folders, with_progress, work_device
-
-LoraStack = io.Custom("LORA_STACK")
+from .lora_stack import LoraStack, stack_entries, stack_output
 
 
 class LoadLoRA(Node):
@@ -62,7 +51,7 @@ class LoadLoRA(Node):
 
 
 class FromLoRAStack(Node):
-    """LORA_STACK -> DELTA_R."""
+    """LORA_STACK -> DELTA_R, and a stack of what is left for the text encoders."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -70,12 +59,18 @@ class FromLoRAStack(Node):
             "QRLoRAFromLoRAStack",
             "LoRA Stack to \u0394R",
             "Turns the stack of a LoRA stacker, Lora Manager or Efficiency node into one \u0394R: every file at its "
-            "model strength. Strengths for CLIP are told and not applied.",
+            "model strength. Text encoder parts come out as a stack, for the node that applies stacks.",
             inputs=[
                 LoraStack.Input("lora_stack", tooltip="A list of (file, model strength, CLIP strength)."),
                 *_settings(),
             ],
-            outputs=[sockets.DeltaR.Output(display_name="delta_r", tooltip="All of them, for Merge, Apply and Save.")],
+            outputs=[
+                sockets.DeltaR.Output(display_name="delta_r", tooltip="All of them, for Merge, Apply and Save."),
+                stack_output(
+                    "The files that also change text encoders, at their CLIP strength and model strength 0: for the "
+                    "Apply LoRA Stack of the stack's own pack."
+                ),
+            ],
             search_aliases=["lora stack", "lora stacker"],
         )
 
@@ -86,34 +81,15 @@ class FromLoRAStack(Node):
 
     @classmethod
     def execute(cls, lora_stack: Any, rank: int = 0, other_parts: OtherParts = "refuse") -> io.NodeOutput:
-        recipe, lines = NOTHING, []
+        recipe, texts, lines = NOTHING, [], []
         for name, strength, clip in stack_entries(lora_stack):
             opened = _opened(folders.lora_file(name), rank, other_parts)
             recipe = MergeRecipe(recipe.terms + MergeRecipe.of(opened.adapter, strength).terms)
             lines.append(f"{strength:g} x {name}: {len(opened.adapter.layers)} layers, {'; '.join(lora_text(opened))}")
             if clip and opened.text_encoder:
-                lines.append(f"{name}: CLIP strength {clip:g} is not applied here")
-        return io.NodeOutput(recipe, ui={"text": ["\n".join(lines) or "the stack is empty"]})
-
-
-def stack_entries(stack: Any) -> Sequence[tuple[str, float, float]]:
-    """(name, model strength, CLIP strength) of a stack; entries without a file ("None") are left out.
-
-    Raises:
-        SettingError: it is no such list.
-    """
-    entries = []
-    for entry in stack or ():
-        try:
-            name, strength, clip = entry
-            one = (str(name), float(strength), float(clip))
-        except (TypeError, ValueError) as error:
-            raise SettingError(
-                f"lora_stack holds {str(entry)[:80]!r}, expected (file, model strength, CLIP strength)"
-            ) from error
-        if one[0] and one[0] != "None":
-            entries.append(one)
-    return entries
+                texts.append((name, 0.0, clip))
+                lines.append(f"{name}: CLIP strength {clip:g} is in the stack that goes on")
+        return io.NodeOutput(recipe, texts, ui={"text": ["\n".join(lines) or "the stack is empty"]})
 
 
 def _settings() -> list[Any]:

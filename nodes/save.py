@@ -1,6 +1,6 @@
 """Nodes that write files: adapters, plain LoRAs, residuals. Nothing that exists is ever overwritten."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from ..qrlora_core import (
     BasisMismatchError,
     LayerTarget,
     MergeRecipe,
+    SettingError,
     WeightSlice,
     decompose,
     free_name,
@@ -28,22 +29,24 @@ from ..qrlora_core.save import AdapterFormat
 from . import host, sockets
 from .arrivals import Node
 from .host import folders
+from .lora_stack import Entry, stack_entries, stack_input, stack_output, with_file
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class SaveDeltaR(Node):
-    """DELTA_R -> file in models/qrlora."""
+    """DELTA_R -> file in models/qrlora or models/loras."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return sockets.schema(
             "QRLoRASaveDeltaR",
             "Save \u0394R Adapter",
-            "Writes an adapter or a merge to models/qrlora. A name that is taken gets a number.",
+            "Writes an adapter or a merge to models/qrlora, or to models/loras, where every LoRA loader finds it. A "
+            "name that is taken gets a number.",
             inputs=[
                 sockets.DeltaR.Input("delta_r", tooltip="From Load \u0394R Adapter or Merge \u0394R."),
-                _filename("merged", "models/qrlora"),
+                _filename("merged", "the folder"),
                 io.Combo.Input(
                     "format",
                     options=["portable", "published"],
@@ -56,25 +59,51 @@ class SaveDeltaR(Node):
                     tooltip="Only for 'published', when the adapter does not hold base R: the model it was trained on.",
                 ),
                 _dtype_input("as it is", "as it is: nothing is rounded. bfloat16 and float16 halve the file."),
+                io.Combo.Input(
+                    "folder",
+                    options=[label for label, kind in folders.PLACES.items() if kind],
+                    default="models/qrlora",
+                    optional=True,
+                    tooltip="models/qrlora: for Load \u0394R Adapter. models/loras: for ComfyUI's Load LoRA, LoRA "
+                    "managers and Load LoRA as \u0394R; a portable file is an ordinary LoRA too.",
+                ),
+                stack_input("The stack that lora_stack goes on from, from a LoRA stacker."),
             ],
-            outputs=[io.String.Output(display_name="filename", tooltip="Name of the file inside models/qrlora.")],
+            outputs=[
+                io.String.Output(display_name="filename", tooltip="Name of the file inside the folder."),
+                stack_output("lora_stack with the new file at strength 1, when it was saved to models/loras."),
+            ],
             is_output_node=True,
             search_aliases=["save adapter"],
         )
 
     @classmethod
     def execute(
-        cls, delta_r: MergeRecipe, filename: str, format: AdapterFormat, model: Any = None, dtype: str = "as it is"
+        cls,
+        delta_r: MergeRecipe,
+        filename: str,
+        format: AdapterFormat,
+        model: Any = None,
+        dtype: str = "as it is",
+        folder: str = "models/qrlora",
+        lora_stack: Any = None,
     ) -> io.NodeOutput:
+        kind, stack = (
+            folders.PLACES[folder],
+            list(stack_entries(lora_stack)),
+        )  # first: nothing is written for a wrong stack
+        if kind == folders.LORAS and format == "published":
+            raise SettingError("a published file is no LoRA: save it to models/qrlora, or choose the format portable")
         adapter = merged_adapter(delta_r, progress=host.interruptible)
-        path = free_name(folders.save_folder(), filename)
+        path = free_name(folders.save_folder(kind), filename)
         base_r = _base_r_of(model, adapter) if model is not None else None
         save_adapter(adapter, path, format=format, base_r=base_r, dtype=_DTYPES.get(dtype), progress=host.interruptible)
-        return _saved(path, folders.save_folder())
+        note = "" if not stack or kind == folders.LORAS else "not in lora_stack: LoRA loaders look into models/loras"
+        return _saved(path, kind, note, stack)
 
 
 class ExportLoRA(Node):
-    """DELTA_R -> standard LoRA in models/loras."""
+    """DELTA_R -> standard LoRA in models/loras, and in a stack."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -98,22 +127,28 @@ class ExportLoRA(Node):
                     optional=True,
                     tooltip="0: all columns. Otherwise the best approximation with so many; what is lost is told.",
                 ),
+                stack_input("The stack that lora_stack goes on from, from a LoRA stacker."),
             ],
-            outputs=[io.String.Output(display_name="filename", tooltip="Name of the file inside models/loras.")],
+            outputs=[
+                io.String.Output(display_name="filename", tooltip="Name of the file inside models/loras."),
+                stack_output("lora_stack with the new file at strength 1."),
+            ],
             is_output_node=True,
             search_aliases=["save lora", "export delta r", "convert adapter"],
         )
 
     @classmethod
-    def execute(cls, delta_r: MergeRecipe, filename: str, dtype: str = "bfloat16", rank: int = 0) -> io.NodeOutput:
-        folder, note = folders.save_folder("loras"), ""
+    def execute(
+        cls, delta_r: MergeRecipe, filename: str, dtype: str = "bfloat16", rank: int = 0, lora_stack: Any = None
+    ) -> io.NodeOutput:
+        stack, note = stack_entries(lora_stack), ""
         adapter = merged_adapter(delta_r, progress=host.interruptible)
         if rank:
             adapter, lost = truncated(adapter, rank, host.with_progress)
             note = f"rank {adapter.rank}: {100 * lost:.2g} % of the energy left out"
-        path = free_name(folder, filename)
+        path = free_name(folders.save_folder(folders.LORAS), filename)
         save_adapter(adapter, path, dtype=_DTYPES.get(dtype), progress=host.interruptible)
-        return _saved(path, folder, note)
+        return _saved(path, folders.LORAS, note, stack)
 
 
 class SaveResidual(Node):
@@ -171,7 +206,7 @@ class SaveResidual(Node):
         if adapter is not None and adapter.basis_fingerprint:
             metadata["qrlora.basis_fingerprint"] = adapter.basis_fingerprint
         write_residual(path, targets, _stepwise(targets, residual_of), dtype=_DTYPES[dtype], metadata=metadata)
-        return _saved(path, folders.save_folder())
+        return _saved(path, folders.FOLDER)
 
 
 def _filename(default: str, folder: str) -> Any:
@@ -186,10 +221,15 @@ def _dtype_input(default: str, tooltip: str) -> Any:
     return io.Combo.Input("dtype", options=options, default=default, optional=True, tooltip=tooltip)
 
 
-def _saved(path: Path, folder: Path, note: str = "") -> io.NodeOutput:
-    name = path.relative_to(Path(folder).resolve()).as_posix()
+def _saved(path: Path, kind: str, note: str = "", stack: Sequence[Entry] | None = None) -> io.NodeOutput:
+    """Name and report of a file that was written, and for nodes that hand on a stack, the stack with it."""
+    folders.forget_names(kind)
+    name = path.relative_to(folders.save_folder(kind).resolve()).as_posix()
     text = f"saved {name} ({path.stat().st_size / 1e6:.1f} MB)" + (f"\n{note}" if note else "")
-    return io.NodeOutput(name, ui={"text": [text]})
+    results: list[Any] = [name]
+    if stack is not None:
+        results.append(with_file(stack, name) if kind == folders.LORAS else list(stack))
+    return io.NodeOutput(*results, ui={"text": [text]})
 
 
 def _stepwise(targets: tuple[LayerTarget, ...], residual_of: Callable[[str], Tensor]) -> Callable[[str], Tensor]:

@@ -44,7 +44,7 @@ class Train(Node):
                 sockets.DeltaR.Output(display_name="delta_r", tooltip="The adapter, for Merge, Apply and Save."),
                 io.Image.Output(display_name="loss_curve", tooltip="Loss over the steps."),
                 io.Image.Output(display_name="samples", tooltip="The sample pictures of the run, oldest first."),
-                io.String.Output(display_name="adapter_name", tooltip="The file's name inside output/qrlora."),
+                io.String.Output(display_name="adapter_name", tooltip="The file's name inside the folder."),
                 io.String.Output(display_name="log", tooltip="The last lines of the trainer's log."),
             ],
             hidden=[io.Hidden.unique_id],
@@ -89,7 +89,7 @@ class Train(Node):
             trained = train(request, job)
             if (version := _version(trained.path)) is not None:
                 _published[trained.path] = version
-            name = trained.path.relative_to(folders.results_folder().resolve()).as_posix()
+            name = trained.path.relative_to(folders.place(request.folder).resolve()).as_posix()
             curve = pictures.loss_curve(job.steps(), name)
             decoded = _samples(trained.run, request.steps, request.vae)
             if decoded is not None:
@@ -181,7 +181,7 @@ def _numbers() -> list[Any]:
         io.String.Input(
             "output_name",
             default="my_adapter",
-            tooltip="Name of the adapter inside output/qrlora; sub-folders are allowed. A taken name gets a number.",
+            tooltip="Name of the adapter inside the folder; sub-folders are allowed. A taken name gets a number.",
         ),
     ]
 
@@ -194,4 +194,12 @@ def _optional() -> list[Any]:
             tooltip="One picture, a batch or a list, of any sizes; all of them get the instance prompt.",
         ),
         sockets.TrainOptions.Input("options", optional=True, tooltip="From Train \u0394R Options; everything else."),
+        io.Combo.Input(
+            "folder",
+            options=list(folders.PLACES),
+            default=folders.RESULTS,
+            optional=True,
+            tooltip="Where the adapter gets its name. output/qrlora and models/qrlora: Load \u0394R Adapter lists it. "
+            "models/loras: ComfyUI's Load LoRA, LoRA managers and Load LoRA as \u0394R do.",
+        ),
     ]

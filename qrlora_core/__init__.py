@@ -19,6 +19,7 @@ from .cache import CacheItem, EncodedPicture, EncodedText, TrainingCache, bucket
 from .errors import (
     BasisMismatchError,
     FileFormatError,
+    NameTakenError,
     PathError,
     QRLoRAError,
     SettingError,
@@ -43,6 +44,7 @@ from .storage import TensorFile, model_fingerprint
 from .sweep import MAX_COMBINATIONS, SweepCell, parse_scales, sweep
 from .targets import LayerTarget, WeightSlice, match_targets
 from .truncate import Truncated, truncated
+from .whole import require_free_name, whole_file
 
 __all__ = [
     "MAX_COMBINATIONS",
@@ -69,6 +71,7 @@ __all__ = [
     "LayerTarget",
     "MergeRecipe",
     "MergeReport",
+    "NameTakenError",
     "OnMismatch",
     "OpenedLora",
     "OtherParts",
@@ -121,6 +124,7 @@ __all__ = [
     "parse_ranges",
     "parse_scales",
     "parse_schedule",
+    "require_free_name",
     "residual_weight",
     "restored_weight",
     "same_basis",
@@ -135,5 +139,6 @@ __all__ = [
     "triggers_of",
     "truncated",
     "value_dtype",
+    "whole_file",
     "write_residual",
 ]

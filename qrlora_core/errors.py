@@ -33,5 +33,9 @@ class PathError(QRLoRAError):
     """A name leaves its folder, is not a plain file, or cannot be written."""
 
 
+class NameTakenError(PathError):
+    """A file of this name exists, and it is not ours to replace."""
+
+
 class SettingError(QRLoRAError):
     """A text or number that a person wrote cannot be used; the message shows the part at fault."""

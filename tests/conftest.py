@@ -11,6 +11,9 @@ from demo.small_flux import GOLDEN
 settings.register_profile("pack", deadline=None, print_blob=True)
 settings.load_profile("pack")
 
+# tests of the host that do not ask the one server, which takes long to start
+WITHOUT_SERVER = {f"tests/host/test_{name}.py" for name in ("benchmarks", "live", "lora", "patching", "versions")}
+
 
 def pytest_addoption(parser):
     parser.addoption("--quick", action="store_true", help="only tests that start no other process; under a minute")
@@ -25,6 +28,19 @@ def pytest_collection_modifyitems(config, items):
         slow = [item for item in items if item.get_closest_marker("process")]
         config.hook.pytest_deselected(items=slow)
         items[:] = [item for item in items if item not in slow]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Where several processes share the tests, a file stays in one of them, and so do all files that ask the server."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByServer(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.split("::")[0]
+            return "server" if file.startswith("tests/host/") and file not in WITHOUT_SERVER else file
+
+    return ByServer(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)

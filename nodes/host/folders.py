@@ -21,6 +21,9 @@ BASES = "_basis"
 MODEL_FOLDERS = ("diffusion_models", "checkpoints")
 MODEL_ENDINGS = (".safetensors", ".sft")
 NO_DATASET = "none"
+RESULTS = "output/qrlora"
+# What a drop-down of folders says -> kind of the folder; none for that of results
+PLACES = {RESULTS: "", "models/qrlora": FOLDER, "models/loras": LORAS}
 # what an empty drop-down says: a host shows "undefined" there
 NO_ADAPTER = "none: put adapters into models/qrlora, press R"
 NO_RESIDUAL = "none: put a residual into models/qrlora, press R"
@@ -138,6 +141,12 @@ def save_folder(kind: str = FOLDER) -> Path:
     return Path(folder_paths.get_folder_paths(kind)[0])
 
 
+def place(label: str) -> Path:
+    """Where a node writes adapters, by what its drop-down says (see `PLACES`)."""
+    kind = PLACES[label]
+    return save_folder(kind) if kind else results_folder()
+
+
 def output_folder() -> Path:
     """ComfyUI's folder of results."""
     return Path(folder_paths.get_output_directory())
@@ -158,9 +167,9 @@ def bases_folder() -> Path:
     return runs_folder() / BASES
 
 
-def forget_names() -> None:
-    """Make the next listing look at the disk, so that a new file is in it at once."""
-    folder_paths.filename_list_cache.pop(FOLDER, None)
+def forget_names(kind: str = FOLDER) -> None:
+    """Make the next listing of a kind look at the disk, so that a new file is in it at once."""
+    folder_paths.filename_list_cache.pop(kind, None)
 
 
 def model_names() -> list[str]:

@@ -1,8 +1,8 @@
 """Pictures of a training: the loss curve, the adapter's own picture, a sheet that says why there are no samples."""
 
 import logging
-import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from ...qrlora_core import NameTakenError, PathError, whole_file
 
 log = logging.getLogger(__name__)
 
@@ -82,18 +84,15 @@ def write_preview(adapter: Path, picture: Tensor) -> None:
         picture: (height, width, 3), 0 to 1.
     """
     path = adapter.with_suffix(".preview.png")
-    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
+    if path.exists():
+        return
     try:
-        if path.exists():
-            return
         image = Image.fromarray(picture.clamp(0, 1).mul(255).round().to(torch.uint8).cpu().numpy())
         image.thumbnail((_PREVIEW_SIDE, _PREVIEW_SIDE))
-        image.save(temporary, "PNG")
-        temporary.replace(path)
-    except OSError as error:
-        log.warning("QR-LoRA: %s was not written: %s", path.name, error)
-    finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(NameTakenError), whole_file(path) as file:
+            image.save(file, "PNG")
+    except PathError as error:
+        log.warning("QR-LoRA: no picture beside the adapter: %s", error)
 
 
 def to_image(picture: Image.Image) -> Tensor:

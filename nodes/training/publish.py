@@ -3,10 +3,10 @@
 import hashlib
 import os
 import shutil
-import uuid
+from contextlib import suppress
 from pathlib import Path
 
-from ...qrlora_core import PathError, free_name
+from ...qrlora_core import NameTakenError, free_name, whole_file
 
 _BLOCK = 1 << 20
 _KEPT_CHECKSUMS = 256
@@ -33,35 +33,24 @@ def checksum(path: Path) -> str:
 def publish(source: Path, folder: Path, name: str) -> Path:
     """Give a finished adapter its name in `folder`; a name that is taken gets a number, nothing is overwritten.
 
-    A hard link where the disk has them: no second copy. Otherwise a copy under a temporary name first.
+    A hard link where the disk has them: no second copy.
 
     Raises:
         PathError: the name is refused, or the folder cannot be written.
     """
-    temporary = None
-    try:
-        while True:
-            target = free_name(folder, name)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                os.link(source, target)
-                return target
-            except FileExistsError:
-                continue  # another ComfyUI was faster
-            except OSError:  # no hard links here
-                pass
-            if temporary is None:
-                temporary = folder / f".qrlora-{uuid.uuid4().hex}.tmp"
-                shutil.copyfile(source, temporary)
-            try:
-                with target.open("xb"):  # takes the name; empty for a moment
-                    pass
-            except FileExistsError:
-                continue
-            temporary.replace(target)
+    while True:
+        target = free_name(folder, name)
+        with suppress(NameTakenError):  # another ComfyUI was faster
+            _link_or_copy(source, target)
             return target
-    except OSError as error:
-        raise PathError(f"{name} cannot be written in {folder.name}: {error.strerror or error}") from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.link(source, target)
+    except FileExistsError as error:
+        raise NameTakenError(f"{target.name} exists already") from error
+    except OSError:  # no hard links here
+        with whole_file(target) as copy, source.open("rb") as file:
+            shutil.copyfileobj(file, copy, _BLOCK)

@@ -27,11 +27,12 @@ class Request:
         model: the base model's file.
         pictures: with captions.
         clip, vae: the graph's.
-        output_name: of the adapter, inside `<output>/qrlora`.
+        output_name: of the adapter, inside the folder.
         fit: fields of FitConfig that the node's own widgets hold.
         encode: resolution, buckets, flip, mask.
         options: the rest.
         warnings: what is probably not meant, in sentences.
+        folder: where the adapter gets its name, see `folders.PLACES`.
     """
 
     model: Path
@@ -43,6 +44,7 @@ class Request:
     encode: EncodeConfig
     options: TrainOptions
     warnings: Sequence[str] = ()
+    folder: str = folders.RESULTS
 
     @property
     def steps(self) -> int:
@@ -90,6 +92,7 @@ def from_widgets(
     alpha: float,
     rank: int,
     options: TrainOptions | None = None,
+    folder: str = folders.RESULTS,
     **fit: Any,
 ) -> Request:
     """A request from what the node's inputs hold.
@@ -114,23 +117,24 @@ def from_widgets(
         pictures=pictures,
         clip=clip,
         vae=vae,
-        output_name=checked_name(output_name),
+        output_name=checked_name(output_name, folder),
         fit={**fit, **numbers, "trigger": trigger, "prompt": prompt},
         encode=encode,
         options=options,
         warnings=caption_warnings([picture.caption for picture in pictures], trigger),
+        folder=folder,
     )
 
 
-def checked_name(name: str) -> str:
+def checked_name(name: str, place: str = folders.RESULTS) -> str:
     """The adapter's name as it was given, without spaces around and the ending.
 
     Raises:
         PathError: it leaves its folder, or lies among the runs.
     """
     name = name.strip().removesuffix(_ENDING).replace("\\", "/")
-    contained_path(folders.results_folder(), name + _ENDING)
-    if name.split("/")[0].lower() == folders.RUNS:
+    contained_path(folders.place(place), name + _ENDING)
+    if place == folders.RESULTS and name.split("/")[0].lower() == folders.RUNS:
         raise PathError(f"the name {name!r} is refused: {folders.RUNS}/ belongs to the run folders")
     return name
 

@@ -77,23 +77,31 @@ def checked_file(run: RunFolder, steps: int) -> Path | None:
     result = run.results().get(steps)
     if result is None:
         return None
-    places = [run.adapter(steps), *(folders.results_folder() / name for name in result.published.values())]
+    places = [run.adapter(steps), *map(_published_path, result.published.items())]
     return next((path for path in places if path.is_file() and checksum(path) == result.sha256), None)
 
 
-def published(run: RunFolder, steps: int, name: str, *, is_new: bool) -> Trained:
-    """Give the checked adapter the wanted name, unless it has it already.
+def published(run: RunFolder, steps: int, name: str, place: str = folders.RESULTS, *, is_new: bool) -> Trained:
+    """Give the checked adapter the wanted name in a folder (see `folders.PLACES`), unless it has it already.
 
     Raises:
         PathError: the adapter disappeared meanwhile, or the name cannot be written.
     """
-    folder, result = folders.results_folder(), run.results().get(steps)
+    folder, result = folders.place(place), run.results().get(steps)
     source = checked_file(run, steps)
     if source is None or result is None:
         raise PathError(f"the adapter in {run.name} disappeared or was changed while it was read")
-    path = folder / result.published.get(name, "")
+    wanted = name if place == folders.RESULTS else f"{place}:{name}"  # no file name holds a colon
+    path = folder / result.published.get(wanted, "")
     if not path.is_file() or checksum(path) != result.sha256:
         path = publish(source, folder, name)
-        run.record(steps, result.sha256, {name: path.relative_to(folder.resolve()).as_posix()})
-    folders.forget_names()
+        run.record(steps, result.sha256, {wanted: path.relative_to(folder.resolve()).as_posix()})
+    folders.forget_names(folders.PLACES[place] or folders.FOLDER)
     return Trained(run, path, is_new, MergeRecipe.of(open_adapter(path)))
+
+
+def _published_path(entry: tuple[str, str]) -> Path:
+    """Where a published adapter lies, by an entry of `Result.published`."""
+    wanted, file = entry
+    place = wanted.partition(":")[0]
+    return folders.place(place if place in folders.PLACES else folders.RESULTS) / file

@@ -17,14 +17,13 @@ import json
 import logging
 import os
 import re
-import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
 
-from ...qrlora_core import PathError
+from ...qrlora_core import PathError, whole_file
 from .locks import try_lock
 from .process import still_runs
 
@@ -43,7 +42,10 @@ def key_of(parts: Any) -> str:
 
 
 class Result(NamedTuple):
-    """A trained adapter that was checked: its SHA-256, and {wanted name: file name inside output/qrlora}."""
+    """A trained adapter that was checked: its SHA-256, and {wanted name: file name inside output/qrlora}.
+
+    In another folder both are of that folder, and its label and a colon stand before the wanted name.
+    """
 
     sha256: str
     published: Mapping[str, str]
@@ -77,15 +79,8 @@ class RunFolder:
 
     def write(self, path: Path, values: Any) -> None:
         """JSON into the folder, whole or not at all."""
-        temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(values, indent=1, ensure_ascii=True), encoding="utf-8")
-            temporary.replace(path)
-        except OSError as error:
-            raise PathError(f"{self.name}/{path.name} cannot be written: {error.strerror or error}") from error
-        finally:
-            temporary.unlink(missing_ok=True)
+        with whole_file(path, overwrite=True) as file:
+            file.write(json.dumps(values, indent=1, ensure_ascii=True).encode())
 
     def results(self) -> dict[int, Result]:
         """Steps -> the checked result after so many steps. What is damaged in the file was never vouched for."""

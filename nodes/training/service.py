@@ -64,13 +64,13 @@ def train(request: Request, job: Job) -> Trained:
         if finished is not None:
             job.run = finished.name
             job.catch_up(earlier_events(finished.events))
-            return results.published(finished, steps, request.output_name, is_new=False)
+            return results.published(finished, steps, request.output_name, request.folder, is_new=False)
         run = choose_run(root, request.output_name, key, steps, request.options.resume)
         with run.locked() as lock:
             if lock is not None and results.finished_run(root, key, steps) is None:
                 job.run = run.name
                 _fit(request, job, run, data_key, lock)
-                return results.published(run, steps, request.output_name, is_new=True)
+                return results.published(run, steps, request.output_name, request.folder, is_new=True)
         if lock is None:
             job.tell("preparing", "another ComfyUI trains just this; waiting for it")
             _pause(job, 1.0)

@@ -1,5 +1,6 @@
 """Hostile, damaged and foreign files: always one of our errors, never a changed adapter, never a half-written file."""
 
+import errno
 import json
 import os
 import shutil
@@ -12,9 +13,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import qrlora_core as core
-from qrlora_core import storage
+from qrlora_core import writing
 from qrlora_core.families import FLUX, native_layers, native_place
-from qrlora_core.storage import CHECKSUM, TensorFile, TensorSpec, size_text, verify_checksum, write_tensors
+from qrlora_core.storage import TensorFile, TensorSpec
+from qrlora_core.writing import CHECKSUM, size_text, verify_checksum, write_tensors
 from tests.core.test_merge import NAMES, make
 
 LAYER = "transformer.transformer_blocks.0.attn.to_q"
@@ -166,17 +168,22 @@ def test_bad_alpha(good, tmp_path, alpha):
         core.open_adapter(path)
 
 
+def noise(*shape):
+    """Random numbers that are the same at every run: a matrix of this size may be nearly trapezoidal by luck."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
 @pytest.mark.parametrize(
     "tensors",
     [
         {"lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight": torch.ones(12, 3)},
-        {f"{LAYER}.lora_B.weight": torch.randn(12, 3), f"{LAYER}.lora_A.weight": torch.randn(3, 10)},
-        {f"{LAYER}.lora.up.weight": torch.randn(12, 3) / 10, f"{LAYER}.lora.down.weight": torch.randn(3, 10)},
-        {f"{LAYER}.lora.up.weight": torch.zeros(12, 3), f"{LAYER}.lora.down.weight": torch.randn(3, 10)},
+        {f"{LAYER}.lora_B.weight": noise(12, 3), f"{LAYER}.lora_A.weight": noise(3, 10)},
+        {f"{LAYER}.lora.up.weight": noise(12, 3) / 10, f"{LAYER}.lora.down.weight": noise(3, 10)},
+        {f"{LAYER}.lora.up.weight": torch.zeros(12, 3), f"{LAYER}.lora.down.weight": noise(3, 10)},
         # orthonormal, but `down` is no trapezoidal R: somebody's LoRA with a frozen up
         {
-            f"{LAYER}.lora.up.weight": torch.linalg.qr(torch.randn(12, 3)).Q.contiguous(),
-            f"{LAYER}.lora.down.weight": torch.randn(3, 10),
+            f"{LAYER}.lora.up.weight": torch.linalg.qr(noise(12, 3)).Q.contiguous(),
+            f"{LAYER}.lora.down.weight": noise(3, 10),
         },
     ],
 )
@@ -252,7 +259,7 @@ def test_what_was_not_announced_is_not_written(tmp_path):
 
 def test_full_disk(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(storage.shutil, "disk_usage", lambda _: usage._replace(free=10))
+    monkeypatch.setattr(writing.shutil, "disk_usage", lambda _: usage._replace(free=10))
     with pytest.raises(core.PathError, match="needs .* kB"):
         core.save_adapter(make(1), tmp_path / "x.safetensors")
     monkeypatch.undo()
@@ -260,7 +267,7 @@ def test_full_disk(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(storage.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(core.PathError, match="No space left"):
         core.save_adapter(make(1), tmp_path / "x.safetensors")
     assert not list(tmp_path.iterdir())
@@ -319,8 +326,15 @@ def test_existing_files_stay(tmp_path):
     assert core.free_name(tmp_path, "styles/ink").parent.name == "styles"
 
 
-def test_a_name_taken_meanwhile_is_not_replaced(tmp_path):
+@pytest.mark.parametrize("links", [True, False])
+def test_a_name_taken_meanwhile_is_not_replaced(tmp_path, monkeypatch, links):
     path = tmp_path / "x.safetensors"
+    if not links:  # as on a FAT disk
+
+        def refuse(*_):
+            raise OSError(errno.EPERM, "no links here")
+
+        monkeypatch.setattr(os, "link", refuse)
 
     def stream():
         for key in SPECS:

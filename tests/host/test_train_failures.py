@@ -228,6 +228,25 @@ def test_same_inputs_are_not_trained_twice(server):
     assert {"same.safetensors", "renamed.safetensors"} <= set(adapter_names(server))
 
 
+def test_a_finished_run_gets_its_name_in_another_folder(server):
+    """Without training again: in models/loras, where every LoRA loader finds it, and back in output/qrlora."""
+    server.queue(train_graph("placed", seed=17))
+    for folder, place in (("models/loras", "models/loras"), ("models/qrlora", "models/qrlora")):
+        for _ in range(2):  # the second time it has its name there already
+            entry = server.queue(train_graph("sub/placed", {"stop_seconds": 3.0}, seed=17, folder=folder))
+            assert "placed.safetensors" in entry["outputs"]["train"]["text"][0]
+        assert [path.name for path in (server.base / place / "sub").glob("*.safetensors")] == ["placed.safetensors"]
+    listed = server.get("/object_info/LoraLoaderModelOnly")["LoraLoaderModelOnly"]["input"]["required"]["lora_name"]
+    assert "placed.safetensors" in str(listed)
+    assert count_starts(server, "placed") == 1
+    for path in runs_of(server, "placed"):
+        path.joinpath("adapter-00000030.safetensors").unlink()
+    (server.base / "output" / "qrlora" / "placed.safetensors").unlink()
+    entry = server.queue(train_graph("placed", {"stop_seconds": 4.0}, seed=17))
+    assert "already trained: placed.safetensors" in entry["outputs"]["train"]["text"][0]
+    assert count_starts(server, "placed") == 1, "the file in models/loras vouches for the run"
+
+
 def count_starts(server, name):
     return sum('"started"' in path.joinpath("events.jsonl").read_text() for path in runs_of(server, name))
 

@@ -43,10 +43,10 @@ def test_a_folder_that_cannot_be_written_is_told_and_left_as_it_was(tmp_path, mo
             Path, "open", lambda self, mode="r", **k: refuse() if "x" in mode else opened(self, mode, **k)
         )
     elif place == "write":
-        monkeypatch.setattr("qrlora_core.storage.os.fsync", refuse)
+        monkeypatch.setattr("qrlora_core.whole.os.fsync", refuse)
     else:
-        monkeypatch.setattr("qrlora_core.storage.os.link", refuse)
-        monkeypatch.setattr(Path, "rename", refuse)
+        monkeypatch.setattr("qrlora_core.whole.os.link", refuse)
+        monkeypatch.setattr(Path, "replace", refuse)
     with pytest.raises(core.PathError, match=r"a\.safetensors cannot be written"):
         core.save_adapter(make(1), target)
     monkeypatch.undo()

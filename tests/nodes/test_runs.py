@@ -67,7 +67,7 @@ def test_publishing_never_overwrites(tmp_path, monkeypatch, links):
     assert names == [f"\u00e9t\u00e9{number}.safetensors" for number in ("", "_00002", "_00003")]
     assert all(path.read_bytes() == b"trained" for path in (folder / "sub").iterdir())
     assert not list(tmp_path.rglob("*.tmp"))
-    with pytest.raises(publish.PathError, match="refused"):
+    with pytest.raises(runs.PathError, match="refused"):
         publish.publish(source, folder, "../out")
 
 

@@ -143,6 +143,7 @@ def test_texts_of_a_batch_may_have_other_lengths(family):
     assert torch.allclose(both[1:], alone, atol=1e-5)
 
 
+@pytest.mark.process
 @pytest.mark.skipif(not HOST_PYTHON, reason="no ComfyUI beside")
 def test_what_was_trained_is_what_comfyui_applies(family, tmp_path):
     _, small, folder = family

@@ -48,6 +48,7 @@ FORMATS = {
 }
 
 
+@pytest.mark.process
 @pytest.mark.skipif(not HOST_PYTHON, reason="no ComfyUI beside")
 @pytest.mark.parametrize("name", FORMATS)
 def test_numbers_are_those_of_the_host(tmp_path, name):

@@ -25,7 +25,9 @@ import torch
 from torch import Tensor
 
 from qrlora_core import FileFormatError, PathError, TensorFile
-from qrlora_core.storage import TensorSpec, verify_checksum, write_tensors
+from qrlora_core.storage import TensorSpec
+from qrlora_core.whole import TEMPORARY
+from qrlora_core.writing import verify_checksum, write_tensors
 
 from ..errors import TrainError
 
@@ -36,7 +38,6 @@ NO_ROOM = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))  # Windows has 
 FOLDER = "checkpoints"
 PARAMETER, OPTIMIZER, BASIS = "param.", "optimizer.", "basis."
 _NAME = re.compile(r"step-(\d{8,})\.safetensors")
-_TEMPORARY = ".qrlora-{}.tmp"
 _DAMAGED = ".damaged"
 
 
@@ -105,7 +106,7 @@ def set_damaged_aside(run_dir: Path, newest: Checkpoint | None) -> None:
 def remove_leftovers(run_dir: Path) -> None:
     """Delete what a killed process left half-written in a run folder."""
     for folder in (Path(run_dir), Path(run_dir) / FOLDER):
-        for path in folder.glob(_TEMPORARY.format("*")):
+        for path in folder.glob(TEMPORARY.format("*")):
             path.unlink(missing_ok=True)
 
 

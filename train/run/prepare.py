@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import uuid
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qrlora_core import FileFormatError, LayerTarget, TensorFile, TrainingCache
+from qrlora_core import FileFormatError, LayerTarget, TensorFile, TrainingCache, whole_file
 
 from ..config import TRAJECTORY_VERSION, FitConfig, as_table
 from ..data.batches import Sampler, generator_of
@@ -217,7 +216,5 @@ def _write_settings(config: FitConfig, plan: MemoryPlan) -> None:
     """What this run was told and what it chose, beside its results. No absolute paths: folders are shared and moved."""
     chosen = asdict(plan) | {"alpha": config.adapter_alpha}
     names = {key: Path(getattr(config, key)).name for key in ("model", "data", "run_dir", "output", "basis_cache")}
-    path = Path(config.run_dir) / "resolved.json"
-    temporary = path.with_name(f".qrlora-{uuid.uuid4().hex}.tmp")
-    temporary.write_text(json.dumps(as_table(config) | chosen | names, indent=1), encoding="utf-8")
-    temporary.replace(path)
+    with whole_file(Path(config.run_dir) / "resolved.json", overwrite=True) as file:
+        file.write(json.dumps(as_table(config) | chosen | names, indent=1).encode())

@@ -1,9 +1,12 @@
 """Nodes that only the tests and the demo need: conditioning and a forward pass on the golden inputs."""
 
+import json
 from pathlib import Path
 
 import comfy.model_detection
 import comfy.model_management
+import comfy.sd
+import comfy.utils
 import folder_paths
 import torch
 from comfy_api.latest import ComfyExtension, io
@@ -127,9 +130,52 @@ class Anything(io.ComfyNode):
         return io.NodeOutput(what)
 
 
+class Stacker(io.ComfyNode):
+    """What LoRA stackers do: entries of their own behind those that come in."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="QRLoRATestStacker",
+            category="QR-LoRA/test",
+            inputs=[io.String.Input("entries"), io.Custom("LORA_STACK").Input("lora_stack", optional=True)],
+            outputs=[io.Custom("LORA_STACK").Output()],
+        )
+
+    @classmethod
+    def execute(cls, entries, lora_stack=None):
+        return io.NodeOutput([*(lora_stack or []), *map(tuple, json.loads(entries))])
+
+
+class ApplyStack(io.ComfyNode):
+    """What the node does that applies a stack: every file by the host's own loader."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="QRLoRATestApplyStack",
+            category="QR-LoRA/test",
+            inputs=[
+                io.Model.Input("model"),
+                io.Custom("LORA_STACK").Input("lora_stack"),
+                io.Clip.Input("clip", optional=True),
+            ],
+            outputs=[io.Model.Output(), io.Clip.Output()],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, model, lora_stack, clip=None):
+        for name, strength, clip_strength in lora_stack:
+            lora = comfy.utils.load_torch_file(folder_paths.get_full_path_or_raise("loras", name), safe_load=True)
+            model, clip = comfy.sd.load_lora_for_models(model, clip, lora, strength, clip_strength)
+        changed = sum(map(len, clip.patcher.patches.values())) if clip is not None else 0
+        return io.NodeOutput(model, clip, ui={"text": [json.dumps([*map(list, lora_stack), changed])]})
+
+
 class TestExtension(ComfyExtension):
     async def get_node_list(self):
-        return [Conditioning, Forward, SaveConditioning, Anything]
+        return [Conditioning, Forward, SaveConditioning, Anything, Stacker, ApplyStack]
 
 
 async def comfy_entrypoint():
