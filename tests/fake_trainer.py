@@ -26,7 +26,14 @@ CHECK = {
     "vram_free": None,
     "ram_free": 1,
     "disk_free": 1,
-    "model": {"is_flux": True, "blocks": [1, 1], "dtype": "float32", "fingerprint": "0"},
+    "model": {
+        "family": "FLUX.1",
+        "blocks": "1+1",
+        "dtype": "float32",
+        "fingerprint": "0",
+        "channels": 16,
+        "text": {"embeds": 768, "pooled": 768},
+    },
     "estimate": {"vram": 0, "ram": 0, "disk": 0},
     "problems": [],
 }

@@ -176,7 +176,7 @@ def test_what_only_tests_and_demo_need_stays_out_of_the_pack():
 # What only the families' files may know: names of one model, and how it fuses its weights
 FAMILY_WORDS = re.compile(r"flux|qkv|double_blocks|single_blocks|joint_blocks", re.IGNORECASE)
 # ids that saved workflows and files hold, and what is a person's text
-STABLE_IDS = {"double_blocks", "single_blocks", "flux_residual", "flux_targets", "is_flux"}
+STABLE_IDS = {"double_blocks", "single_blocks", "flux_residual", "flux_targets"}
 FAMILY_ROOMS = (("qrlora_core", "families"), ("train", "model", "backbones"))
 
 
@@ -204,12 +204,8 @@ def test_only_families_know_a_family(path):
     assert not said - allowed, f"{path.name} says {sorted(said - allowed)}"
 
 
-# encoding pictures and captions, and sampling from a shell, serve FLUX.1 alone so far
+# encoding pictures and captions in ComfyUI serves FLUX.1 alone so far
 ALLOWED_FAMILY_WORDS = {
     "nodes/host/encoders.py": {"Flux", "flux"},
     "nodes/host/toy.py": {"Flux", "toy_flux_fp8.safetensors"},  # the toy is a small FLUX
-    "train/data/encode.py": {"FluxPipeline"},
-    "train/model/source.py": {"FLUX"},  # the one backbone so far
-    "train/run/plan.py": {"flux"},
-    "train/run/sample.py": {"FluxPipeline"},
 }

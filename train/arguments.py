@@ -13,7 +13,7 @@ _MISMATCH = (
     "and rank, and says what is lost; raise refuses"
 )
 _ABOUT = """\
-Train and handle QR-LoRA adapters of FLUX.1. Nothing is ever downloaded.
+Train and handle QR-LoRA adapters of FLUX.1, FLUX.2, Qwen-Image and Z-Image. Nothing is ever downloaded.
 
 A first run, with the base model as a ComfyUI file (flux1-dev.safetensors) and as diffusers' folder (FLUX.1-dev):
 
@@ -77,7 +77,7 @@ def _add_tools(commands: Any) -> None:
     command.add_argument("--output", type=Path, required=True, help="a .json file; a .png goes beside it")
     command.add_argument("--fixed-scale", action="store_true", help="cosines from -1 to 1, so that pictures compare")
     command = _command(commands, "sample", "pictures over lists of alpha and beta, with contact sheets")
-    command.add_argument("--pipeline", type=Path, required=True, help="local diffusers FLUX folder")
+    command.add_argument("--pipeline", type=Path, required=True, help="local diffusers folder of the model")
     command.add_argument("--style", type=Path, help="adapter file")
     command.add_argument("--content", type=Path, help="adapter file")
     command.add_argument("--alphas", type=_finite, nargs="+", default=[1.0], help="strengths of the style")
@@ -85,7 +85,7 @@ def _add_tools(commands: Any) -> None:
     command.add_argument("--prompts", nargs="+", required=True, help="one or more prompts")
     command.add_argument("--seeds", type=int, nargs="+", default=[0], help="one or more seeds")
     command.add_argument("--steps", type=_positive, default=28, help="sampling steps")
-    command.add_argument("--guidance", type=_finite, default=3.5, help="distilled guidance")
+    command.add_argument("--guidance", type=_finite, default=3.5, help="guidance; 0 for Z-Image-Turbo")
     command.add_argument("--width", type=_positive, default=1024, help="of the pictures")
     command.add_argument("--height", type=_positive, default=1024, help="of the pictures")
     command.add_argument("--precision", choices=("bf16", "fp16", "fp32"), default="bf16", help="of the pipeline")

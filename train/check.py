@@ -38,8 +38,9 @@ def check(config: FitConfig, data: bool = True, model: bool = True) -> dict[str,
         model: whether a base model is named already; without one the question is whether this machine can train at all.
 
     Returns:
-        JSON-ready: `python`, `versions`, `device`, `vram_free`, `ram_free`, `disk_free`, `model`, `estimate` (bytes,
-        None where unknown), `chosen` and `memory` (what "auto" became, and in words), `scaling`, and `problems`: a list
+        JSON-ready: `python`, `versions`, `device`, `vram_free`, `ram_free`, `disk_free`, `model` (with `channels` of
+        the latents and `text`, field of an encoded text -> its width, that it takes), `estimate` (bytes, None where
+        unknown), `chosen` and `memory` (what "auto" became, and in words), `scaling`, and `problems`: a list
         of {"what", "fix"}.
     """
     report: dict[str, Any] = {
@@ -81,7 +82,7 @@ def readable(report: Mapping[str, Any]) -> str:
     lines = [f"python     {report['python']}", f"packages   {versions}"]
     for key in ("device", "model"):
         value = report[key]
-        text = ", ".join(f"{k} {v}" for k, v in value.items() if k != "is_flux") if isinstance(value, dict) else value
+        text = ", ".join(f"{k} {_words(v)}" for k, v in value.items()) if isinstance(value, dict) else value
         lines.append(f"{key:<10} {text or 'not known'}")
     for key in ("vram_free", "ram_free", "disk_free"):
         if report[key] is not None:
@@ -103,6 +104,10 @@ def dry_run(config: FitConfig) -> str:
 
     settings = "\n".join(f"{key} = {json.dumps(value)}" for key, value in as_table(config).items())
     return f"{settings}\n\n{planned(config)}"
+
+
+def _words(value: Any) -> str:
+    return " and ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
 
 
 def _check_packages(versions: Mapping[str, str | None], config: FitConfig, problems: list[dict[str, str]]) -> None:

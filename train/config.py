@@ -216,7 +216,7 @@ class FitConfig:
 class EncodeConfig:
     """Everything that `encode` is told."""
 
-    pipeline: str = _setting(MISSING, "local diffusers FLUX folder with vae, text_encoder, text_encoder_2, tokenizers")
+    pipeline: str = _setting(MISSING, "local diffusers folder of the model: vae, text encoders, tokenizers")
     pictures: tuple[str, ...] = _setting(MISSING, "picture files and folders (a folder's own pictures, not deeper)")
     output: str = _setting(MISSING, "the cache to write, a safetensors file")
     captions: Literal["auto", "files", "prompt"] = _setting(
@@ -233,7 +233,7 @@ class EncodeConfig:
     mask: bool = _setting(False, "use alpha channels as loss masks")
     class_pictures: tuple[str, ...] = _setting((), "pictures of the class, for prior preservation")
     class_prompt: str = _setting("", "caption of the class pictures")
-    max_tokens: int = _setting(512, "T5 tokens", low=16, high=512)
+    max_tokens: int = _setting(512, "tokens of a caption at most", low=16, high=512)
     skip_broken: bool = _setting(False, "leave pictures out that cannot be read; otherwise they are an error")
     seed: int = _setting(0, "random crops and the draws of the VAE", low=0, high=2**63 - 1)
     sample_latents: bool = _setting(False, "draw from the VAE's distribution; otherwise its mean")

@@ -73,18 +73,20 @@ def test_a_good_machine(settings):
     json.dumps(found)
     text = readable(found)
     assert text.endswith("ready to train") and "PROBLEM" not in text
-    assert "scaling    1" in text and "is_flux" not in text
+    assert "scaling    1" in text
+    assert found["model"]["channels"] == 16 and found["model"]["text"] == {"embeds": 64, "pooled": 64}
+    assert "channels 16, text embeds 64 and pooled 64" in text
     assert "memory     base_storage fp32, gradient_checkpointing off, offload 0: about 1.0 GB of " in text
 
 
 @pytest.mark.parametrize(
     "changes, message, fix",
     [
-        ({"model": "missing.safetensors"}, "missing.safetensors' does not exist", "FLUX.1 model"),
+        ({"model": "missing.safetensors"}, "missing.safetensors' does not exist", "a model of FLUX.1, FLUX.2"),
         (
             {"model": str(GOLDEN / "official_style.safetensors")},
             "not a FLUX.1, FLUX.2, Qwen-Image or Z-Image transformer",
-            "FLUX.1 model",
+            "a model of FLUX.1, FLUX.2",
         ),
         ({"targets": ["attn.to_w"]}, "matches no layer", "targets"),
         ({"data": "missing.cache"}, "missing.cache", "train encode"),

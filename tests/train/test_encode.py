@@ -140,7 +140,7 @@ def test_a_mask_that_leaves_nothing_is_an_error(run, tmp_path):
 
 
 def test_crops_and_draws_come_from_the_seed(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_encode_texts", lambda _, texts, __: [NO_TEXT for _ in texts])
+    monkeypatch.setattr(module, "_encode_texts", lambda folder, config, texts, device: [NO_TEXT] * len(texts))
     paths = [str(tiny.picture(tmp_path / "a.png", 90, 60))]
 
     def latent(name, **changes):

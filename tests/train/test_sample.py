@@ -23,6 +23,7 @@ from qrlora_core import (
 from tests.train import tiny
 from train.cli import main
 from train.errors import TrainError
+from train.model.pipeline_folder import PipelineFolder
 from train.model.source import BaseModel
 from train.run.sample import LiveAdapter
 
@@ -200,13 +201,13 @@ def test_published_full_qr(live):
     ],
 )
 def test_refused_before_anything_is_loaded(folder, tmp_path, monkeypatch, caplog, arguments, code, message):
-    monkeypatch.setattr("train.run.sample.load_part", lambda *_: pytest.fail("the pipeline was loaded"))
+    monkeypatch.setattr(PipelineFolder, "load", lambda *_, **__: pytest.fail("the pipeline was loaded"))
     assert run(folder, tmp_path / "out", *arguments) == code
     assert message in caplog.text and not (tmp_path / "out").exists()
 
 
 def test_nothing_is_overwritten(folder, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("train.run.sample.load_part", lambda *_: pytest.fail("the pipeline was loaded"))
+    monkeypatch.setattr(PipelineFolder, "load", lambda *_, **__: pytest.fail("the pipeline was loaded"))
     (tmp_path / "prompt0_seed0_alpha1_beta0.png").write_bytes(b"mine")
     assert run(folder, tmp_path, "--style", STYLE) == 1
     assert "exists" in caplog.text
@@ -218,7 +219,7 @@ def test_an_adapter_of_another_model(folder, tmp_path, monkeypatch, caplog):
     name = next(iter(style.layers))
     layer = AdapterLayer(torch.eye(32)[:, :4], torch.ones(4, 32))
     save_adapter(Adapter.from_tensors("small", {name: layer}, 4.0), tmp_path / "small.safetensors")
-    monkeypatch.setattr("train.run.sample.load_part", lambda *_: pytest.fail("the pipeline was loaded"))
+    monkeypatch.setattr(PipelineFolder, "load", lambda *_, **__: pytest.fail("the pipeline was loaded"))
     assert run(folder, tmp_path / "out", "--content", tmp_path / "small.safetensors") == 1
     assert f"{name} is (128, 128) in transformer, the adapter has (32, 32)" in caplog.text
 

@@ -11,16 +11,16 @@ from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
 
 from demo.small_flux import golden_flux
-from qrlora_core.storage import TensorSpec, header_bytes
+from qrlora_core.storage import TensorSpec
+from qrlora_core.writing import header_bytes
 
 WIDTH = 64  # of the golden transformer's text and pooled inputs
 TOKENS = 24
 
 
-def save_pipeline(folder: Path) -> Path:
-    """Write the folder: the golden transformer in fp32, and a VAE, CLIP and T5 that fit it."""
-    torch.manual_seed(0)
-    vae = AutoencoderKL(
+def small_vae() -> AutoencoderKL:
+    """An autoencoder of 16 channels with one shift and one scale, as several families have it."""
+    return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=(4, 4, 8, 8),
@@ -32,6 +32,12 @@ def save_pipeline(folder: Path) -> Path:
         use_quant_conv=False,
         use_post_quant_conv=False,
     )
+
+
+def save_pipeline(folder: Path) -> Path:
+    """Write the folder: the golden transformer in fp32, and a VAE, CLIP and T5 that fit it."""
+    torch.manual_seed(0)
+    vae = small_vae()
     letters = [chr(code) for code in range(33, 127)]
     ends = [f"{letter}</w>" for letter in letters]
     words = [*letters, *ends, "<|startoftext|>", "<|endoftext|>"]

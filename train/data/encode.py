@@ -2,7 +2,7 @@
 
 import gc
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, FluxPipeline
 from PIL import Image, ImageOps
-from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -20,7 +18,9 @@ from qrlora_core import CacheItem, EncodedPicture, EncodedText, bucket_size, sav
 
 from ..config import EncodeConfig
 from ..errors import OUT_OF_MEMORY, TrainError
-from ..model.transformer import DTYPES, require_package
+from ..model.backbones import Pipeline
+from ..model.pipeline_folder import PipelineFolder, open_pipeline
+from ..model.transformer import DTYPES
 from ..tools import chosen_device
 from .batches import generator_of
 from .captions import DatasetError, caption_of, caption_warnings, is_dangling, picture_files, with_trigger
@@ -41,8 +41,8 @@ class Source:
 def encode(config: EncodeConfig) -> Path:
     """Write the training cache.
 
-    Captions are tokenized, padded and pooled as FluxPipeline does it; latents are shifted and scaled as the transformer
-    expects them. The empty caption is always there, for caption dropout.
+    Captions become what the family's own pipeline makes of them; latents are those that its transformer expects. The
+    empty caption is always there, for caption dropout.
 
     Everything that costs little is looked at before the text encoders are loaded: captions, and whether every picture
     can be read.
@@ -52,12 +52,12 @@ def encode(config: EncodeConfig) -> Path:
 
     Raises:
         TrainError: reason "data": no pictures, a broken picture, a missing caption; "settings": the output exists;
-            "model": the pipeline folder lacks a part; "memory": the device has too little.
+            "model": the pipeline folder lacks a part or is of another model; "memory": the device has too little.
     """
     output = Path(config.output)
     if output.exists():
         raise TrainError("settings", f"{output.name} exists already; choose another output")
-    require_pipeline(Path(config.pipeline))
+    folder = open_pipeline(Path(config.pipeline))
     with _dataset_errors():
         sources = _readable(_sources(config), config.skip_broken)
         prompt = with_trigger(config.instance_prompt, config.trigger)
@@ -67,9 +67,9 @@ def encode(config: EncodeConfig) -> Path:
     device = chosen_device(config.device)
     texts = list(dict.fromkeys(["", *(source.caption for source in sources)]))
     try:
-        encoded_texts = _encode_texts(config, texts, device)
+        encoded_texts = _encode_texts(folder, config, texts, device)
         with _dataset_errors():
-            pictures = _encode_pictures(config, sources, device)
+            pictures = _encode_pictures(folder, config, sources, device)
     except OUT_OF_MEMORY as error:
         raise TrainError(
             "memory",
@@ -82,22 +82,6 @@ def encode(config: EncodeConfig) -> Path:
     ]
     metadata = {"qrlora.trigger": config.trigger, "qrlora.prompt": prompt}
     return save_cache(output, items, pictures, encoded_texts, empty_text=0, metadata=metadata)
-
-
-def require_pipeline(path: Path) -> None:
-    """Whether this is a diffusers pipeline folder at all, before anything of it is loaded.
-
-    Raises:
-        TrainError: reason "model"; "library" when transformers is not installed.
-    """
-    require_package("transformers", "a pipeline folder's text encoders")
-    if not (path / "model_index.json").is_file():
-        state = "is a file" if path.is_file() else "has no model_index.json" if path.is_dir() else "does not exist"
-        raise TrainError(
-            "model",
-            f"the pipeline folder {str(path)!r} {state}. Expected a local diffusers FLUX.1 folder with the sub-folders "
-            "vae, text_encoder, text_encoder_2, tokenizer and tokenizer_2; nothing is downloaded",
-        )
 
 
 def _sources(config: EncodeConfig) -> list[Source]:
@@ -149,46 +133,46 @@ def _dataset_errors() -> Iterator[None]:
 
 
 @torch.no_grad()
-def _encode_texts(config: EncodeConfig, texts: Sequence[str], device: torch.device) -> list[EncodedText]:
-    pipeline = load_part(
-        lambda: FluxPipeline.from_pretrained(
-            config.pipeline,
-            transformer=None,
-            vae=None,
-            torch_dtype=DTYPES[config.precision],
-            local_files_only=True,
-        ).to(device),
-        "text encoders and tokenizers",
-    )
-    for part, encoder in (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")):
-        words, expected = len(getattr(pipeline, part)), getattr(pipeline, encoder).config.vocab_size
-        if words < expected / 2:  # transformers makes an empty tokenizer where files are missing
-            raise TrainError(
-                "model",
-                f"the pipeline folder's {part} has a vocabulary of {words}, {encoder} of {expected}: files lack",
-            )
+def _encode_texts(
+    folder: PipelineFolder, config: EncodeConfig, texts: Sequence[str], device: torch.device
+) -> list[EncodedText]:
+    family = folder.backbone.pipeline
+    what, dtype = "text encoders and tokenizers", DTYPES[config.precision]
+    pipeline = folder.load(what, dtype, device, transformer=None, vae=None)
+    for part, encoder in family.encoders.items():
+        _require_vocabulary(pipeline, part, encoder)
     encoded = []
     for text in tqdm(texts, desc="captions"):
-        embeds, pooled, _ = pipeline.encode_prompt(text, None, device=device, max_sequence_length=config.max_tokens)
-        encoded.append(EncodedText(embeds[0].cpu(), pooled[0].cpu()))
+        found = family.encode_text(pipeline, text, config.max_tokens, device)
+        encoded.append(found.map(lambda tensor: tensor.cpu().clone()))
     del pipeline
     _free(device)
     return encoded
 
 
+def _require_vocabulary(pipeline: Any, part: str, encoder: str) -> None:
+    """Raise TrainError for an empty tokenizer: transformers makes one where files are missing."""
+    tokenizer, config = getattr(pipeline, part), getattr(pipeline, encoder).config
+    words = len(getattr(tokenizer, "tokenizer", tokenizer))  # a processor for pictures, too, has one inside
+    expected = getattr(config, "text_config", config).vocab_size
+    if words < expected / 2:
+        raise TrainError(
+            "model",
+            f"the pipeline folder's {part} has a vocabulary of {words}, {encoder} of {expected}: files lack",
+        )
+
+
 @torch.no_grad()
-def _encode_pictures(config: EncodeConfig, sources: Sequence[Source], device: torch.device) -> list[EncodedPicture]:
+def _encode_pictures(
+    folder: PipelineFolder, config: EncodeConfig, sources: Sequence[Source], device: torch.device
+) -> list[EncodedPicture]:
     """Latents of every picture."""
-    vae = load_part(
-        lambda: AutoencoderKL.from_pretrained(
-            config.pipeline, subfolder="vae", torch_dtype=DTYPES[config.precision], local_files_only=True
-        ).to(device),
-        "VAE",
-    )
-    if config.precision == "fp16" and vae.config.force_upcast:  # its numbers do not fit into fp16
+    vae = folder.load_vae(DTYPES[config.precision], device)
+    if config.precision == "fp16" and vae.config.get("force_upcast"):  # its numbers do not fit into fp16
         vae.float()
+    family = folder.backbone.pipeline
     pictures = [
-        _encode_picture(config, vae, source.path, number)
+        _encode_picture(config, family, vae, source.path, number)
         for number, source in enumerate(tqdm(sources, desc="pictures"))
     ]
     del vae
@@ -196,51 +180,32 @@ def _encode_pictures(config: EncodeConfig, sources: Sequence[Source], device: to
     return pictures
 
 
-def _encode_picture(config: EncodeConfig, vae: Any, path: Path, number: int) -> EncodedPicture:
+def _encode_picture(config: EncodeConfig, family: Pipeline, vae: Any, path: Path, number: int) -> EncodedPicture:
     picture = read_picture(path)
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
     size = bucket_size(*picture.size, config.resolution, config.bucket_step, config.buckets)
     generator = generator_of(config.seed, "encode", number)
     x, y = torch.rand(2, generator=generator).tolist()
     cut = fitted(picture, size, (0.5, 0.5) if config.center_crop else (x, y))
 
+    def draw(distribution: Any) -> Tensor:
+        mean: Tensor = distribution.mean
+        if not config.sample_latents:
+            return mean
+        noise = torch.randn(mean.shape, generator=generator)
+        drawn: Tensor = mean + distribution.std * noise.to(mean)
+        return drawn
+
     def latent(image: Image.Image) -> Tensor:
         pixels = torch.from_numpy(np.asarray(image.convert("RGB"), dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
-        distribution = vae.encode(pixels[None].to(vae.device, vae.dtype)).latent_dist
-        drawn = distribution.mean
-        if config.sample_latents:
-            noise = torch.randn(drawn.shape, generator=generator)
-            drawn = drawn + distribution.std * noise.to(drawn)
-        scaled: Tensor = (drawn.float() - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
-        return scaled[0].cpu()
+        return family.encode_picture(vae, pixels[None].to(vae.device, vae.dtype), draw)[0].cpu()
 
-    mask = None
+    encoded = EncodedPicture(latent(cut), latent(ImageOps.mirror(cut)) if config.flip else None)
     if config.mask and "A" in cut.getbands():
-        small = cut.getchannel("A").resize((size[0] // factor, size[1] // factor), Image.Resampling.BOX)
-        weights = np.asarray(small, dtype=np.float32) / 255
+        height, width = encoded.latent.shape[1:]
+        weights = np.asarray(cut.getchannel("A").resize((width, height), Image.Resampling.BOX), dtype=np.float32) / 255
         require_visible(path.name, weights)
-        mask = torch.from_numpy(weights)
-    return EncodedPicture(latent(cut), latent(ImageOps.mirror(cut)) if config.flip else None, mask)
-
-
-def load_part(load: Callable[[], Any], what: str) -> Any:
-    """Load something of a pipeline folder.
-
-    Raises:
-        TrainError: reason "model".
-    """
-    try:
-        return load()
-    except OUT_OF_MEMORY:
-        raise
-    except ImportError as error:
-        raise TrainError("library", f"the pipeline folder's {what} need a package: {error}") from error
-    except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, SafetensorError) as error:
-        raise TrainError(
-            "model",
-            f"the pipeline folder's {what} cannot be loaded: {error}. Expected a local diffusers FLUX.1 folder with "
-            "model_index.json; nothing is downloaded",
-        ) from error
+        encoded = encoded._replace(mask=torch.from_numpy(weights))
+    return encoded
 
 
 def _free(device: torch.device) -> None:

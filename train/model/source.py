@@ -14,7 +14,7 @@ from qrlora_core.families import network_order
 from qrlora_core.storage import TensorSpec
 
 from ..errors import TrainError
-from .backbones import BACKBONES, FLUX, Backbone, ModelFacts, StoredRows, count_blocks, foreign, recognised
+from .backbones import BACKBONES, Backbone, ModelFacts, StoredRows, count_blocks, foreign, recognised
 from .quantized import (
     Quantization,
     dequantized,
@@ -179,7 +179,7 @@ def _recognised(stored: Mapping[str, TensorSpec], title: str) -> tuple[Backbone,
         "model",
         f"{title} is not a {titles_text} transformer{f' but {kind}' if kind else ''}: it begins with "
         f"{', '.join(list(stored)[:3]) or 'nothing'}. Expected a ComfyUI file with {marks}, or a diffusers folder. "
-        f"{FLUX.advice}",
+        f"{BACKBONES[0].advice}",
     )
 
 

@@ -12,6 +12,7 @@ from qrlora_core import QRLoRAError, TrainingCache
 from ..config import FitConfig
 from ..data.batches import Sampler
 from ..errors import TrainError
+from ..model.backbones import BACKBONES
 from ..model.source import BaseModel
 from .estimate import breakdown, choose_memory, free_memory, gigabytes, memory_text, require_memory
 from .processes import make_accelerator
@@ -38,17 +39,17 @@ def look_at_files(config: FitConfig, report: dict[str, Any], problems: Problems,
     try:
         source = BaseModel(Path(config.model))
         report["model"] = {
-            "is_flux": source.backbone.family == "flux",
             "family": source.backbone.title,
             "blocks": "+".join(map(str, source.blocks.values())),
             "dtype": "/".join(source.formats),
             "fingerprint": source.fingerprint,
+            "channels": source.facts.channels,
+            "text": dict(zip(source.backbone.text_fields, source.facts.text_widths, strict=True)),
         }
         targets = source.targets(config.targets)
     except QRLoRAError as error:
-        problems.append(
-            {"what": str(error), "fix": "choose a FLUX.1 model, or another that is known, and targets that it has"}
-        )
+        titles = ", ".join(backbone.title for backbone in BACKBONES)
+        problems.append({"what": str(error), "fix": f"choose a model of {titles}, and targets that it has"})
         return
     shapes = [_default_shape(source)]
     if data:

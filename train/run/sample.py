@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import FluxPipeline
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import nn
@@ -17,9 +16,10 @@ from torch import nn
 from qrlora_core import Adapter, Basis, MergeRecipe, merge, merged_adapter, open_adapter
 from qrlora_plots import contact_sheet
 
-from ..data.encode import load_part, require_pipeline
 from ..errors import TrainError
+from ..model.backbones import Pipeline
 from ..model.layer import QRLinear
+from ..model.pipeline_folder import open_pipeline
 from ..model.source import BaseModel
 from ..model.transformer import DTYPES
 from ..tools import chosen_device, initial_basis_of, require_layers
@@ -38,16 +38,20 @@ def sample(args: argparse.Namespace) -> None:
         raise TrainError("settings", f"--width {args.width} and --height {args.height}: multiples of 16 are needed")
     grid = _grid(args)
     device = chosen_device(args.device)
-    require_pipeline(args.pipeline)
+    folder = open_pipeline(args.pipeline)
+    family = folder.backbone
     source = BaseModel(args.pipeline)
+    if source.backbone is not family:
+        raise TrainError(
+            "model",
+            f"the pipeline folder {args.pipeline.name!r} is of {family.title}, the transformer in it of "
+            f"{source.backbone.title}",
+        )
     style, content = (MergeRecipe.of(open_adapter(path)) if path else None for path in (args.style, args.content))
     for recipe in (style, content):  # before gigabytes are loaded
         require_layers(source, recipe.adapters[0].targets if recipe else ())
     args.output.mkdir(parents=True, exist_ok=True)
-    pipeline = load_part(
-        lambda: FluxPipeline.from_pretrained(args.pipeline, torch_dtype=DTYPES[args.precision], local_files_only=True),
-        "parts",
-    )
+    pipeline = folder.load("parts", DTYPES[args.precision])
     live = LiveAdapter(pipeline.transformer, source, device)
     # offloading moves whole components and comes after the new layers, which then move with them
     live.set(_recipe(style, 1.0, content, 1.0))
@@ -59,7 +63,7 @@ def sample(args: argparse.Namespace) -> None:
         live.set(_recipe(style, alpha, content, beta))
         for cell in grid:
             if (cell.alpha, cell.beta) == (alpha, beta):
-                _draw(pipeline, cell, args)
+                _draw(pipeline, family.pipeline, cell, args)
     _write_sheets(grid, args)
 
 
@@ -91,11 +95,11 @@ def _grid(args: argparse.Namespace) -> list[Cell]:
     return cells
 
 
-def _draw(pipeline: Any, cell: Cell, args: argparse.Namespace) -> None:
+def _draw(pipeline: Any, family: Pipeline, cell: Cell, args: argparse.Namespace) -> None:
     picture = pipeline(
-        cell.prompt,
+        prompt=cell.prompt,
         num_inference_steps=args.steps,
-        guidance_scale=args.guidance,
+        **family.guidance(args.guidance),
         width=args.width,
         height=args.height,
         generator=torch.Generator("cpu").manual_seed(cell.seed),

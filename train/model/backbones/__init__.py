@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from .backbone import Backbone, ModelFacts, StoredRows, count_blocks, packed, unpacked
 from .flux import FLUX
 from .flux2 import FLUX2
+from .pipeline import Pipeline
 from .qwen_image import QWEN_IMAGE
 from .z_image import Z_IMAGE
 
@@ -49,6 +50,7 @@ __all__ = [
     "PREFIXES",
     "Backbone",
     "ModelFacts",
+    "Pipeline",
     "StoredRows",
     "count_blocks",
     "foreign",

@@ -15,6 +15,7 @@ from qrlora_core import EncodedText
 from qrlora_core.storage import TensorSpec
 
 from ...errors import TrainError
+from .pipeline import Pipeline
 
 Specs = Mapping[str, TensorSpec]
 
@@ -34,7 +35,7 @@ class ModelFacts(NamedTuple):
         arguments: of diffusers' model class.
         hidden: width of the tokens inside.
         channels: of the latents.
-        text_widths: of the encoded texts: the tokens', and the pooled one's where the family has one.
+        text_widths: of the encoded texts, one for each of the family's `text_fields`.
     """
 
     arguments: dict[str, Any]
@@ -68,6 +69,8 @@ class Backbone:
             its dtype but for the sigmas.
         velocity: (what the transformer gave, latents' shape) -> the velocity from picture to noise, of that shape.
         shift: tokens of a picture -> factor by which sampling moves sigmas towards noise.
+        pipeline: how its diffusers pipelines encode and draw.
+        text_fields: of an EncodedText, what the transformer takes.
     """
 
     family: str
@@ -84,6 +87,8 @@ class Backbone:
     inputs: Callable[[Any, Tensor, Tensor, EncodedText, float], dict[str, Any]]
     velocity: Callable[[Any, torch.Size], Tensor]
     shift: Callable[[int], float]
+    pipeline: Pipeline
+    text_fields: tuple[str, ...] = ("embeds",)
     swapped: frozenset[str] = frozenset()
     stated: tuple[str, ...] = ()
     patch: int = 2

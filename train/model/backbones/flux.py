@@ -12,6 +12,7 @@ from qrlora_core.families import FLUX as TABLE
 
 from ...errors import TrainError
 from .backbone import Backbone, ModelFacts, Specs, StoredRows, count_blocks, packed, unpacked
+from .pipeline import Pipeline, shifted_and_scaled
 
 _ADVICE = "Use FLUX.1-dev, -schnell or a fine-tune of them"
 _PLAIN = {
@@ -118,6 +119,21 @@ def shift(tokens: int) -> float:
     return math.exp(0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256))
 
 
+def encode_text(pipeline: Any, text: str, max_tokens: int, device: torch.device) -> EncodedText:
+    """T5's tokens and CLIP's pooled output."""
+    embeds, pooled, _ = pipeline.encode_prompt(text, None, device=device, max_sequence_length=max_tokens)
+    return EncodedText(embeds[0], pooled[0])
+
+
+PIPELINE = Pipeline(
+    # both are drawn from words alone; Kontext's own pipeline differs in what it makes of a picture
+    classes={"FluxPipeline": "FluxPipeline", "FluxKontextPipeline": "FluxPipeline"},
+    vae_class="AutoencoderKL",
+    encoders={"tokenizer": "text_encoder", "tokenizer_2": "text_encoder_2"},
+    encode_text=encode_text,
+    encode_picture=shifted_and_scaled,
+)
+
 FLUX = Backbone(
     family="flux",
     title="FLUX.1",
@@ -136,4 +152,6 @@ FLUX = Backbone(
     inputs=inputs,
     velocity=lambda output, size: unpacked(output[0], size),
     shift=shift,
+    pipeline=PIPELINE,
+    text_fields=("embeds", "pooled"),
 )

@@ -10,6 +10,7 @@ from qrlora_core import EncodedText
 
 from ...errors import TrainError
 from .backbone import Backbone, ModelFacts, Specs, StoredRows, count_blocks
+from .pipeline import Draw, Pipeline
 
 _ADVICE = "Use FLUX.2-klein, FLUX.2-dev or a fine-tune of them"
 _PLAIN = {
@@ -120,6 +121,31 @@ def shift(tokens: int) -> float:
     return math.exp(0.00016927 * tokens + 0.45666666)
 
 
+def encode_text(pipeline: Any, text: str, max_tokens: int, device: torch.device) -> EncodedText:
+    """Three layers of the text encoder side by side; the pipeline fills texts up to their longest."""
+    embeds, _ = pipeline.encode_prompt(text, device=device, max_sequence_length=max_tokens)
+    return EncodedText(embeds[0], None)
+
+
+def encode_picture(vae: Any, pixels: Tensor, draw: Draw) -> Tensor:
+    """2x2 pixels of the VAE's latents as channels, (channel, row, column), normalised by the VAE's own statistics."""
+    drawn = draw(vae.encode(pixels).latent_dist).float()
+    batch, channels, height, width = drawn.shape
+    patches = drawn.reshape(batch, channels, height // 2, 2, width // 2, 2).permute(0, 1, 3, 5, 2, 4)
+    latents = patches.reshape(batch, channels * 4, height // 2, width // 2)
+    mean, variance = (value.float().view(1, -1, 1, 1) for value in (vae.bn.running_mean, vae.bn.running_var))
+    normalised: Tensor = (latents - mean) / (variance + vae.config.batch_norm_eps).sqrt()
+    return normalised
+
+
+PIPELINE = Pipeline(
+    classes={"Flux2Pipeline": "Flux2Pipeline", "Flux2KleinPipeline": "Flux2KleinPipeline"},
+    vae_class="AutoencoderKLFlux2",
+    encoders={"tokenizer": "text_encoder"},
+    encode_text=encode_text,
+    encode_picture=encode_picture,
+)
+
 FLUX2 = Backbone(
     family="flux2",
     title="FLUX.2",
@@ -140,5 +166,6 @@ FLUX2 = Backbone(
     inputs=inputs,
     velocity=lambda output, size: output[0].mT.reshape(size),
     shift=shift,
+    pipeline=PIPELINE,
     patch=1,
 )

@@ -4,12 +4,14 @@ import inspect
 import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from qrlora_core import EncodedText
 
 from ...errors import TrainError
 from .backbone import Backbone, ModelFacts, Specs, count_blocks, packed, unpacked
+from .pipeline import Draw, Pipeline
 
 _ADVICE = "Use Qwen-Image or a fine-tune of it"
 _LAYERS = (
@@ -79,6 +81,34 @@ def shift(tokens: int) -> float:
     return math.exp(0.5 + (0.9 - 0.5) * (tokens - 256) / (8192 - 256))
 
 
+def encode_text(pipeline: Any, text: str, max_tokens: int, device: torch.device) -> EncodedText:
+    """The text encoder's last layer without the template before the caption; what is masked becomes zeros."""
+    embeds, mask = pipeline.encode_prompt(text, device=device, max_sequence_length=max_tokens)
+    return EncodedText(embeds[0] if mask is None else embeds[0] * mask[0, :, None].to(embeds), None)
+
+
+def encode_picture(vae: Any, pixels: Tensor, draw: Draw) -> Tensor:
+    """The VAE is one for videos, and a picture a video of one frame."""
+    drawn = draw(vae.encode(pixels.unsqueeze(2)).latent_dist).float().squeeze(2)
+    mean, std = (
+        torch.tensor(values, device=drawn.device).view(1, -1, 1, 1)
+        for values in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    return (drawn - mean) / std
+
+
+PIPELINE = Pipeline(
+    classes={"QwenImagePipeline": "QwenImagePipeline"},
+    vae_class="AutoencoderKLQwenImage",
+    encoders={"tokenizer": "text_encoder"},
+    encode_text=encode_text,
+    encode_picture=encode_picture,
+    # guided by the difference from an empty prompt, which its own examples write as a space
+    guidance=lambda guidance: (
+        {"true_cfg_scale": guidance, "negative_prompt": " "} if guidance > 1 else {"true_cfg_scale": 1.0}
+    ),
+)
+
 QWEN_IMAGE = Backbone(
     family="qwen_image",
     title="Qwen-Image",
@@ -95,4 +125,5 @@ QWEN_IMAGE = Backbone(
     inputs=inputs,
     velocity=lambda output, size: unpacked(output[0], size),
     shift=shift,
+    pipeline=PIPELINE,
 )

@@ -9,6 +9,7 @@ from qrlora_core import EncodedText
 
 from ...errors import TrainError
 from .backbone import Backbone, ModelFacts, Specs, StoredRows, count_blocks
+from .pipeline import Pipeline, shifted_and_scaled
 
 _ADVICE = "Use Z-Image, Z-Image-Turbo or a fine-tune of them"
 _SWAPPED_NAMES = {
@@ -94,6 +95,22 @@ def velocity(output: Any, size: torch.Size) -> Tensor:
     return -torch.stack(list(output[0])).reshape(size)
 
 
+def encode_text(pipeline: Any, text: str, max_tokens: int, device: torch.device) -> EncodedText:
+    """The text encoder's last layer but one, without what fills the caption up."""
+    (embeds,), _ = pipeline.encode_prompt(
+        text, device=device, do_classifier_free_guidance=False, max_sequence_length=max_tokens
+    )
+    return EncodedText(embeds, None)
+
+
+PIPELINE = Pipeline(
+    classes={"ZImagePipeline": "ZImagePipeline"},
+    vae_class="AutoencoderKL",
+    encoders={"tokenizer": "text_encoder"},
+    encode_text=encode_text,
+    encode_picture=shifted_and_scaled,
+)
+
 Z_IMAGE = Backbone(
     family="z_image",
     title="Z-Image",
@@ -110,4 +127,5 @@ Z_IMAGE = Backbone(
     inputs=inputs,
     velocity=velocity,
     shift=lambda tokens: 3.0,
+    pipeline=PIPELINE,
 )
