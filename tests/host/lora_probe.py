@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 host, base, result = map(Path, sys.argv[1:4])
+wanted = sys.argv[4:]
 sys.argv = ["main.py", "--cpu", "--base-directory", str(base)]
 sys.path[0:1] = [str(host), str(Path(__file__).parent)]
 
@@ -152,7 +153,7 @@ def family(name):
             "modules": len(modules),
             "layers": len(recipe.layer_names),
             "known": len(known),
-            "family": opens.family.name,
+            "family": core.lora_text(opens)[0],
         }
     one, two = list(files)[:1] + list(files)[-1:]
     merged = core.merge(opened(files[one]), 0.7, opened(files[two]), -0.4)
@@ -185,14 +186,82 @@ def family(name):
     return found
 
 
+LARGE = {"depth": 19, "depth_single_blocks": 38}  # by its last blocks the host tells some dialects
+XLABS = {"qkv_lora1": "img_attn.qkv", "qkv_lora2": "txt_attn.qkv"}
+XLABS |= {"proj_lora1": "img_attn.proj", "proj_lora2": "txt_attn.proj"}
+
+
+def flux_dialects():
+    """What only FLUX.1 has: XLabs' names, with single blocks (USO) and without, and BFL's Canny and Depth LoRAs."""
+    patcher = model("FLUX.1", **LARGE)
+    state = patcher.model.diffusion_model.state_dict()
+    double = {
+        f"double_blocks.{block}.processor.{theirs}": f"double_blocks.{block}.{ours}"
+        for block in range(19)
+        for theirs, ours in XLABS.items()
+    }
+    single = {f"single_blocks.{block}.processor.qkv_lora": f"single_blocks.{block}.linear1_qkv" for block in range(38)}
+    single |= {f"single_blocks.{block}.processor.proj_lora": f"single_blocks.{block}.linear2" for block in range(38)}
+    shapes = {}
+    for theirs, ours in (double | single).items():
+        out, columns = state[f"{ours.replace('_qkv', '')}.weight"].shape
+        shapes[theirs] = (3 * columns if ours.endswith("linear1_qkv") else out, columns)
+    ends = ("up.weight", "down.weight")
+    uso = write(base / "models" / "loras" / "uso.safetensors", shapes, ends, seed=21)
+    found = {"uso": worst(application.patch_model(patcher, opened(uso), 0.8)[0], stock(patcher, uso, 0.8))}
+    only = {theirs: shapes[theirs] for theirs in double}
+    xlabs = write(base / "models" / "loras" / "xlabs.safetensors", only, ends, seed=22)
+    native = {f"diffusion_model.{double[theirs]}": shape for theirs, shape in only.items()}
+    same = write(base / "models" / "loras" / "xlabs native.safetensors", native, KOHYA, seed=22)
+    found["xlabs"] = worst(application.patch_model(patcher, opened(xlabs), 0.8)[0], stock(patcher, same, 0.8))
+    found["xlabs in the host"] = len(stock(patcher, xlabs, 0.8).patches)
+    return found | control(patcher, state)
+
+
+def control(patcher, state):
+    """BFL's: low-rank changes of every linear layer, with biases, norms, and an img_in of twice the width."""
+    torch.manual_seed(23)
+    tensors, kept = {}, 0
+    for key, weight in state.items():
+        name, _, end = key.rpartition(".")
+        if end == "weight" and weight.ndim == 2:
+            out, columns = weight.shape
+            columns *= 2 if name == "img_in" else 1
+            tensors[f"{name}.lora_A.weight"] = 0.1 * torch.randn(3, columns)
+            tensors[f"{name}.lora_B.weight"] = 0.1 * torch.randn(out, 3)
+            tensors[f"{name}.lora_B.bias"] = 0.1 * torch.randn(out)
+            kept += name != "img_in"
+        elif "_norm." in key:
+            tensors[f"{name}.scale"] = torch.ones(weight.shape)
+    file = base / "models" / "loras" / "control.safetensors"
+    save_file(tensors, file)
+    try:
+        core.open_lora(file)
+        refused = ""
+    except core.FileFormatError as error:
+        refused = str(error)
+    ours = application.patch_model(patcher, opened(file), 0.8)[0]
+    theirs = stock(patcher, file, 0.8)
+    whole = theirs.model.state_dict()
+    one = weights(ours)
+    two = {key: comfy.lora.calculate_weight(theirs.patches[key], whole[key].clone(), key) for key in one}
+    more = theirs.patches.keys() - ours.patches.keys()
+    return {
+        "control": [max(float((one[key] - two[key]).norm() / (two[key] - whole[key]).norm()) for key in one), len(one)],
+        "control kept": kept,
+        "control left": sorted({key.rpartition(".")[2] if "img_in" not in key else "img_in" for key in more}),
+        "control refused": refused,
+        "control told": core.lora_text(core.open_lora(file, other_parts="leave out")),
+    }
+
+
 def checked(name):
     try:
-        return family(name)
+        return flux_dialects() if name == "dialects" else family(name)
     except Exception as error:  # noqa: BLE001 - one family must not hide the others
         import traceback
 
         return {"error": f"{error!r}\n{traceback.format_exc()[-1500:]}"}
 
 
-wanted = sys.argv[4:] or list(MODELS)
-result.write_text(json.dumps({name: checked(name) for name in wanted}, indent=1))
+result.write_text(json.dumps({name: checked(name) for name in wanted or [*MODELS, "dialects"]}, indent=1))
