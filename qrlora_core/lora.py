@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .adapter import Adapter, AdapterLayer, LayerInfo, Progress
 from .errors import FileFormatError, SettingError
-from .families import Family, cut, find, likely_families
+from .families import FAMILIES, Family, cut, find, likely_families
 from .formats import NATIVE, file_kind, first_few, open_adapter
 from .linalg import decompose, require_finite
 from .storage import TensorFile
@@ -77,8 +77,6 @@ _TEXT_ENCODERS = (
     *("lora_te", "lora_prior_te", "text_encoder", "te.", "te1.", "te2.", "te3.", "clip_l", "clip_g", "t5xxl"),
     *("text_model.", "conditioner.", "cond_stage_model.", "lycoris_text_model", "hydit_clip"),
 )
-# By these keys ComfyUI knows BFL's Canny and Depth LoRAs, too
-_BFL_CONTROL = {"img_in.lora_A.weight", "single_blocks.0.norm.key_norm.scale"}
 _LARGEST_CHANGE = 1 << 29  # numbers of one weight; those of the largest models here have 1 << 28
 _MOST_NUMBERS = 1 << 26  # of the tensors that are decomposed together
 
@@ -230,9 +228,10 @@ def _modules(file: TensorFile) -> tuple[dict[str, dict[str, str]], int, dict[str
         if what == _OTHER[".reshape_weight"]:
             for one in modules.pop(key.removesuffix(".reshape_weight"), {}).values():
                 others[one] = what
-    if file.specs.keys() >= _BFL_CONTROL:  # their img_in takes a control picture beside the latent
-        for one in modules.pop("img_in", {}).values():
-            others[one] = _OTHER[".reshape_weight"]
+    for family in FAMILIES:
+        for module, marks in family.widened:
+            if file.specs.keys() >= set(marks):
+                others |= dict.fromkeys(modules.pop(module, {}).values(), _OTHER[".reshape_weight"])
     return modules, len(text), others
 
 

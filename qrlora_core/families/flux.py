@@ -75,6 +75,8 @@ FLUX = Family(
     marks=("vector_in.", "single_blocks.0.modulation.", "single_transformer_blocks.0.norm."),
     aliases=ALIASES,
     presets=DOUBLE_OR_SINGLE,
+    # BFL's Canny and Depth LoRAs, whose input takes a control picture beside the latent; ComfyUI knows them by these
+    widened=(("img_in", ("img_in.lora_A.weight", "single_blocks.0.norm.key_norm.scale")),),
     swapped=(("norm_out.linear", "final_layer.adaLN_modulation.1"),),
 )
 

@@ -78,6 +78,7 @@ class Family:
         swapped: (diffusers' name, native module) of layers whose two halves of rows change places between the layouts.
         portable: how a file names a layer that every LoRA loader finds. "transformer." is followed by the layer's
             name; after an ending "_" its dots become "_" too.
+        widened: (native module, keys) of LoRAs that make a module larger: a file that has all of the keys is one.
         presets: block strengths by name, beside those that every family has.
     """
 
@@ -88,6 +89,7 @@ class Family:
     aliases: tuple[tuple[str, str], ...] = ()
     swapped: tuple[tuple[str, str], ...] = ()
     portable: str = "transformer."
+    widened: tuple[tuple[str, tuple[str, ...]], ...] = ()
     presets: tuple[Preset, ...] = ()
 
 

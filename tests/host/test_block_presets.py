@@ -1,4 +1,4 @@
-"""Presets of ΔR Block Scale through a real server and in a browser: saved, chosen again, refused, drawn."""
+"""Presets of Block Scale through a real server and in a browser: saved, chosen again, refused, drawn."""
 
 import json
 import uuid
