@@ -12,10 +12,11 @@ from ..qrlora_core import QRLoRAError, TensorFile
 from ..train.data.captions import DEFAULT_PROMPT, folder_version
 from . import report, sockets
 from .host import encoders, folders, session
+from .host.base_format import base_format
 from .train_options import combo_input, number_input
 from .training import pictures
 from .training.jobs import JOBS
-from .training.request import from_widgets
+from .training.request import Request, from_widgets
 from .training.runs import RunFolder
 from .training.service import finished_text, reporting, train
 
@@ -90,7 +91,7 @@ class Train(io.ComfyNode):
                 _published[trained.path] = version
             name = trained.path.relative_to(folders.place(request.folder).resolve()).as_posix()
             curve = pictures.loss_curve(job.steps(), name)
-            decoded = _samples(trained.run, request.steps, request.vae)
+            decoded = _samples(trained.run, request)
             if decoded is not None:
                 pictures.write_preview(trained.path, decoded[-1])
             samples = pictures.note(_NO_SAMPLES) if decoded is None else decoded
@@ -110,13 +111,14 @@ def _version(path: Path) -> tuple[int, int] | None:
     return status.st_size, status.st_mtime_ns
 
 
-def _samples(run: RunFolder, steps: int, vae: Any) -> Tensor | None:
+def _samples(run: RunFolder, request: Request) -> Tensor | None:
     """The newest samples as one batch, decoded by the graph's VAE; None without any."""
-    latents = [TensorFile(path).tensor("latent") for step, path in run.samples().items() if step <= steps]
+    latents = [TensorFile(path).tensor("latent") for step, path in run.samples().items() if step <= request.steps]
     latents = [latent for latent in latents if latent.shape[-2:] == latents[-1].shape[-2:]]
     if not latents:
         return None
-    return torch.cat([encoders.decode_latent(vae, latent) for latent in latents[-_SHOWN_SAMPLES:]])
+    base = base_format(request.model)
+    return torch.cat([encoders.decode_latent(request.vae, latent, base) for latent in latents[-_SHOWN_SAMPLES:]])
 
 
 def _log_tail(path: Path) -> str:

@@ -15,7 +15,7 @@ from .basis import (
     save_basis,
 )
 from .blocks import BlockRange, BlockScale, parse_kind_ranges, parse_ranges
-from .cache import CacheItem, EncodedPicture, EncodedText, TrainingCache, bucket_size, save_cache
+from .cache import CacheItem, EncodedPicture, EncodedText, ModelInputs, TrainingCache, bucket_size, save_cache
 from .errors import (
     BasisMismatchError,
     FileFormatError,
@@ -71,6 +71,7 @@ __all__ = [
     "LayerTarget",
     "MergeRecipe",
     "MergeReport",
+    "ModelInputs",
     "NameTakenError",
     "OnMismatch",
     "OpenedLora",
