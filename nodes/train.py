@@ -137,11 +137,12 @@ def _inputs() -> list[Any]:
         io.Combo.Input(
             "model_name",
             options=folders.model_names(),
-            tooltip="The FLUX.1 model to train on: a safetensors file in models/diffusion_models or models/checkpoints "
+            tooltip="The model to train on (FLUX.1, FLUX.2, Qwen-Image, Z-Image): a safetensors file in "
+            "models/diffusion_models or models/checkpoints "
             "(fp32, fp16, bf16 or fp8; no GGUF).",
         ),
         io.Clip.Input("clip", tooltip="The text encoders that the prompt is encoded with, as for sampling."),
-        io.Vae.Input("vae", tooltip="FLUX's VAE (ae.safetensors)."),
+        io.Vae.Input("vae", tooltip="The VAE that belongs to the model, as for sampling."),
         io.Combo.Input(
             "dataset",
             options=folders.dataset_names(),
