@@ -69,7 +69,7 @@ def side_by_side() -> list[str]:
     if processes == 1:
         return []
     os.environ.setdefault("OMP_NUM_THREADS", str(cores // processes))
-    return [f"--numprocesses={processes}", "--dist=loadgroup"]
+    return [f"--numprocesses={processes}", "--dist=loadscope"]
 
 
 def prepared_python() -> str:

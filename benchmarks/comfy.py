@@ -80,7 +80,8 @@ def write_flux(path: Path, size: tuple[int, int, int], dtype: Any, text: int = 6
     """
     import torch
 
-    from qrlora_core.storage import TensorSpec, write_tensors
+    from qrlora_core.storage import TensorSpec
+    from qrlora_core.writing import write_tensors
 
     shapes = flux_shapes(*size, text, pooled)
     specs = {

@@ -11,7 +11,8 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
 from qrlora_core import LayerTarget, flux_targets
-from qrlora_core.storage import TensorSpec, header_bytes
+from qrlora_core.storage import TensorSpec
+from qrlora_core.writing import header_bytes
 
 
 class RandomSource:

@@ -19,7 +19,8 @@ import torch
 from benchmarks.common import machine
 from qrlora_core import flux_targets
 from qrlora_core.formats import RESIDUAL
-from qrlora_core.storage import TensorSpec, header_bytes
+from qrlora_core.storage import TensorSpec
+from qrlora_core.writing import header_bytes
 
 CHILD = """
 import json, sys, time

@@ -13,8 +13,9 @@ from .errors import BasisMismatchError, FileFormatError
 from .families import network_order
 from .formats import BASIS, file_kind, group_layers
 from .linalg import ORTHONORMAL, Basis, base_r, decompose, orthonormality_error, require_finite
-from .storage import TensorFile, TensorSpec, write_tensors
+from .storage import TensorFile, TensorSpec
 from .targets import LayerTarget
+from .writing import write_tensors
 
 # Two float32 Q of one file differ by nothing; anything above rounding is another basis.
 _SAME_BASIS = 1e-6

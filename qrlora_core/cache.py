@@ -25,7 +25,8 @@ from torch import Tensor
 
 from .errors import FileFormatError
 from .linalg import require_finite
-from .storage import TensorFile, TensorSpec, verify_checksum, write_tensors
+from .storage import TensorFile, TensorSpec
+from .writing import verify_checksum, write_tensors
 
 CACHE_VERSION = 1
 MAX_REPEATS = 10_000

@@ -11,8 +11,9 @@ from .errors import BasisMismatchError, FileFormatError, TargetError
 from .families import network_order
 from .formats import RESIDUAL, file_kind, first_few, group_layers
 from .linalg import Basis, require_finite, restored_weight
-from .storage import TensorFile, TensorSpec, write_tensors
+from .storage import TensorFile, TensorSpec
 from .targets import LayerTarget, nearest
+from .writing import write_tensors
 
 
 class Residual:

@@ -22,7 +22,8 @@ from .formats import (
     portable_key,
 )
 from .linalg import require_finite
-from .storage import TensorSpec, write_tensors
+from .storage import TensorSpec
+from .writing import write_tensors
 
 AdapterFormat = Literal["portable", "published"]
 ADAPTER_FORMATS: tuple[str, ...] = ("portable", "published")

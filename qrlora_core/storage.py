@@ -1,21 +1,18 @@
-"""Reading and writing safetensors files: lazily, by streams, atomically. Pickles are never opened."""
+"""Reading safetensors files: lazily, by offset, checked against change. Pickles are never opened."""
 
 import hashlib
 import json
 import os
-import shutil
-import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .errors import FileFormatError, PathError
-from .whole import whole_file
+from .errors import FileFormatError
 
 DTYPES = {
     "F64": torch.float64,
@@ -34,12 +31,9 @@ _OTHER_DTYPES = {
     "I64": torch.int64,
     "F8_E8M0": torch.uint8,
 }
-_DTYPE_NAMES = {dtype: name for name, dtype in (*DTYPES.items(), *_OTHER_DTYPES.items()) if name != "F8_E8M0"}
-CHECKSUM = "qrlora.sha256"  # of the whole file, with sixty-four zeros in the place of the checksum itself
-_NO_CHECKSUM = "0" * 64
+DTYPE_NAMES = {dtype: name for name, dtype in (*DTYPES.items(), *_OTHER_DTYPES.items()) if name != "F8_E8M0"}
 _LONGEST_HEADER = 100_000_000  # what the safetensors library allows
 _SAMPLE = 4096
-_BLOCK = 1 << 22
 
 
 class TensorSpec(NamedTuple):
@@ -186,91 +180,6 @@ def model_fingerprint(path: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def write_tensors(
-    path: Path,
-    specs: Mapping[str, TensorSpec],
-    tensors: Iterable[tuple[str, Tensor]],
-    metadata: Mapping[str, str],
-    *,
-    overwrite: bool = False,
-    check: Callable[[Path], None] | None = None,
-    checksum: bool = False,
-) -> Path:
-    """Write a safetensors file one tensor at a time; it appears whole or not at all.
-
-    The bytes go to a temporary file in the same folder, are flushed to disk, and take the final name last. Whatever
-    ends the writing early (an error, a cancel, a full disk) leaves nothing behind.
-
-    Args:
-        path: final name; parent folders are made.
-        specs: dtype and shape of every tensor, in the order in which `tensors` will yield them.
-        tensors: (key, tensor) pairs; each is converted to its spec's dtype and may be dropped after it was taken.
-        metadata: strings for the header.
-        overwrite: replace an existing file; otherwise it is an error, raised before anything is written.
-        check: called with the temporary file before it takes its name; what it raises ends the writing.
-        checksum: keep a SHA-256 of everything in the header, for `verify_checksum`.
-
-    Returns:
-        The path.
-
-    Raises:
-        PathError: the file exists, the folder cannot be written, or the disk has too little room.
-        FileFormatError: `tensors` does not yield what `specs` announced.
-    """
-    path = Path(path)
-    header = header_bytes(specs, {CHECKSUM: _NO_CHECKSUM, **metadata} if checksum else metadata)
-    total = len(header) + sum(spec.nbytes for spec in specs.values())
-    with whole_file(path, overwrite=overwrite, check=check) as file:
-        free = shutil.disk_usage(path.parent).free
-        if free < total:
-            raise PathError(f"{path.name} needs {size_text(total)}, the disk has {size_text(free)} free")
-        file.write(header)
-        digest = hashlib.sha256(header)
-        written = _write_stream(file, specs, tensors, digest.update if checksum else lambda data: None)
-        if written != list(specs):
-            raise FileFormatError(f"{path.name}: {len(written)} of {len(specs)} tensors were written")
-        if checksum:
-            file.seek(header.index(_NO_CHECKSUM.encode()))
-            file.write(digest.hexdigest().encode())
-    return path
-
-
-def verify_checksum(path: Path) -> bool:
-    """Read a file from end to end and compare it with the checksum that it was written with.
-
-    Returns:
-        Whether it has one; files that were written without are taken as they are.
-
-    Raises:
-        FileFormatError: the content is not what was written, or the file cannot be read.
-    """
-    path = Path(path)
-    try:
-        metadata = TensorFile(path, skip_other=True).metadata
-        stated = metadata.get(CHECKSUM, "").encode()
-        if not stated:
-            return False
-        digest = hashlib.sha256()
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            file.seek(0)
-            digest.update(file.read(8 + length).replace(stated, _NO_CHECKSUM.encode(), 1))
-            while block := file.read(_BLOCK):
-                digest.update(block)
-    except OSError as error:
-        raise FileFormatError(f"{path.name} cannot be read ({error})") from error
-    if digest.hexdigest().encode() != stated:
-        raise FileFormatError(f"{path.name} is damaged: its content does not match its checksum")
-    return True
-
-
-def size_text(count: float) -> str:
-    """A number of bytes in words, never rounded to nothing."""
-    if count >= 1e8:
-        return f"{count / 1e9:.2f} GB"
-    return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
-
-
 def _version(status: os.stat_result) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
@@ -299,38 +208,3 @@ def _read_into(file: FileIO, buffer: memoryview) -> None:
         if not count:
             raise EOFError("the file ends too early")
         buffer = buffer[count:]
-
-
-def header_bytes(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> bytes:
-    """The beginning of a safetensors file with these tensors, one after the other."""
-    entries: dict[str, object] = {"__metadata__": dict(metadata)}
-    offset = 0
-    for key, spec in specs.items():
-        entries[key] = {
-            "dtype": _DTYPE_NAMES[spec.dtype],
-            "shape": list(spec.shape),
-            "data_offsets": [offset, offset + spec.nbytes],
-        }
-        offset += spec.nbytes
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the format asks for data aligned to 8 bytes
-    return struct.pack("<Q", len(text)) + text
-
-
-def _write_stream(
-    file: BinaryIO,
-    specs: Mapping[str, TensorSpec],
-    tensors: Iterable[tuple[str, Tensor]],
-    on_data: Callable[[memoryview], None],
-) -> list[str]:
-    written: list[str] = []
-    expected = iter(specs)
-    for key, tensor in tensors:
-        if key != next(expected, None) or tuple(tensor.shape) != specs[key].shape:
-            raise FileFormatError(f"tensor {key} {tuple(tensor.shape)} was not announced at this place")
-        data = tensor.detach().to("cpu", specs[key].dtype).contiguous()
-        content = data.reshape(-1).view(torch.uint8).numpy().data
-        file.write(content)
-        on_data(content)
-        written.append(key)
-    return written

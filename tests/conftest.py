@@ -11,7 +11,10 @@ from demo.small_flux import GOLDEN
 settings.register_profile("pack", deadline=None, print_blob=True)
 settings.load_profile("pack")
 
-SHARED = ("server", "bare_server", "probe", "live_probe")  # what takes long to start and serves many tests
+# tests of the host that do not ask the one server, which takes long to start
+WITHOUT_SERVER = {
+    f"tests/host/test_{name}.py" for name in ("benchmarks", "families", "live", "lora", "patching", "versions")
+}
 
 
 def pytest_addoption(parser):
@@ -19,19 +22,27 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    """The tests of the host all ask a server or a browser; the others that start a process carry the mark `process`.
-
-    Where several processes share the tests, those of one file stay together, and those that ask the same server.
-    """
+    """The tests of the host all ask a server or a browser; the others that start a process carry the mark `process`."""
     for item in items:
         if "tests/host/" in item.path.as_posix():
             item.add_marker(pytest.mark.process)
-        shared = next((name for name in SHARED if name in item.fixturenames), item.path.as_posix())
-        item.add_marker(pytest.mark.xdist_group(shared))
     if config.getoption("--quick"):
         slow = [item for item in items if item.get_closest_marker("process")]
         config.hook.pytest_deselected(items=slow)
         items[:] = [item for item in items if item not in slow]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Where several processes share the tests, a file stays in one of them, and so do all files that ask the server."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByServer(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.split("::")[0]
+            return "server" if file.startswith("tests/host/") and file not in WITHOUT_SERVER else file
+
+    return ByServer(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)

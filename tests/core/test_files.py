@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import qrlora_core as core
-from qrlora_core import storage
+from qrlora_core import writing
 from qrlora_core.families import FLUX, native_layers, native_place
-from qrlora_core.storage import CHECKSUM, TensorFile, TensorSpec, size_text, verify_checksum, write_tensors
+from qrlora_core.storage import TensorFile, TensorSpec
+from qrlora_core.writing import CHECKSUM, size_text, verify_checksum, write_tensors
 from tests.core.test_merge import NAMES, make
 
 LAYER = "transformer.transformer_blocks.0.attn.to_q"
@@ -258,7 +259,7 @@ def test_what_was_not_announced_is_not_written(tmp_path):
 
 def test_full_disk(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(storage.shutil, "disk_usage", lambda _: usage._replace(free=10))
+    monkeypatch.setattr(writing.shutil, "disk_usage", lambda _: usage._replace(free=10))
     with pytest.raises(core.PathError, match="needs .* kB"):
         core.save_adapter(make(1), tmp_path / "x.safetensors")
     monkeypatch.undo()

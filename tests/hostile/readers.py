@@ -20,7 +20,8 @@ from torch import Tensor
 import qrlora_core as core
 from demo.small_flux import GOLDEN
 from qrlora_core.basis import open_basis, save_basis
-from qrlora_core.storage import TensorFile, TensorSpec, header_bytes, verify_checksum
+from qrlora_core.storage import TensorFile, TensorSpec
+from qrlora_core.writing import header_bytes, verify_checksum
 from tests.core.test_merge import NAMES, make
 from tests.nodes.pack import load
 from train import events

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from demo.small_flux import GOLDEN
-from qrlora_core import PathError, WeightError, open_adapter, storage
+from qrlora_core import PathError, WeightError, open_adapter, writing
 from tests.train.conftest import base_settings, small_cache
 from train.cli import main
 from train.config import FitConfig, as_table, make_config
@@ -444,7 +444,7 @@ def test_another_basis_is_no_way_to_go_on(stopped_at_two, tmp_path):
     layers = load_file(path)
     layers = {key: value.flip(0).contiguous() if value.shape[1] == 8 else value for key, value in layers.items()}
     with safe_open(path, "pt") as file:
-        metadata = {key: value for key, value in file.metadata().items() if key != storage.CHECKSUM}
+        metadata = {key: value for key, value in file.metadata().items() if key != writing.CHECKSUM}
     (tmp_path / "bases").mkdir()
     save_file(layers, tmp_path / "bases" / path.name, metadata=metadata)
     with pytest.raises(TrainError, match="began on another basis of transformer_blocks.0.attn.to_q"):
@@ -524,14 +524,14 @@ def test_a_loss_that_is_not_finite_stops(settings, monkeypatch):
 
 def test_a_full_disk_keeps_what_is_there(settings, monkeypatch, tmp_path):
     config = settings(steps=4, checkpoint_every=1)
-    real = storage._write_stream
+    real = writing._write_stream
 
     def full(file, specs, *more):
         if b'\\"step\\": 3' in Path(file.name).read_bytes():
             raise OSError(28, "No space left on device")
         return real(file, specs, *more)
 
-    monkeypatch.setattr(storage, "_write_stream", full)
+    monkeypatch.setattr(writing, "_write_stream", full)
     with pytest.raises(TrainError, match="cannot be written.*No space left") as caught:
         fit(config)
     assert caught.value.reason == "disk"

@@ -11,7 +11,8 @@ from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
 
 from demo.small_flux import golden_flux
-from qrlora_core.storage import TensorSpec, header_bytes
+from qrlora_core.storage import TensorSpec
+from qrlora_core.writing import header_bytes
 
 WIDTH = 64  # of the golden transformer's text and pooled inputs
 TOKENS = 24

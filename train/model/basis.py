@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 
 from qrlora_core import Basis, FileFormatError, LayerTarget, WeightError, basis_name, decompose, open_basis, save_basis
-from qrlora_core.storage import TensorSpec, verify_checksum
+from qrlora_core.storage import TensorSpec
+from qrlora_core.writing import verify_checksum
 
 from .source import BaseModel
 

@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 
 from qrlora_core import FileFormatError, PathError, TensorFile
-from qrlora_core.storage import TensorSpec, verify_checksum, write_tensors
+from qrlora_core.storage import TensorSpec
 from qrlora_core.whole import TEMPORARY
+from qrlora_core.writing import verify_checksum, write_tensors
 
 from ..errors import TrainError
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from qrlora_core import __version__
-from qrlora_core.storage import TensorSpec, write_tensors
+from qrlora_core.storage import TensorSpec
+from qrlora_core.writing import write_tensors
 
 from ..config import FitConfig
 from ..data.batches import generator_of
