@@ -30,6 +30,11 @@ FILES = {  # name -> (folder, address)
         "text_encoders",
         f"{HUB}/Comfy-Org/z_image_turbo/resolve/main/split_files/text_encoders/qwen_3_4b.safetensors",
     ),
+    "flux-2-klein-4b.safetensors": (
+        "diffusion_models",
+        f"{HUB}/Comfy-Org/flux2-klein/resolve/main/split_files/diffusion_models/flux-2-klein-4b.safetensors",
+    ),
+    "flux2-vae.safetensors": ("vae", f"{HUB}/Comfy-Org/flux2-dev/resolve/main/split_files/vae/flux2-vae.safetensors"),
     "ae.safetensors": (
         "vae",
         f"{HUB}/Comfy-Org/Lumina_Image_2.0_Repackaged/resolve/main/split_files/vae/ae.safetensors",

@@ -31,7 +31,7 @@ def main() -> None:
     both = row([pictures[CONTENT.name], "+", pictures[STYLE.name], "=", drawn["merged"]])
     made = {
         "Merge style and content": both,
-        "Merge two LoRAs": both.copy(),
+        **two_loras(style, content, drawn),
         "Train and merge": stacked(
             row([pictures[CONTENT.name], ">", drawn["content"]]), row([pictures[STYLE.name], ">", drawn["style"]])
         ),
@@ -42,6 +42,32 @@ def main() -> None:
         picture.thumbnail(THUMBNAIL)
         picture.convert("RGB").save(TEMPLATES / f"{name}.jpg", quality=78, optimize=True)
     registry(pictures[CONTENT.name], pictures[STYLE.name], drawn["merged"])
+
+
+def two_loras(style: Adapter, content: Adapter, drawn: dict[str, Image.Image]) -> dict[str, Image.Image]:
+    """Template -> what its merge does, shown by the toy: two files that become one, and both from nothing to all."""
+    toy, files = load_toy(FP8), [MergeRecipe.of(one) for one in (style, content)]
+
+    def at(strength: float) -> Image.Image:
+        merged = merged_adapter(merge(files[0], strength, files[1], strength))
+        return to_image(sample(patched(toy, merged), [MERGED_PROMPT], [SEED])[0])
+
+    rising: list[Image.Image | str] = []
+    for strength in (0.0, 0.4, 0.7, 1.0):
+        rising += ([">"] if rising else []) + [at(strength)]
+    summed = row([drawn["content"], "+", drawn["style"], "=", at(0.8)])
+    return {
+        "Merge two LoRAs": titled(summed, "two LoRAs, Z-Image"),
+        "Merge two LoRAs, FLUX2 klein": titled(row(rising), "two LoRAs, FLUX.2 klein"),
+    }
+
+
+def titled(picture: Image.Image, title: str) -> Image.Image:
+    """The picture with a line of text above it."""
+    paper = Image.new("RGB", (picture.width, picture.height + GAP // 2), PAPER)
+    paper.paste(picture, (0, GAP // 2))
+    ImageDraw.Draw(paper).text((GAP, 3 * GAP // 4), title, INK, font_for(title, 3 * GAP // 4), anchor="lm")
+    return paper
 
 
 def drawn_by(style: Adapter, content: Adapter) -> dict[str, Image.Image]:

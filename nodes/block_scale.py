@@ -2,9 +2,29 @@
 
 from comfy_api.latest import io
 
-from ..qrlora_core import NOTHING, BlockScale, MergeRecipe, family_of_targets, parse_kind_ranges, parse_ranges
+from ..qrlora_core import (
+    NOTHING,
+    BlockScale,
+    Family,
+    MergeRecipe,
+    QRLoRAError,
+    SettingError,
+    block_factors,
+    combined,
+    family_of_targets,
+    parse_kind_ranges,
+    parse_ranges,
+    preset_names,
+    preset_scale,
+    scale_from_json,
+    scale_to_json,
+)
 from . import report, sockets
 from .arrivals import Node
+from .host import block_files, folders
+
+NO_PRESET = "none"
+SAVED = "saved: "
 
 
 class BlockScaleNode(Node):
@@ -15,8 +35,8 @@ class BlockScaleNode(Node):
         return sockets.schema(
             "QRLoRABlockScale",
             "\u0394R Block Scale",
-            "Strength per kind of block, per part, per stream and per range of blocks. Factors that meet in a layer "
-            "multiply. Nothing is computed before the result is applied or saved.",
+            "Strength per kind of block, per part, per stream and per range of blocks, or a preset. Factors that meet "
+            "in a layer multiply. Nothing is computed before the result is applied or saved.",
             inputs=[
                 sockets.delta_r_input("delta_r", "An adapter or a merge; all of it is scaled."),
                 sockets.strength_input(
@@ -41,10 +61,44 @@ class BlockScaleNode(Node):
                     tooltip="Factors for kinds of blocks that only some models have, with the kind before the blocks, "
                     "as in 'input 4-5: 0.5, middle: 0' (SDXL) or 'context_refiner 0-1: 0' (Z-Image). Empty: all 1.",
                 ),
+                io.Combo.Input(
+                    "preset",
+                    options=[NO_PRESET, *preset_names(), *(SAVED + name for name in block_files.block_names())],
+                    default=NO_PRESET,
+                    optional=True,
+                    tooltip="Strengths by name; those above multiply with them. Some are for one family only, and the "
+                    "node says so. saved: your own, from models/qrlora/blocks.",
+                ),
+                io.String.Input(
+                    "save_as",
+                    default="",
+                    optional=True,
+                    tooltip="A name under which these strengths are saved in models/qrlora/blocks when the node runs, "
+                    "to be chosen as a preset after R. Empty: not saved.",
+                ),
             ],
             outputs=[sockets.DeltaR.Output(display_name="delta_r", tooltip="The scaled adapter, for Merge and Apply.")],
             search_aliases=["block weight", "layer strength", "qr-lora blocks"],
         )
+
+    @classmethod
+    def validate_inputs(cls, preset: str = NO_PRESET) -> bool | str:
+        """A saved preset may be newer than the list that the page has."""
+        if not isinstance(preset, str) or preset.startswith(SAVED):
+            return folders.refusal(block_files.block_path, str(preset).removeprefix(SAVED)) or True
+        if preset not in (NO_PRESET, *preset_names()):
+            return f"preset is {preset!r:.80}, expected {NO_PRESET}, {', '.join(preset_names())}, or one that is saved"
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, preset: str = NO_PRESET, save_as: str = "", **_: object) -> str:
+        """Changes when a saved preset does, and when what was saved is no longer there."""
+        seen = []
+        chosen, wanted = str(preset), str(save_as).strip()
+        for name in (chosen.removeprefix(SAVED) if chosen.startswith(SAVED) else "", wanted):
+            if name:
+                seen.append(folders.version(block_files.block_path, name.removesuffix(block_files.ENDING)))
+        return ":".join(seen)
 
     @classmethod
     def execute(
@@ -59,7 +113,10 @@ class BlockScaleNode(Node):
         single_ranges: str,
         delta_r: MergeRecipe = NOTHING,
         other_ranges: str = "",
+        preset: str = NO_PRESET,
+        save_as: str = "",
     ) -> io.NodeOutput:
+        family = family_of_targets(target for adapter in delta_r.adapters for target in adapter.targets)
         scale = BlockScale(
             double=double_blocks,
             single=single_blocks,
@@ -70,10 +127,35 @@ class BlockScaleNode(Node):
             double_ranges=parse_ranges(double_ranges, "double_ranges"),
             single_ranges=parse_ranges(single_ranges, "single_ranges"),
             other_ranges=parse_kind_ranges(other_ranges, "other_ranges"),
-            family=family_of_targets(target for adapter in delta_r.adapters for target in adapter.targets),
+            family=family,
         )
+        if preset != NO_PRESET and delta_r.terms:
+            scale = combined(scale, _preset(preset, delta_r, family))
         scaled = delta_r.block_scaled(scale)
-        return io.NodeOutput(scaled, ui={"text": [report.block_text(scale, scaled)]})
+        text = report.block_text(scale, scaled)
+        if save_as.strip() and delta_r.terms:
+            name, is_new = block_files.write_blocks(save_as, scale_to_json(scale))
+            text += f"\nsaved as {name}" if is_new else f"\n{name} is saved already"
+        blocks = [{"kind": kind, "blocks": one} for kind, one in block_factors(scale, scaled.layer_names).items()]
+        return io.NodeOutput(scaled, ui={"text": [text], "qrlora_blocks": blocks})
+
+
+def _preset(preset: str, recipe: MergeRecipe, family: Family | None) -> BlockScale:
+    """The strengths that a preset stands for, checked against the adapter's blocks.
+
+    Raises:
+        QRLoRAError: there is no such preset, or it is for other blocks.
+    """
+    names = list(recipe.layer_names)
+    if not preset.startswith(SAVED):
+        return preset_scale(preset, names, family)
+    title = preset.removeprefix(SAVED)
+    scale = scale_from_json(block_files.read_blocks(title), title, family)
+    try:
+        scale.check(names)
+    except QRLoRAError as error:
+        raise SettingError(f"the saved preset {title!r} is for another adapter: {error}") from error
+    return scale
 
 
 def _ranges_input(name: str, example: str, block: str) -> io.String.Input:

@@ -14,8 +14,17 @@ from .basis import (
     same_basis,
     save_basis,
 )
+from .block_presets import (
+    LARGEST_FILE,
+    block_factors,
+    combined,
+    preset_names,
+    preset_scale,
+    scale_from_json,
+    scale_to_json,
+)
 from .blocks import BlockRange, BlockScale, parse_kind_ranges, parse_ranges
-from .cache import CacheItem, EncodedPicture, EncodedText, TrainingCache, bucket_size, save_cache
+from .cache import CacheItem, EncodedPicture, EncodedText, ModelInputs, TrainingCache, bucket_size, save_cache
 from .errors import (
     BasisMismatchError,
     FileFormatError,
@@ -47,6 +56,7 @@ from .truncate import Truncated, truncated
 from .whole import require_free_name, whole_file
 
 __all__ = [
+    "LARGEST_FILE",
     "MAX_COMBINATIONS",
     "METHODS",
     "NOTHING",
@@ -71,6 +81,7 @@ __all__ = [
     "LayerTarget",
     "MergeRecipe",
     "MergeReport",
+    "ModelInputs",
     "NameTakenError",
     "OnMismatch",
     "OpenedLora",
@@ -92,7 +103,9 @@ __all__ = [
     "WeightSlice",
     "base_r",
     "basis_name",
+    "block_factors",
     "bucket_size",
+    "combined",
     "contained_path",
     "content_first",
     "content_gate",
@@ -124,6 +137,8 @@ __all__ = [
     "parse_ranges",
     "parse_scales",
     "parse_schedule",
+    "preset_names",
+    "preset_scale",
     "require_free_name",
     "residual_weight",
     "restored_weight",
@@ -131,6 +146,8 @@ __all__ = [
     "save_adapter",
     "save_basis",
     "save_cache",
+    "scale_from_json",
+    "scale_to_json",
     "similarity_report",
     "storage_tolerance",
     "style_gate",

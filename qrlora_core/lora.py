@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .adapter import Adapter, AdapterLayer, LayerInfo, Progress
 from .errors import FileFormatError, SettingError
-from .families import Family, cut, family_of, find
+from .families import FAMILIES, Family, cut, find, likely_families
 from .formats import NATIVE, file_kind, first_few, open_adapter
 from .linalg import decompose, require_finite
 from .storage import TensorFile
@@ -86,10 +86,11 @@ class OpenedLora(NamedTuple):
 
     Attributes:
         adapter: of method delta_r, float32, scaling 1.
-        family: which family its layers are of.
+        family: which family its layers are of; the first of several that they could be of.
         text_encoder: modules of text encoders, which are left to the stock loader.
         left_out: what was left out as `other_parts` allows -> how many tensors.
         lost: layer -> share of its energy that a truncated SVD lost, for layers that are not low-rank in the file.
+        like: other families whose layers these could be as well, when the file does not say.
     """
 
     adapter: Adapter
@@ -97,6 +98,7 @@ class OpenedLora(NamedTuple):
     text_encoder: int = 0
     left_out: Mapping[str, int] = {}
     lost: Mapping[str, float] = {}
+    like: tuple[Family, ...] = ()
 
 
 def open_lora(
@@ -128,10 +130,11 @@ def open_lora(
     file = TensorFile(path)
     if file_kind(file) in ("delta_r_published", "portable", "qr_published"):
         adapter = open_adapter(path)
-        return OpenedLora(adapter, family_of({target.name: target.shape for target in adapter.targets}))
+        family, like = _families(file, {target.name: target.shape for target in adapter.targets})
+        return OpenedLora(adapter, family, like=like)
     modules, text_encoder, others = _modules(file)
     _require_readable(file, modules, others, rank, other_parts)
-    family = family_of({_plain(base): _shape(file, keys) for base, keys in modules.items()})
+    family, like = _families(file, {_plain(base): _shape(file, keys) for base, keys in modules.items()})
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     dense: dict[str, Tensor] = {}
     for base in list(modules) if progress is None else progress(list(modules)):
@@ -155,7 +158,7 @@ def open_lora(
     metadata = {key: value for key, value in file.metadata.items() if key.startswith("modelspec.")}
     title = file.path.name.removesuffix(".safetensors")
     adapter = Adapter(title, "delta_r", infos, layers.__getitem__, has_initial=False, metadata=metadata)
-    return OpenedLora(adapter, family, text_encoder, dict(Counter(others.values())), lost)
+    return OpenedLora(adapter, family, text_encoder, dict(Counter(others.values())), lost, like)
 
 
 def orthonormal_pairs(
@@ -192,6 +195,16 @@ def orthonormal_pairs(
     return layers
 
 
+def _families(file: TensorFile, shapes: Mapping[str, Sequence[int]]) -> tuple[Family | None, tuple[Family, ...]]:
+    """The family of some layers, and others that it could be; what the file says of its model settles it."""
+    likely = likely_families(shapes)
+    told = file.metadata.get("modelspec.architecture", "").lower()
+    for family in likely:
+        if told.startswith(family.architecture):
+            return family, ()
+    return (likely[0], likely[1:]) if likely else (None, ())
+
+
 def _modules(file: TensorFile) -> tuple[dict[str, dict[str, str]], int, dict[str, str]]:
     """Module -> {role: key}; how many modules are of text encoders; key -> what it is, for all other tensors."""
     modules: dict[str, dict[str, str]] = {}
@@ -215,6 +228,10 @@ def _modules(file: TensorFile) -> tuple[dict[str, dict[str, str]], int, dict[str
         if what == _OTHER[".reshape_weight"]:
             for one in modules.pop(key.removesuffix(".reshape_weight"), {}).values():
                 others[one] = what
+    for family in FAMILIES:
+        for module, marks in family.widened:
+            if file.specs.keys() >= set(marks):
+                others |= dict.fromkeys(modules.pop(module, {}).values(), _OTHER[".reshape_weight"])
     return modules, len(text), others
 
 
@@ -390,7 +407,8 @@ def _scaling(file: TensorFile, keys: Mapping[str, str], columns: int) -> float:
 
 def lora_text(opened: OpenedLora) -> Sequence[str]:
     """What a person has to know of a file that was opened, line by line."""
-    lines = [opened.family.name if opened.family is not None else "of no family that is known here: no kinds of blocks"]
+    names = [family.name for family in (opened.family, *opened.like) if family is not None]
+    lines = [" or ".join(names) or "of no family that is known here: no kinds of blocks"]
     if opened.text_encoder:
         lines.append(f"{opened.text_encoder} text encoder modules: left to ComfyUI's own Load LoRA (CLIP)")
     lines += [f"left out: {count} {what}" for what, count in opened.left_out.items()]

@@ -10,21 +10,22 @@ _WINDOWS_DEVICES = {"CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$", *_PORTS}
 _LONGEST_PART = 200  # file systems take 255 bytes; the ending, a number and a temporary name have to fit too
 
 
-def free_name(folder: Path, name: str) -> Path:
+def free_name(folder: Path, name: str, ending: str = ".safetensors") -> Path:
     """`folder/name.safetensors`, or with `_00002`, `_00003`, ... before the ending where that is taken.
 
     Args:
         folder: an existing or future folder.
-        name: may hold sub-folders ("styles/ink"); an ending `.safetensors` is optional.
+        name: may hold sub-folders ("styles/ink"); the ending is optional.
+        ending: of the file.
 
     Raises:
         PathError: the name is empty, absolute, or leaves the folder.
     """
-    path = contained_path(folder, name.strip().removesuffix(".safetensors") + ".safetensors")
+    path = contained_path(folder, name.strip().removesuffix(ending) + ending)
     number, candidate = 1, path
     while candidate.exists() or candidate.is_symlink():  # a link that leads nowhere takes its name, too
         number += 1
-        candidate = path.with_name(f"{path.stem}_{number:05}.safetensors")
+        candidate = path.with_name(f"{path.stem}_{number:05}{ending}")
     return candidate
 
 
@@ -38,7 +39,7 @@ def contained_path(folder: Path, name: str) -> Path:
     """
     parts = name.replace("\\", "/").split("/")
     reason = ""
-    if not name.strip() or parts[-1] in ("", ".safetensors"):
+    if not name.strip() or parts[-1] in ("", ".safetensors", ".json"):
         reason = "it is empty"
     elif any(ord(char) < 32 or char in '<>:"|?*' for char in name):
         reason = 'it holds a control character or one of < > : " | ? *'

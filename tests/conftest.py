@@ -12,7 +12,9 @@ settings.register_profile("pack", deadline=None, print_blob=True)
 settings.load_profile("pack")
 
 # tests of the host that do not ask the one server, which takes long to start
-WITHOUT_SERVER = {f"tests/host/test_{name}.py" for name in ("benchmarks", "live", "lora", "patching", "versions")}
+WITHOUT_SERVER = {
+    f"tests/host/test_{name}.py" for name in ("benchmarks", "families", "live", "lora", "patching", "versions")
+}
 
 
 def pytest_addoption(parser):

@@ -13,7 +13,9 @@ ROOT = Path(__file__).resolve().parents[1]
 TEMPLATES = sorted((ROOT / "example_workflows").glob("*.json"))
 NOTES = ("MarkdownNote", "Note")
 LOADERS = {"UNETLoader": ("unet_name",), "VAELoader": ("vae_name",), "DualCLIPLoader": ("clip_name1", "clip_name2")}
-FOLDERS = {"UNETLoader": "diffusion_models", "VAELoader": "vae", "DualCLIPLoader": "text_encoders"}
+LOADERS |= {"CLIPLoader": ("clip_name",)}
+FOLDERS = {"UNETLoader": "diffusion_models", "VAELoader": "vae"}
+FOLDERS |= dict.fromkeys(("CLIPLoader", "DualCLIPLoader"), "text_encoders")
 
 
 @pytest.fixture(params=TEMPLATES, ids=lambda path: path.stem)
@@ -56,6 +58,32 @@ def test_one_note_and_a_picture(template):
     assert sum(node["type"] in NOTES for node in graph["nodes"]) == 1
     picture = Image.open(path.with_suffix(".jpg"))
     assert max(picture.size) >= 360 and path.with_suffix(".jpg").stat().st_size < 150_000
+
+
+def test_every_template_has_a_picture_of_its_own():
+    pictures = [path.with_suffix(".jpg").read_bytes() for path in TEMPLATES]
+    assert len(set(pictures)) == len(pictures)
+
+
+def test_two_loras_are_merged_alike_for_both_families():
+    """The part that is this pack's: the same nodes, values and links, whatever loads and samples."""
+
+    def ours(stem):
+        graph = json.loads((ROOT / "example_workflows" / f"{stem}.json").read_text(encoding="utf-8"))
+        nodes = {node["id"]: node for node in graph["nodes"]}
+        values = sorted((node["type"], str(node["widgets_values"])) for node in nodes.values() if ours_is(node))
+        links = sorted(
+            (nodes[source]["type"], slot, nodes[target]["type"], place)
+            for _, source, slot, target, place, _ in graph["links"]
+            if ours_is(nodes[source]) and ours_is(nodes[target])
+        )
+        return values, links
+
+    def ours_is(node):
+        return node["type"].startswith("QRLoRA")
+
+    assert ours("Merge two LoRAs") == ours("Merge two LoRAs, FLUX2 klein")
+    assert len(ours("Merge two LoRAs")[0]) == 4
 
 
 def test_titles_are_words(template):

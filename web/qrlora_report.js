@@ -72,6 +72,7 @@ export function put(node, text, color = TEXT) {
 
 export function show(node, output) {
   if (!output?.text?.length) return;
+  node.qrloraBlocks?.(output.qrlora_blocks ?? []);
   const text = summary(output.text);
   if (node.qrloraReport) return node.qrloraReport(text); // a node with a view of its own
   put(node, text);

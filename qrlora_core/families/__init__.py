@@ -3,6 +3,7 @@
 from .flux import DOUBLE_TARGETS, FLUX, SINGLE_TARGETS, flux_targets
 from .lookup import (
     FAMILIES,
+    OTHER,
     Found,
     LayerKind,
     cut,
@@ -12,23 +13,26 @@ from .lookup import (
     has_layer,
     is_known,
     layer_kind,
+    likely_families,
     native_layers,
     native_place,
     network_order,
     published_layers,
 )
-from .record import BlockKind, Family, Layer
+from .record import BlockKind, Family, Layer, Preset
 
 __all__ = [
     "DOUBLE_TARGETS",
     "FAMILIES",
     "FLUX",
+    "OTHER",
     "SINGLE_TARGETS",
     "BlockKind",
     "Family",
     "Found",
     "Layer",
     "LayerKind",
+    "Preset",
     "cut",
     "family_of",
     "family_of_targets",
@@ -37,6 +41,7 @@ __all__ = [
     "has_layer",
     "is_known",
     "layer_kind",
+    "likely_families",
     "native_layers",
     "native_place",
     "network_order",

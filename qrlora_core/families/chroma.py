@@ -1,7 +1,7 @@
 """Chroma: FLUX.1's blocks without their modulation, which one small network gives for all of them."""
 
 from .flux import ALIASES, DOUBLE_ATTENTION, DOUBLE_FEED_FORWARD, SINGLE
-from .record import BlockKind, Family, outside
+from .record import DOUBLE_OR_SINGLE, BlockKind, Family, outside
 
 CHROMA = Family(
     name="Chroma",
@@ -13,4 +13,5 @@ CHROMA = Family(
     ),
     marks=("distilled_guidance_layer.",),
     aliases=ALIASES,
+    presets=DOUBLE_OR_SINGLE,
 )

@@ -1,7 +1,7 @@
 """FLUX.1 (dev, schnell, Krea, Kontext, Fill, Canny, Depth): double blocks, then single blocks."""
 
 from ..targets import LayerTarget
-from .record import BlockKind, Family, Layer, outside
+from .record import DOUBLE_OR_SINGLE, BlockKind, Family, Layer, outside
 
 DOUBLE_ATTENTION = (
     Layer("attn.to_q", "img_attn.qkv", "attention", "image", 1, True),
@@ -74,6 +74,9 @@ FLUX = Family(
     ),
     marks=("vector_in.", "single_blocks.0.modulation.", "single_transformer_blocks.0.norm."),
     aliases=ALIASES,
+    presets=DOUBLE_OR_SINGLE,
+    # BFL's Canny and Depth LoRAs, whose input takes a control picture beside the latent; ComfyUI knows them by these
+    widened=(("img_in", ("img_in.lora_A.weight", "single_blocks.0.norm.key_norm.scale")),),
     swapped=(("norm_out.linear", "final_layer.adaLN_modulation.1"),),
 )
 

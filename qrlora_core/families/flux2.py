@@ -1,7 +1,7 @@
 """FLUX.2 (dev, klein 4B and 9B): double and single blocks with one modulation for all, gated MLPs, no biases."""
 
 from .flux import DOUBLE_ALIASES, DOUBLE_ATTENTION
-from .record import BlockKind, Family, Layer, outside
+from .record import DOUBLE_OR_SINGLE, BlockKind, Family, Layer, outside
 
 FLUX2 = Family(
     name="FLUX.2",
@@ -47,5 +47,6 @@ FLUX2 = Family(
     ),
     marks=("double_stream_modulation_", "single_stream_modulation.", "time_guidance_embed."),
     aliases=DOUBLE_ALIASES,
+    presets=DOUBLE_OR_SINGLE,
     swapped=(("norm_out.linear", "final_layer.adaLN_modulation.1"),),
 )

@@ -1,6 +1,6 @@
 """Krea 2: one stream, gated attention with fewer heads for k and v, after a small network that reads the text."""
 
-from .record import BlockKind, Family, Layer, Stream, outside
+from .record import BlockKind, Family, Layer, Preset, Stream, outside
 
 
 def _block(stream: Stream, published: bool) -> tuple[Layer, ...]:
@@ -46,4 +46,5 @@ KREA2 = Family(
     ),
     marks=("text_fusion.", "txtfusion."),
     aliases=(("attn.to_out", "attn.wo"),),
+    presets=(Preset("without text blocks", "text_layerwise: 0, text_refiner: 0"),),
 )

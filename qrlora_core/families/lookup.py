@@ -82,9 +82,17 @@ def family_of(shapes: Mapping[str, Sequence[int]]) -> Family | None:
     Args:
         shapes: layer or module name -> shape of its weight, (out, in, ...); an empty shape tells nothing.
     """
+    return next(iter(likely_families(shapes)), None)
+
+
+def likely_families(shapes: Mapping[str, Sequence[int]]) -> tuple[Family, ...]:
+    """The families that know most of these names equally well, in the order of `FAMILIES`; see `family_of`.
+
+    Several where the names do not tell: FLUX.1 and Chroma have the same attention and feed-forward layers.
+    """
     scores = {family: _score(family, shapes) for family in FAMILIES}
-    best = max(FAMILIES, key=lambda family: scores[family])
-    return best if scores[best][0] > 0 else None
+    best = max(scores.values())
+    return tuple(family for family in FAMILIES if scores[family] == best) if best[0] > 0 else ()
 
 
 def family_of_targets(targets: Iterable[LayerTarget]) -> Family | None:

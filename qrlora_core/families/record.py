@@ -48,6 +48,23 @@ class BlockKind(NamedTuple):
     number: int | None = None
 
 
+class Preset(NamedTuple):
+    """Block strengths by a name.
+
+    Attributes:
+        name: what a person chooses.
+        ranges: factors of some blocks, such as "single: 0" or "output 1: 1".
+        rest: factor of all other blocks, and of layers outside of blocks.
+    """
+
+    name: str
+    ranges: str
+    rest: float = 1.0
+
+
+DOUBLE_OR_SINGLE = (Preset("only double blocks", "double: 1", 0.0), Preset("only single blocks", "single: 1", 0.0))
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Family:
     """A model family, as data.
@@ -61,6 +78,8 @@ class Family:
         swapped: (diffusers' name, native module) of layers whose two halves of rows change places between the layouts.
         portable: how a file names a layer that every LoRA loader finds. "transformer." is followed by the layer's
             name; after an ending "_" its dots become "_" too.
+        widened: (native module, keys) of LoRAs that make a module larger: a file that has all of the keys is one.
+        presets: block strengths by name, beside those that every family has.
     """
 
     name: str
@@ -70,6 +89,8 @@ class Family:
     aliases: tuple[tuple[str, str], ...] = ()
     swapped: tuple[tuple[str, str], ...] = ()
     portable: str = "transformer."
+    widened: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    presets: tuple[Preset, ...] = ()
 
 
 def layers_of(pairs: dict[str, str], part: Part, stream: Stream = "both", published: bool = False) -> tuple[Layer, ...]:

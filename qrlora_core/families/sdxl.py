@@ -1,6 +1,6 @@
 """Stable Diffusion XL: a U-Net. Block numbers are those of its native layout: input 0-8, middle 0, output 0-8."""
 
-from .record import BlockKind, Family, Layer, layers_of, outside
+from .record import BlockKind, Family, Layer, Preset, layers_of, outside
 
 _TRANSFORMER = (
     *layers_of(
@@ -86,4 +86,13 @@ SDXL = Family(
     marks=("input_blocks.", "output_blocks.", "middle_block.", "down_blocks.", "up_blocks.", "mid_block."),
     aliases=(("attn1.to_out", "attn1.to_out.0"), ("attn2.to_out", "attn2.to_out.0")),
     portable="lora_unet_",
+    presets=(
+        Preset("only input blocks", "input: 1", 0.0),
+        Preset("only middle block", "middle: 1", 0.0),
+        Preset("only output blocks", "output: 1", 0.0),
+        # what B-LoRA (arXiv 2403.14572) and InstantStyle (arXiv 2404.02733) found these attention blocks to hold
+        Preset("content layers", "output 0: 1", 0.0),
+        Preset("style layers", "output 1: 1", 0.0),
+        Preset("layout layers", "input 8: 1", 0.0),
+    ),
 )

@@ -1,6 +1,6 @@
 """Z-Image: one stream for text and image, after refiners for each of them."""
 
-from .record import BlockKind, Family, Layer, Stream, outside
+from .record import BlockKind, Family, Layer, Preset, Stream, outside
 
 
 def _block(stream: Stream, published: bool) -> tuple[Layer, ...]:
@@ -35,4 +35,5 @@ Z_IMAGE = Family(
         ),
     ),
     marks=("noise_refiner.", "context_refiner.", "all_x_embedder.", "cap_embedder."),
+    presets=(Preset("without refiners", "noise_refiner: 0, context_refiner: 0"),),
 )

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import qrlora_core as core
 from qrlora_core import families
@@ -55,6 +56,25 @@ def test_shapes_tell_families_apart_that_share_names():
     attention = {f"transformer_blocks.{block}.attn.to_q": (64, 64) for block in range(60)}
     assert families.family_of(attention).name == "Qwen-Image"  # FLUX.1 has 19 of them
     assert families.family_of({"some.layer": (4, 4)}) is None
+
+
+def test_families_that_share_all_names_are_all_told(tmp_path):
+    """FLUX.1's attention and feed-forward are Chroma's, too; a modulation, or what the file says, settles it."""
+
+    def told(modules, **metadata):
+        tensors = {}
+        for module, (out, width) in modules.items():
+            tensors[f"{module}.lora_up.weight"] = torch.randn(out, 2)
+            tensors[f"{module}.lora_down.weight"] = torch.randn(2, width)
+        save_file(tensors, tmp_path / "x.safetensors", {f"modelspec.{key}": value for key, value in metadata.items()})
+        return core.lora_text(core.open_lora(tmp_path / "x.safetensors"))[0]
+
+    both = {"lora_unet_double_blocks_0_img_attn_qkv": (24, 8), "lora_unet_single_blocks_0_linear1": (56, 8)}
+    assert told(both) == "FLUX.1 or Chroma"
+    assert told(both | {"lora_unet_double_blocks_0_img_mod_lin": (48, 8)}) == "FLUX.1"
+    assert told(both, architecture="Chroma/lora") == "Chroma"
+    assert told(both, architecture="flux-1-dev/lora") == "FLUX.1"
+    assert told({"lora_unet_single_blocks_0_linear1": (72, 8)}) == "FLUX.2"
 
 
 def test_network_order():

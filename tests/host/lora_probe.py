@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 host, base, result = map(Path, sys.argv[1:4])
+wanted = sys.argv[4:]
 sys.argv = ["main.py", "--cpu", "--base-directory", str(base)]
-sys.path[0] = str(host)
+sys.path[0:1] = [str(host), str(Path(__file__).parent)]
 
 import comfy.options
 
@@ -17,12 +18,11 @@ comfy.options.enable_args_parsing()
 
 import comfy.lora
 import comfy.lora_convert
-import comfy.model_patcher
 import comfy.sd
-import comfy.supported_models
 import comfy.utils
 import torch
 from safetensors.torch import save_file
+from small_models import MODELS, model
 
 PACK = Path(__file__).resolve().parents[2]
 spec = importlib.util.spec_from_file_location(
@@ -39,64 +39,7 @@ import qr_lora_pack.nodes.load_lora as load_lora
 import qr_lora_pack.qrlora_core as core
 from qr_lora_pack.qrlora_core.families import FAMILIES, find, native_place
 
-FLUX_SIZES = {"hidden_size": 128, "num_heads": 1, "depth": 2, "depth_single_blocks": 2, "context_in_dim": 64}
-MODELS = {
-    "FLUX.1": ("Flux", {
-        "image_model": "flux", **FLUX_SIZES, "in_channels": 16, "out_channels": 16, "vec_in_dim": 64,
-        "mlp_ratio": 4.0, "axes_dim": [16, 56, 56], "theta": 10000, "patch_size": 2, "qkv_bias": True,
-        "guidance_embed": True, "txt_ids_dims": [],
-    }),
-    "FLUX.2": ("Flux2", {
-        "image_model": "flux2", **FLUX_SIZES, "in_channels": 128, "out_channels": 128, "vec_in_dim": None,
-        "mlp_ratio": 3.0, "axes_dim": [32, 32, 32, 32], "theta": 2000, "patch_size": 1, "qkv_bias": False,
-        "ops_bias": False, "guidance_embed": True, "txt_ids_dims": [3], "global_modulation": True,
-        "mlp_silu_act": True, "default_ref_method": "index", "ref_index_scale": 10.0,
-    }),
-    "Chroma": ("Chroma", {
-        "image_model": "chroma", **FLUX_SIZES, "in_channels": 64, "out_channels": 64, "in_dim": 64, "out_dim": 128,
-        "hidden_dim": 64, "n_layers": 2, "vec_in_dim": None, "mlp_ratio": 4.0, "axes_dim": [16, 56, 56],
-        "theta": 10000, "patch_size": 2, "qkv_bias": True, "txt_ids_dims": [],
-    }),
-    "Z-Image": ("ZImage", {
-        "image_model": "lumina2", "patch_size": 2, "in_channels": 16, "dim": 128, "cap_feat_dim": 64, "n_layers": 2,
-        "qk_norm": True, "n_heads": 1, "n_kv_heads": 1, "axes_dims": [32, 48, 48], "axes_lens": [64, 64, 64],
-        "rope_theta": 256.0, "ffn_dim_multiplier": 8.0 / 3.0, "z_image_modulation": True, "time_scale": 1000.0,
-    }),
-    "Qwen-Image": ("QwenImage", {
-        "image_model": "qwen_image", "in_channels": 64, "num_layers": 2, "attention_head_dim": 128,
-        "num_attention_heads": 1, "joint_attention_dim": 64,
-    }),
-    "Krea 2": ("Krea2", {
-        "image_model": "krea2", "features": 128, "channels": 16, "patch": 2, "layers": 2, "heads": 2, "kvheads": 1,
-        "txtlayers": 3, "txtdim": 64, "txtheads": 1, "txtkvheads": 1,
-    }),
-    "SD3.5": ("SD3", {
-        "in_channels": 16, "out_channels": 16, "patch_size": 2, "depth": 2, "input_size": None,
-        "adm_in_channels": 64, "qk_norm": "rms", "pos_embed_scaling_factor": None, "pos_embed_max_size": 8,
-        "num_patches": 64, "x_block_self_attn_layers": [0],
-        "context_embedder_config": {"target": "torch.nn.Linear", "params": {"in_features": 64, "out_features": 128}},
-    }),
-    "SDXL": ("SDXL", {
-        "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 32, "num_res_blocks": [2, 2, 2],
-        "channel_mult": [1, 2, 4], "transformer_depth": [0, 0, 1, 1, 2, 2], "transformer_depth_middle": 2,
-        "transformer_depth_output": [0, 0, 0, 1, 1, 1, 2, 2, 2], "context_dim": 64, "num_head_channels": 32,
-        "use_spatial_transformer": True, "use_linear_in_transformer": True, "num_classes": "sequential",
-        "adm_in_channels": 64, "legacy": False, "use_temporal_attention": False,
-    }),
-}  # fmt: skip
 BY_NAME = {family.name: family for family in FAMILIES}
-
-
-def model(name):
-    kind, config = MODELS[name]
-    settings = getattr(comfy.supported_models, kind)(dict(config))
-    settings.set_inference_dtype(torch.float32, None)
-    torch.manual_seed(1)
-    made = settings.get_model({}, "", device="cpu")
-    with torch.no_grad():
-        for weight in made.parameters():
-            weight.copy_(0.1 * torch.randn(weight.shape))
-    return comfy.model_patcher.ModelPatcher(made, torch.device("cpu"), torch.device("cpu"))
 
 
 def weights(patcher):
@@ -210,7 +153,7 @@ def family(name):
             "modules": len(modules),
             "layers": len(recipe.layer_names),
             "known": len(known),
-            "family": opens.family.name,
+            "family": core.lora_text(opens)[0],
         }
     one, two = list(files)[:1] + list(files)[-1:]
     merged = core.merge(opened(files[one]), 0.7, opened(files[two]), -0.4)
@@ -243,14 +186,82 @@ def family(name):
     return found
 
 
+LARGE = {"depth": 19, "depth_single_blocks": 38}  # by its last blocks the host tells some dialects
+XLABS = {"qkv_lora1": "img_attn.qkv", "qkv_lora2": "txt_attn.qkv"}
+XLABS |= {"proj_lora1": "img_attn.proj", "proj_lora2": "txt_attn.proj"}
+
+
+def flux_dialects():
+    """What only FLUX.1 has: XLabs' names, with single blocks (USO) and without, and BFL's Canny and Depth LoRAs."""
+    patcher = model("FLUX.1", **LARGE)
+    state = patcher.model.diffusion_model.state_dict()
+    double = {
+        f"double_blocks.{block}.processor.{theirs}": f"double_blocks.{block}.{ours}"
+        for block in range(19)
+        for theirs, ours in XLABS.items()
+    }
+    single = {f"single_blocks.{block}.processor.qkv_lora": f"single_blocks.{block}.linear1_qkv" for block in range(38)}
+    single |= {f"single_blocks.{block}.processor.proj_lora": f"single_blocks.{block}.linear2" for block in range(38)}
+    shapes = {}
+    for theirs, ours in (double | single).items():
+        out, columns = state[f"{ours.replace('_qkv', '')}.weight"].shape
+        shapes[theirs] = (3 * columns if ours.endswith("linear1_qkv") else out, columns)
+    ends = ("up.weight", "down.weight")
+    uso = write(base / "models" / "loras" / "uso.safetensors", shapes, ends, seed=21)
+    found = {"uso": worst(application.patch_model(patcher, opened(uso), 0.8)[0], stock(patcher, uso, 0.8))}
+    only = {theirs: shapes[theirs] for theirs in double}
+    xlabs = write(base / "models" / "loras" / "xlabs.safetensors", only, ends, seed=22)
+    native = {f"diffusion_model.{double[theirs]}": shape for theirs, shape in only.items()}
+    same = write(base / "models" / "loras" / "xlabs native.safetensors", native, KOHYA, seed=22)
+    found["xlabs"] = worst(application.patch_model(patcher, opened(xlabs), 0.8)[0], stock(patcher, same, 0.8))
+    found["xlabs in the host"] = len(stock(patcher, xlabs, 0.8).patches)
+    return found | control(patcher, state)
+
+
+def control(patcher, state):
+    """BFL's: low-rank changes of every linear layer, with biases, norms, and an img_in of twice the width."""
+    torch.manual_seed(23)
+    tensors, kept = {}, 0
+    for key, weight in state.items():
+        name, _, end = key.rpartition(".")
+        if end == "weight" and weight.ndim == 2:
+            out, columns = weight.shape
+            columns *= 2 if name == "img_in" else 1
+            tensors[f"{name}.lora_A.weight"] = 0.1 * torch.randn(3, columns)
+            tensors[f"{name}.lora_B.weight"] = 0.1 * torch.randn(out, 3)
+            tensors[f"{name}.lora_B.bias"] = 0.1 * torch.randn(out)
+            kept += name != "img_in"
+        elif "_norm." in key:
+            tensors[f"{name}.scale"] = torch.ones(weight.shape)
+    file = base / "models" / "loras" / "control.safetensors"
+    save_file(tensors, file)
+    try:
+        core.open_lora(file)
+        refused = ""
+    except core.FileFormatError as error:
+        refused = str(error)
+    ours = application.patch_model(patcher, opened(file), 0.8)[0]
+    theirs = stock(patcher, file, 0.8)
+    whole = theirs.model.state_dict()
+    one = weights(ours)
+    two = {key: comfy.lora.calculate_weight(theirs.patches[key], whole[key].clone(), key) for key in one}
+    more = theirs.patches.keys() - ours.patches.keys()
+    return {
+        "control": [max(float((one[key] - two[key]).norm() / (two[key] - whole[key]).norm()) for key in one), len(one)],
+        "control kept": kept,
+        "control left": sorted({key.rpartition(".")[2] if "img_in" not in key else "img_in" for key in more}),
+        "control refused": refused,
+        "control told": core.lora_text(core.open_lora(file, other_parts="leave out")),
+    }
+
+
 def checked(name):
     try:
-        return family(name)
+        return flux_dialects() if name == "dialects" else family(name)
     except Exception as error:  # noqa: BLE001 - one family must not hide the others
         import traceback
 
         return {"error": f"{error!r}\n{traceback.format_exc()[-1500:]}"}
 
 
-wanted = sys.argv[4:] or list(MODELS)
-result.write_text(json.dumps({name: checked(name) for name in wanted}, indent=1))
+result.write_text(json.dumps({name: checked(name) for name in wanted or [*MODELS, "dialects"]}, indent=1))

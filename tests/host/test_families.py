@@ -1,0 +1,64 @@
+"""Small models of every family in a real ComfyUI: what they compute by this pack, the stock loader and diffusers."""
+
+import pytest
+
+from demo import server as instance
+from tests.host.conftest import HOST, run_probe
+
+FAMILIES = ("FLUX.1", "FLUX.2", "Chroma", "Z-Image", "Qwen-Image", "Krea 2", "SD3.5", "SDXL")
+CLOSE = 1e-5  # relative to what the LoRA changes in the output
+KINDS = {
+    "FLUX.1": {"double", "single"},
+    "FLUX.2": {"double", "single"},
+    "Chroma": {"double", "single"},
+    "Z-Image": {"single", "noise_refiner", "context_refiner"},
+    "Qwen-Image": {"double"},
+    "Krea 2": {"single", "text_layerwise", "text_refiner"},
+    "SD3.5": {"double"},
+    "SDXL": {"input", "middle", "output"},
+}
+IN_DIFFUSERS = ("Chroma", "Krea 2", "SD3.5", "SDXL")  # FLUX.1: tests/golden; the others: tests/train/test_families.py
+
+
+@pytest.fixture(scope="module")
+def forward(tmp_path_factory):
+    return run_probe(HOST, instance.make_base(tmp_path_factory.mktemp("forward") / "base"), "forward_probe.py")
+
+
+@pytest.fixture(scope="module")
+def in_diffusers(tmp_path_factory):
+    return run_probe(HOST, instance.make_base(tmp_path_factory.mktemp("diffusers") / "base"), "diffusers_probe.py")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_outputs_are_those_of_the_stock_loader(forward, family):
+    """One file in the weights and beside them, two files merged against two loaders, the merge exported."""
+    one = forward[family]
+    assert "error" not in one, one["error"]
+    assert one["size"] > 0.1 and one["layers"] >= one["published"] >= 14
+    for way in ("patch", "live", "merge", "export"):
+        assert one[way] is not None and one[way] < CLOSE, way
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_residual_is_saved_loaded_and_restored(forward, family):
+    """Row by row it is W - Q R; the model it restores, with and without an adapter, is the one that it was made of."""
+    one = forward[family]
+    assert one["rows"] < 1e-6 and one["restored"] < CLOSE
+    assert one["residual"] is not None and one["residual"] < CLOSE
+    assert one["adapter"] is not None and one["adapter"] < CLOSE, "what Save wrote, by the stock loader"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_kind_of_block_has_a_strength_that_acts(forward, family):
+    kinds = forward[family]["kinds"]
+    assert kinds.keys() == KINDS[family]
+    assert all(changed > 1e-3 for changed in kinds.values()), kinds
+
+
+@pytest.mark.parametrize("family", IN_DIFFUSERS)
+def test_comfyui_and_diffusers_compute_the_same(in_diffusers, family):
+    """With the weights of diffusers' model put into ComfyUI's layout by the family's table."""
+    one = in_diffusers[family]
+    assert "error" not in one, one["error"]
+    assert one["gap"] < CLOSE and one["by table"] > 30 and one["size"] > 0.1
