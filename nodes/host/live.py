@@ -7,9 +7,12 @@ Turning alpha makes a new table and nothing else: no weight is patched, moved or
 because W is never read.
 """
 
+import functools
 import logging
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -220,7 +223,8 @@ class _Steps:
         options = kwargs.get("transformer_options") or (args[3] if len(args) > 3 else {})
         self.state.table = self.state.reader.factors(options, t)
         try:
-            return executor(x, t, *args, **kwargs)
+            with uncompiled(options):
+                return executor(x, t, *args, **kwargs)
         finally:
             self.state.table = ()
             self._warn()
@@ -235,6 +239,42 @@ class _Steps:
                 len(uncalled),
                 len(self.state.store.layout),
             )
+
+
+def uncompiled(options: Mapping[str, Any]) -> AbstractContextManager[Any]:
+    """Compiled code of this model is not used meanwhile.
+
+    torch.compile does not look at hooks: it would run what it compiled without them, or with those of another clone,
+    and so without the adapter or with an old strength. What was compiled stays, for the model without an adapter.
+
+    Args:
+        options: the host's `transformer_options`, which name its own compile node.
+
+    Raises:
+        SettingError: a compiled model, and a PyTorch that cannot be told so.
+    """
+    known = "torch.compile" in options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {})
+    if known:
+        _tell_uncompiled()
+    if not known and "torch._dynamo" not in sys.modules:  # nobody has compiled anything
+        return nullcontext()
+    set_stance = getattr(torch.compiler, "set_stance", None)
+    if set_stance is not None:
+        return set_stance("force_eager")
+    if known:
+        raise SettingError(
+            "live mode on a compiled model needs PyTorch 2.6; set mode to 'patch', or leave compiling out"
+        )
+    return nullcontext()
+
+
+@functools.cache
+def _tell_uncompiled() -> None:
+    """Once, not at every step."""
+    log.warning(
+        "QR-LoRA: live mode runs the model uncompiled, so Torch Compile Model gains nothing here; mode 'patch' in "
+        "Apply QR-LoRA and compiling go together"
+    )
 
 
 class _Prompts:
