@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+from qrlora_core.gate import DOUBLED, HALF_UNTIL
+
 from .fusions import Fusion, Schedule, Stage, content_first, content_then_base, fixed, half_then_full
 from .measures import h, harmonic, other_words
 from .protocol import Unit
@@ -133,6 +135,12 @@ def tuned(study: Study, units: Sequence[Unit], without: Sequence[str] = ()) -> I
     yield best_everywhere(study, units, "separate passes", separate_schedules(), separate=True)
     separate = best_gated(study, units, "gate + separate passes", "qr", separate=True)
     yield separate
+    # what Merge does by itself, with nothing tuned for these units but the factor 2 and the sigma .75
+    yield Fusion(
+        "Merge: by prompt, content first", "qr", content_first(0.5), True, content_then_base(0.5), half_then_full(0.5)
+    )
+    passes = fixed(1.0, DOUBLED)
+    yield Fusion("Merge: by prompt, one pass each", "qr", passes, True, style=half_then_full(HALF_UNTIL), separate=True)
     if "lora" not in without:
         yield Fusion("plain LoRA, equal rank", "lora")
         yield replace(separate, name="plain LoRA, gate + separate passes", adapters="lora")
