@@ -8,6 +8,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -503,7 +504,8 @@ def test_full_disk(server, tmp_path):
         server.play("full_disk")
         with pytest.raises(WorkflowError) as error:
             server.queue(graph)
-        assert "The disk is full" in text_of(error)
+        # the trainer may fill it before or after ComfyUI has noted who trains
+        assert re.search("The disk is full|trainer.json cannot be written.*No space left", text_of(error))
     finally:
         subprocess.run(["umount", "-l", str(folder)], check=True)
     assert usable(server)
