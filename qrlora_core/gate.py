@@ -11,7 +11,7 @@ from .schedule import Schedule, content_first
 # Attention weights and escapes of ComfyUI's prompt syntax: "(<c>:1.2)", "((dog))", "\\("
 _SYNTAX = re.compile(r"\\([()])|[()\[\]{}]|:\s*[+-]?\d+(?:\.\d+)?(?=\s*[)\]}]|$)")
 MAX_TRIGGERS = 100
-# What did best on the tuning pairs of benchmarks/fusion where predictions are composed
+# What did best on the tuning pairs of the study (docs/fusion.md) where predictions are composed
 DOUBLED, HALF_UNTIL = 2.0, 0.75
 _SPACE = re.compile(r"\s+")
 _TRIGGER_KEYS = ("qrlora.trigger", "modelspec.trigger_phrase")
