@@ -14,16 +14,14 @@ from safetensors.torch import load_file, save_file
 
 from .concepts import CONTENT, STYLE
 from .model import WEIGHTS
-
-FOLDER = Path(__file__).parent / "toy"
-FP8 = FOLDER / "toy_flux_fp8.safetensors"
+from .toy.files import BASE, FOLDER
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, help="the folder of a demo, with its two adapters")
     args = parser.parse_args()
-    rewrite(WEIGHTS, FP8, torch.float8_e4m3fn)
+    rewrite(WEIGHTS, BASE, torch.float8_e4m3fn)
     for concept in (CONTENT, STYLE):
         name = f"{concept.name}.safetensors"
         rewrite(args.results / name, FOLDER / name, torch.bfloat16)

@@ -45,7 +45,7 @@ class ToyAdapter(io.ComfyNode):
                 io.Combo.Input(
                     "adapter",
                     options=list(toy.ADAPTERS),
-                    default=toy.ADAPTERS[0],
+                    default=next(iter(toy.ADAPTERS)),
                     tooltip="style: <s>, upright bars in orange and violet. content: <c>, a heart.",
                 )
             ],

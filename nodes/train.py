@@ -12,10 +12,11 @@ from ..qrlora_core import QRLoRAError, TensorFile
 from ..train.data.captions import DEFAULT_PROMPT, folder_version
 from . import report, sockets
 from .host import encoders, folders, session
+from .host.base_format import base_format
 from .train_options import combo_input, number_input
 from .training import pictures
 from .training.jobs import JOBS
-from .training.request import from_widgets
+from .training.request import Request, from_widgets
 from .training.runs import RunFolder
 from .training.service import finished_text, reporting, train
 
@@ -90,7 +91,7 @@ class Train(io.ComfyNode):
                 _published[trained.path] = version
             name = trained.path.relative_to(folders.place(request.folder).resolve()).as_posix()
             curve = pictures.loss_curve(job.steps(), name)
-            decoded = _samples(trained.run, request.steps, request.vae)
+            decoded = _samples(trained.run, request)
             if decoded is not None:
                 pictures.write_preview(trained.path, decoded[-1])
             samples = pictures.note(_NO_SAMPLES) if decoded is None else decoded
@@ -110,13 +111,14 @@ def _version(path: Path) -> tuple[int, int] | None:
     return status.st_size, status.st_mtime_ns
 
 
-def _samples(run: RunFolder, steps: int, vae: Any) -> Tensor | None:
+def _samples(run: RunFolder, request: Request) -> Tensor | None:
     """The newest samples as one batch, decoded by the graph's VAE; None without any."""
-    latents = [TensorFile(path).tensor("latent") for step, path in run.samples().items() if step <= steps]
+    latents = [TensorFile(path).tensor("latent") for step, path in run.samples().items() if step <= request.steps]
     latents = [latent for latent in latents if latent.shape[-2:] == latents[-1].shape[-2:]]
     if not latents:
         return None
-    return torch.cat([encoders.decode_latent(vae, latent) for latent in latents[-_SHOWN_SAMPLES:]])
+    base = base_format(request.model)
+    return torch.cat([encoders.decode_latent(request.vae, latent, base) for latent in latents[-_SHOWN_SAMPLES:]])
 
 
 def _log_tail(path: Path) -> str:
@@ -135,11 +137,12 @@ def _inputs() -> list[Any]:
         io.Combo.Input(
             "model_name",
             options=folders.model_names(),
-            tooltip="The FLUX.1 model to train on: a safetensors file in models/diffusion_models or models/checkpoints "
+            tooltip="The model to train on (FLUX.1, FLUX.2, Qwen-Image, Z-Image): a safetensors file in "
+            "models/diffusion_models or models/checkpoints "
             "(fp32, fp16, bf16 or fp8; no GGUF).",
         ),
         io.Clip.Input("clip", tooltip="The text encoders that the prompt is encoded with, as for sampling."),
-        io.Vae.Input("vae", tooltip="FLUX's VAE (ae.safetensors)."),
+        io.Vae.Input("vae", tooltip="The VAE that belongs to the model, as for sampling."),
         io.Combo.Input(
             "dataset",
             options=folders.dataset_names(),

@@ -24,7 +24,7 @@ from .block_presets import (
     scale_to_json,
 )
 from .blocks import BlockRange, BlockScale, parse_kind_ranges, parse_ranges
-from .cache import CacheItem, EncodedPicture, EncodedText, TrainingCache, bucket_size, save_cache
+from .cache import CacheItem, EncodedPicture, EncodedText, ModelInputs, TrainingCache, bucket_size, save_cache
 from .errors import (
     BasisMismatchError,
     FileFormatError,
@@ -81,6 +81,7 @@ __all__ = [
     "LayerTarget",
     "MergeRecipe",
     "MergeReport",
+    "ModelInputs",
     "NameTakenError",
     "OnMismatch",
     "OpenedLora",

@@ -5,7 +5,7 @@
 | `latent.<i>` | (channels, height, width) | in the transformer's own latent space, shifted and scaled |
 | `latent.<i>.flip` | the same | the picture mirrored, where that was asked for |
 | `mask.<i>` | (height, width) | weight of the loss, 0 to 1, where the picture has one |
-| `text.<j>.embeds` | (tokens, width) | the text encoder's output; FLUX.1: T5's |
+| `text.<j>.embeds` | (tokens, width) | what the model sees of the text; zeros are no text to models that know masks |
 | `text.<j>.pooled` | (width,) | CLIP's pooled output, for the families that take one |
 
 The header's `qrlora.cache` is JSON: `{"version": 1, "items": [{"name", "text", "caption", "repeats", "is_class"}, ...],
@@ -15,7 +15,7 @@ The header's `qrlora.cache` is JSON: `{"version": 1, "items": [{"name", "text", 
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -69,6 +69,15 @@ class EncodedText(NamedTuple):
     def map(self, change: Callable[[Tensor], Tensor]) -> "EncodedText":
         """The same of every tensor that is there."""
         return EncodedText(change(self.embeds), None if self.pooled is None else change(self.pooled))
+
+
+class ModelInputs(NamedTuple):
+    """What a model takes of a cache: `family`, its name for people; `channels` of latents; `text`, field of an
+    EncodedText -> its width."""
+
+    family: str
+    channels: int
+    text: Mapping[str, int]
 
 
 class EncodedPicture(NamedTuple):

@@ -54,9 +54,12 @@ def require_free_name(path: Path, overwrite: bool = False) -> None:
     """Whether `path` may be written.
 
     Raises:
-        NameTakenError: it exists, or a folder has the name.
+        NameTakenError: it exists.
+        PathError: it may be replaced, but is a folder.
     """
-    if path.is_dir() or (path.exists() and not overwrite):
+    if overwrite and path.is_dir():
+        raise PathError(f"{path.name} cannot be written in {path.parent.name}: it is a folder")
+    if path.exists() and not overwrite:
         raise NameTakenError(f"{path.name} exists already; choose another name")
 
 

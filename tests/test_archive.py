@@ -25,7 +25,7 @@ def test_it_holds_the_pack_and_nothing_of_its_development():
     assert not rooms & {"tests", "benchmarks", ".github", ".ci"} and "dev.py" not in names
     assert {name for name in names if name.startswith("demo/")} == {
         "demo/__init__.py",
-        *(f"demo/toy/{name}" for name in ("__init__.py", "features.py")),
+        *(f"demo/toy/{name}" for name in ("__init__.py", "features.py", "files.py")),
         *(f"demo/toy/toy_{name}.safetensors" for name in ("flux_fp8", "style", "content")),
     }
     assert {"__init__.py", "pyproject.toml", "requirements.txt", "LICENSE", "README.md"} <= set(names)

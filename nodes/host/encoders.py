@@ -2,79 +2,87 @@
 
 import hashlib
 import logging
+from collections.abc import Mapping
 from typing import Any
 
-import comfy.latent_formats
 import comfy.utils
 import torch
 from PIL import Image
 from torch import Tensor
 
-from ...qrlora_core import EncodedText, QRLoRAError
+from ...qrlora_core import EncodedText, ModelInputs, QRLoRAError
+from .base_format import BaseFormat
 from .protocols import Clip, Encoder, Vae
 
 log = logging.getLogger(__name__)
 
-CHANNELS = 16  # of FLUX's latents
 _PREVIEW_SIZE = 512
 _SAMPLED = 1024  # values of each weight that tell one encoder from another
 
-# FLUX takes CLIP's pooled output unprojected. Where a file lacks these the host leaves them as the memory happens to
-# be, so that one file would look like another at each loading.
+# Some models take CLIP's pooled output unprojected. Where a file lacks these the host leaves them as the memory happens
+# to be, so that one file would look like another at each loading.
 _UNUSED = ("text_projection.weight", "logit_scale")
 
 
 class EncodeError(QRLoRAError):
-    """The graph's CLIP or VAE does not give what FLUX takes."""
+    """The graph's CLIP or VAE does not give what the model takes."""
 
 
-def encode_text(clip: Clip, text: str) -> EncodedText:
-    """The conditioning of a prompt, just as the CLIP Text Encode node makes it: (tokens, width) and (width,).
+def encode_text(clip: Clip, text: str, base: BaseFormat, taken: ModelInputs) -> EncodedText:
+    """What the model sees of a prompt when it samples: (tokens, width), and (width,) where it takes a pooled output.
 
     Raises:
-        EncodeError: more than one conditioning (hooks), or no pooled output.
+        EncodeError: more than one conditioning (hooks), or not what the model takes.
     """
     conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(text))
     if len(conditioning) != 1:
         raise EncodeError(
             f"this CLIP gives {len(conditioning)} conditionings for one prompt (hooks); connect it plainly"
         )
-    embeds, details = conditioning[0]
-    pooled = details.get("pooled_output")
-    if pooled is None or embeds.dim() != 3:
+    seen = base.text(conditioning[0])
+    given = {name: part for name, part in seen._asdict().items() if part is not None}
+    if {name: given[name].shape[-1] for name in taken.text if name in given} != dict(taken.text):
         raise EncodeError(
-            "this CLIP gives no pooled output; for FLUX use DualCLIPLoader with type flux (CLIP-L and T5)"
+            f"the texts have widths {_widths(given)}; {taken.family} takes {_widths(taken.text)}. Load the text "
+            "encoders of this very model, with its type in their loader (CLIPLoader, DualCLIPLoader)"
         )
-    return EncodedText(embeds[0].detach().cpu().clone(), pooled.detach().reshape(-1).cpu().clone())
+    return EncodedText(seen.embeds, seen.pooled if "pooled" in taken.text else None)
 
 
-def encode_picture(vae: Vae, pixels: Tensor) -> Tensor:
+def _widths(parts: Mapping[str, Any]) -> str:
+    widths = {name: part.shape[-1] if isinstance(part, Tensor) else part for name, part in parts.items()}
+    return " and ".join(f"{width} ({name})" for name, width in widths.items())
+
+
+def encode_picture(vae: Vae, pixels: Tensor, base: BaseFormat, taken: ModelInputs) -> Tensor:
     """A picture in the transformer's own latent space, just as VAE Encode and the sampler would put it there.
 
     Args:
         vae: the graph's.
         pixels: (height, width, 3), 0 to 1.
+        base, taken: of the model that is trained on.
 
     Returns:
-        (16, height / 8, width / 8).
+        (channels, height, width) of latent pixels.
 
     Raises:
-        EncodeError: the VAE is not FLUX's.
+        EncodeError: the VAE is of another model.
     """
     latent = vae.encode(pixels[None])
-    if latent.dim() != 4 or latent.shape[1] != CHANNELS:
+    frames = (1,) if base.has_frames else ()
+    if latent.shape[:-2] != (1, taken.channels, *frames):
+        frames_text = " and a dimension for frames" if base.has_frames else ""
         raise EncodeError(
-            f"this VAE gives latents of shape {tuple(latent.shape)}, FLUX takes {CHANNELS} channels; load FLUX's VAE "
-            "(ae.safetensors)"
+            f"this VAE gives latents of shape {tuple(latent.shape)}; {taken.family} takes {taken.channels} channels"
+            f"{frames_text or ' without frames'}. Load the VAE of this very model"
         )
-    in_model_space: Tensor = comfy.latent_formats.Flux().process_in(latent)
-    return in_model_space[0].detach().float().cpu().clone()
+    return base.into_model(latent)[0].detach().float().cpu().clone()
 
 
-def decode_latent(vae: Vae, latent: Tensor) -> Tensor:
-    """(n, 16, h, w) in model space as pictures, (n, height, width, 3), 0 to 1."""
-    pixels: Tensor = vae.decode(comfy.latent_formats.Flux().process_out(latent.float()))
-    return pixels.detach().float().cpu()
+def decode_latent(vae: Vae, latent: Tensor, base: BaseFormat) -> Tensor:
+    """(n, channels, h, w) in model space as pictures, (n, height, width, 3), 0 to 1."""
+    pixels = vae.decode(base.out_of_model(latent.float())).detach().float().cpu()
+    return pixels.reshape(-1, *pixels.shape[-3:])  # those of a VAE for videos have a dimension for frames
 
 
 def resized(pixels: Tensor, width: int, height: int) -> Tensor:
@@ -90,14 +98,16 @@ def resized(pixels: Tensor, width: int, height: int) -> Tensor:
     return resized_picture
 
 
-def preview(latent: Tensor) -> Image.Image:
-    """The first of (n, 16, h, w) latents as a small picture, by ComfyUI's own colour factors; no VAE, no VRAM."""
-    flux = comfy.latent_formats.Flux()
-    factors = torch.tensor(flux.latent_rgb_factors)
-    bias = torch.tensor(getattr(flux, "latent_rgb_factors_bias", None) or [0.0, 0.0, 0.0])
-    colors = latent[0].float().movedim(0, -1) @ factors + bias
+def preview(latent: Tensor, base: BaseFormat | None) -> Image.Image:
+    """The first of (n, channels, h, w) latents as a small picture, by ComfyUI's own colour factors; no VAE, no VRAM.
+
+    Without factors it is grey: the mean of the channels.
+    """
+    colors = base.colors(latent) if base is not None else None
+    if colors is None:
+        colors = latent[0].float().mean(dim=0)[..., None].expand(-1, -1, 3)
     pixels = ((colors + 1) / 2).nan_to_num().clamp(0, 1).mul(255).to(torch.uint8)
-    picture = Image.fromarray(pixels.numpy())
+    picture = Image.fromarray(pixels.contiguous().numpy())
     factor = _PREVIEW_SIZE / max(picture.size)
     width, height = (max(1, round(side * factor)) for side in picture.size)
     return picture.resize((width, height), Image.Resampling.BICUBIC)

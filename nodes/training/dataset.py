@@ -17,6 +17,7 @@ from ...qrlora_core import (
     EncodedPicture,
     EncodedText,
     FileFormatError,
+    ModelInputs,
     PathError,
     TrainingCache,
     bucket_size,
@@ -27,10 +28,12 @@ from ...train.data.captions import DEFAULT_PROMPT, DatasetError, caption_of, pic
 from ...train.data.pictures import read_picture, require_visible
 from .. import host
 from ..host import encoders
+from ..host.base_format import BaseFormat
 from ..host.protocols import Clip, Vae
 
 log = logging.getLogger(__name__)
 
+_MADE_FOR = "qrlora.made_for"  # kind of model; caches of FLUX.1 from before it was kept lack it
 _RECIPE = 2  # raised when the same pictures would be encoded otherwise
 
 
@@ -78,8 +81,17 @@ def cache_key(pictures: Sequence[Picture], settings: EncodeConfig, clip: Clip, v
     return digest.hexdigest()[:16]
 
 
+class Encoders(NamedTuple):
+    """The graph's CLIP and VAE, and what the model that is trained on takes of them."""
+
+    clip: Clip
+    vae: Vae
+    base: BaseFormat
+    taken: ModelInputs
+
+
 def encode(
-    path: Path, pictures: Sequence[Picture], settings: EncodeConfig, clip: Clip, vae: Vae, empty_caption: bool
+    path: Path, pictures: Sequence[Picture], settings: EncodeConfig, graph: Encoders, empty_caption: bool
 ) -> Path:
     """Write the training cache with the graph's own CLIP and VAE, unless it is there already.
 
@@ -87,17 +99,18 @@ def encode(
         path: named after `cache_key`.
         pictures: what to encode.
         settings: resolution, buckets, flip, mask.
-        clip, vae: the graph's.
+        graph: what they are encoded with.
         empty_caption: also encode "", for caption dropout.
 
     Raises:
         DatasetError: a picture cannot be read, or its mask leaves nothing to train on.
-        EncodeError: the CLIP or VAE is not FLUX's.
+        EncodeError: the CLIP or VAE is of another model.
     """
     if path.is_file():
         try:
-            TrainingCache(path)
-            return path
+            if TrainingCache(path).metadata.get(_MADE_FOR, graph.base.name) == graph.base.name:
+                return path
+            log.info("QR-LoRA: the cache was made for another kind of model; it is written anew")
         except FileFormatError as error:
             log.warning("QR-LoRA: the cache is encoded again: %s", error)
     captions = list(dict.fromkeys(picture.caption for picture in pictures))
@@ -108,27 +121,33 @@ def encode(
     encoded: list[EncodedPicture] = []
     for item in host.with_progress(work):
         if isinstance(item, str):
-            encoded_texts.append(encoders.encode_text(clip, item))
+            encoded_texts.append(encoders.encode_text(graph.clip, item, graph.base, graph.taken))
         else:
-            encoded.append(_encoded(item, settings, vae))
-    broken = path.is_file()
+            encoded.append(_encoded(item, settings, graph))
+    useless = path.is_file()
     empty_text = texts.index("") if "" in texts else None
     try:
-        save_cache(path, items, encoded, encoded_texts, empty_text=empty_text, overwrite=broken, source_key=path.stem)
+        save_cache(
+            path, items, encoded, encoded_texts, empty_text=empty_text, overwrite=useless, source_key=path.stem,
+            metadata={_MADE_FOR: graph.base.name},
+        )  # fmt: skip
     except PathError:
-        if broken or not path.is_file():  # otherwise another ComfyUI wrote the same meanwhile
+        if useless or not path.is_file():  # otherwise another ComfyUI wrote the same meanwhile
             raise
     return path
 
 
-def _encoded(picture: Picture, settings: EncodeConfig, vae: Vae) -> EncodedPicture:
+def _encoded(picture: Picture, settings: EncodeConfig, graph: Encoders) -> EncodedPicture:
     pixels = picture.load()
     height, width = pixels.shape[:2]
     size = bucket_size(width, height, settings.resolution, settings.bucket_step, settings.buckets)
     pixels = encoders.resized(pixels, *size)
     color, alpha = pixels[..., :3], pixels[..., 3] if pixels.shape[-1] > 3 else None
-    latent = encoders.encode_picture(vae, color)
-    flipped = encoders.encode_picture(vae, color.flip(1)) if settings.flip else None
+
+    def latent_of(colors: Tensor) -> Tensor:
+        return encoders.encode_picture(graph.vae, colors, graph.base, graph.taken)
+
+    latent, flipped = latent_of(color), latent_of(color.flip(1)) if settings.flip else None
     mask = None
     if settings.mask and alpha is not None:
         mask = torch.nn.functional.interpolate(alpha[None, None], size=latent.shape[1:], mode="area")[0, 0]

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ...qrlora_core import QRLoRAError
+from ...qrlora_core import ModelInputs, QRLoRAError
 from . import owner
 from .process import Child, ChildError
 
@@ -141,6 +141,22 @@ def summary(report: dict[str, Any]) -> str:
     estimate = report.get("estimate") or {}
     needs = ", ".join(f"{estimate[name] / _GB:.1f} GB {name.upper()}" for name in ("vram", "ram") if estimate.get(name))
     return f"{versions}; on {report.get('device', '?')}" + (f"; needs about {needs}" if needs else "")
+
+
+def taken(report: dict[str, Any]) -> ModelInputs:
+    """What the model takes of pictures and texts, by a report.
+
+    Raises:
+        PreflightError: the trainer did not say it.
+    """
+    try:
+        model = report["model"]
+        widths = {str(name): int(width) for name, width in model["text"].items()}
+        return ModelInputs(str(model["family"]), int(model["channels"]), widths)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise PreflightError(
+            "The trainer's Python does not say what the model takes; see log.txt of the run"
+        ) from error
 
 
 def require_memory(report: dict[str, Any], vram: int | None, ram: int) -> None:

@@ -6,6 +6,7 @@ them twice nor leaves them with the jobs of its former self.
 
 import asyncio
 import io
+import json
 import logging
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from server import PromptServer
 
 from ...qrlora_core import FileFormatError, QRLoRAError, TensorFile, contained_path
 from ..host import encoders, folders
+from ..host.base_format import BaseFormat, base_format
 from .jobs import JOBS, Jobs
 from .runs import RunFolder
 
@@ -74,9 +76,20 @@ def sample_png(run: str, step: int) -> bytes:
     folder: Path = contained_path(folders.runs_folder(), run)
     path = RunFolder(folder).folder / "samples" / f"step-{step:08}.safetensors"
     latent = TensorFile(path).tensor("latent")
-    if latent.dim() != 4 or latent.shape[1] != encoders.CHANNELS or 0 in latent.shape:
-        raise FileFormatError(f"{path.name} holds {tuple(latent.shape)}, which are no latents")
-    picture = encoders.preview(latent)
+    base = _format_of(RunFolder(folder))
+    channels = None if base is None else base.channels
+    if latent.dim() != 4 or 0 in latent.shape or latent.shape[1] != (channels or latent.shape[1]):
+        raise FileFormatError(f"{path.name} holds {tuple(latent.shape)}, which are no latents of its model")
+    picture = encoders.preview(latent, base)
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def _format_of(run: RunFolder) -> BaseFormat | None:
+    """That of the model that a run trains on; None when its file is no longer there."""
+    try:
+        return base_format(Path(json.loads(run.settings.read_text(encoding="utf-8"))["model"]))
+    except (OSError, ValueError, LookupError, TypeError, RecursionError, QRLoRAError) as error:
+        log.debug("%s: no colours for its samples: %s", run.name, error)
+        return None

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from ...train.config import FitConfig, as_table
 from ...train.events import TrainEvent
 from ..host import folders, session
+from ..host.base_format import base_format
 from . import dataset, owner, preflight, results
 from .feed import EventFeed, earlier_events
 from .jobs import Job
@@ -86,8 +87,9 @@ def _fit(request: Request, job: Job, run: RunFolder, data_key: str, lock: int) -
     job.tell("preparing", "checking the trainer's Python, the model, memory and disk")
     report = preflight.preflight(who, run.settings, run.log, lambda: _stop_asked(job))
     log.info("QR-LoRA: %s", preflight.summary(report))
+    graph = dataset.Encoders(request.clip, request.vae, base_format(request.model), preflight.taken(report))
     job.tell("preparing", f"encoding {len(request.pictures)} pictures with the graph's CLIP and VAE")
-    dataset.encode(data, request.pictures, request.encode, request.clip, request.vae, config.caption_dropout > 0)
+    dataset.encode(data, request.pictures, request.encode, graph, config.caption_dropout > 0)
     if _stop_asked(job):
         raise session.Interrupted()
     session.free_models()

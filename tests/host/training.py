@@ -84,8 +84,11 @@ def write_clip_l(path):
     return path
 
 
-def write_vae(path):
-    """Random weights in the layout of FLUX's 16-channel autoencoder (ae.safetensors), 84 M parameters."""
+def write_vae(path, channels=16, statistics=False):
+    """Random weights in the layout of FLUX.1's 16-channel autoencoder (ae.safetensors), 84 M parameters.
+
+    FLUX.2's has 32 channels, and the statistics of its latents in patches of 2x2.
+    """
     make, widths = Maker(), (128, 256, 512, 512)
     make.conv("encoder.conv_in", 128, 3)
     width = 128
@@ -97,8 +100,8 @@ def write_vae(path):
             make.conv(f"encoder.down.{level}.downsample.conv", width, width)
     make.middle("encoder.mid", width)
     make.norm("encoder.norm_out", width)
-    make.conv("encoder.conv_out", 32, width)
-    make.conv("decoder.conv_in", width, 16)
+    make.conv("encoder.conv_out", 2 * channels, width)
+    make.conv("decoder.conv_in", width, channels)
     make.middle("decoder.mid", width)
     for level in reversed(range(4)):
         for block in range(3):
@@ -108,6 +111,11 @@ def write_vae(path):
             make.conv(f"decoder.up.{level}.upsample.conv", width, width)
     make.norm("decoder.norm_out", width)
     make.conv("decoder.conv_out", 3, width)
+    if statistics:
+        make.conv("quant_conv", 2 * channels, 2 * channels, 1)
+        make.conv("post_quant_conv", channels, channels, 1)
+        make.tensor("bn.running_mean", 4 * channels, scale=0.5)
+        make.state["bn.running_var"] = torch.rand(4 * channels, generator=make.generator) + 0.5
     save_file(make.state, path)
     return path
 

@@ -46,7 +46,8 @@ def install(monkeypatch, base: Path) -> FolderPaths:
     """Put the modules into `sys.modules` until the test ends; the stub of `folder_paths`."""
     modules = {"folder_paths": FolderPaths(base), "server": types.ModuleType("server")}
     modules["server"].PromptServer = types.SimpleNamespace(instance=None)
-    for name in ("comfy", "comfy.model_management", "comfy.utils", "comfy.latent_formats"):
+    parts = ("model_management", "utils", "model_detection", "sampler_helpers", "samplers")
+    for name in ("comfy", *(f"comfy.{part}" for part in parts)):
         modules[name] = types.ModuleType(name)
     management = modules["comfy.model_management"]
     management.InterruptProcessingException = type("InterruptProcessingException", (BaseException,), {})

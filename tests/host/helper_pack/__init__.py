@@ -1,6 +1,7 @@
 """Nodes that only the tests and the demo need: conditioning and a forward pass on the golden inputs."""
 
 import json
+import zlib
 from pathlib import Path
 
 import comfy.model_detection
@@ -9,6 +10,7 @@ import comfy.sd
 import comfy.utils
 import folder_paths
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import ComfyExtension, io
 from safetensors.torch import load_file, save_file
 
@@ -16,13 +18,27 @@ detected = comfy.model_detection.detect_unet_config
 
 
 def detect_small(*args, **kwargs):
-    """Hosts before 0.33 do not read a FLUX's sizes from its file; here all of them do."""
+    """Hosts know some sizes only: those before 0.33 of a FLUX.1, all of them of others. Here sizes follow the file."""
     config = detected(*args, **kwargs)
-    if config is not None and "hidden_size" in config:
-        state, prefix = args[0], args[1]
+    if config is None:
+        return None
+
+    def width(name):
+        return args[0][f"{args[1]}{name}.weight"].shape[1]
+
+    kind = config.get("image_model")
+    if kind == "flux":
         config.update(hidden_size=128, num_heads=1)
-        config.update(context_in_dim=state[f"{prefix}txt_in.weight"].shape[1])
-        config.update(vec_in_dim=state[f"{prefix}vector_in.in_layer.weight"].shape[1])
+        config.update(context_in_dim=width("txt_in"), vec_in_dim=width("vector_in.in_layer"))
+    if kind == "qwen_image":
+        config.update(num_attention_heads=args[0][f"{args[1]}img_in.weight"].shape[0] // 128)
+        config.update(joint_attention_dim=width("txt_in"))
+    if kind == "lumina2" and config["dim"] not in (2304, 3840):  # as it does for Z-Image's own size
+        heads = config["dim"] // 128
+        config.update(n_heads=heads, n_kv_heads=heads, axes_dims=[32, 48, 48], axes_lens=[1536, 512, 512])
+        config.update(rope_theta=256.0, ffn_dim_multiplier=8.0 / 3.0, z_image_modulation=True, time_scale=1000.0)
+        refiners = {key.split(".")[1] for key in args[0] if key.startswith(f"{args[1]}noise_refiner.")}
+        config.update(pad_tokens_multiple=32, n_refiner_layers=len(refiners))
     return config
 
 
@@ -156,9 +172,65 @@ class ApplyStack(io.ComfyNode):
         return io.NodeOutput(model, clip, ui={"text": [json.dumps([*map(list, lora_stack), changed])]})
 
 
+class RandomClip:
+    """Prompts -> a random vector for each word, as wide as a text encoder of billions of weights would give it."""
+
+    def __init__(self, width, pooled):
+        self.width, self.pooled = width, pooled
+        cpu = torch.device("cpu")
+        self.patcher = ModelPatcher(torch.nn.Linear(1, width), load_device=cpu, offload_device=cpu)
+
+    def tokenize(self, text, **_):
+        return text.split() or [""]
+
+    def encode_from_tokens_scheduled(self, tokens, **_):
+        seeds = [zlib.crc32(word.encode()) for word in tokens]
+        rows = [torch.randn(self.width, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        embeds = torch.stack(rows)[None]
+        # some encoders of these families have both, of use to no model of theirs
+        details = {"pooled_output": embeds.mean(dim=1)} if self.pooled else {"pooled_output": None}
+        return [[embeds, details | {"attention_mask": torch.ones(embeds.shape[:2], dtype=torch.long)}]]
+
+
+class LoadRandomClip(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="QRLoRATestClip",
+            category="QR-LoRA/test",
+            inputs=[io.Int.Input("width", max=100_000), io.Boolean.Input("pooled", default=False)],
+            outputs=[io.Clip.Output()],
+        )
+
+    @classmethod
+    def execute(cls, width, pooled):
+        return io.NodeOutput(RandomClip(width, pooled))
+
+
+class SaveLatents(io.ComfyNode):
+    """A latent as it is, and as the sampler would see it in a model."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="QRLoRATestSaveLatent",
+            category="QR-LoRA/test",
+            inputs=[io.Model.Input("model"), io.Latent.Input("samples"), io.String.Input("output")],
+            outputs=[],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, model, samples, output):
+        tensors = {"stored": samples["samples"], "seen": model.model.process_latent_in(samples["samples"])}
+        tensors = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
+        save_file(tensors, Path(folder_paths.get_output_directory()) / f"{output}.safetensors")
+        return io.NodeOutput(ui={"text": [output]})
+
+
 class TestExtension(ComfyExtension):
     async def get_node_list(self):
-        return [Conditioning, Forward, SaveConditioning, Stacker, ApplyStack]
+        return [Conditioning, Forward, SaveConditioning, Stacker, ApplyStack, LoadRandomClip, SaveLatents]
 
 
 async def comfy_entrypoint():
