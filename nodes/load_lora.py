@@ -45,7 +45,8 @@ class LoadLoRA(io.ComfyNode):
     @classmethod
     def execute(cls, lora_name: str, rank: int = 0, other_parts: OtherParts = "refuse") -> io.NodeOutput:
         opened = _opened(folders.lora_file(lora_name), rank, other_parts)
-        text = "\n".join([report.adapter_text(opened.adapter), *lora_text(opened)])
+        ours = "qrlora.method" in opened.adapter.metadata
+        text = "\n".join([report.adapter_text(opened.adapter, with_basis=ours), *lora_text(opened)])
         return io.NodeOutput(MergeRecipe.of(opened.adapter), ui={"text": [text]})
 
 
