@@ -46,7 +46,8 @@ class LoadLoRA(Node):
     @classmethod
     def execute(cls, lora_name: str, rank: int = 0, other_parts: OtherParts = "refuse") -> io.NodeOutput:
         opened = _opened(folders.lora_file(lora_name), rank, other_parts)
-        text = "\n".join([report.adapter_text(opened.adapter), *lora_text(opened)])
+        ours = "qrlora.method" in opened.adapter.metadata
+        text = "\n".join([report.adapter_text(opened.adapter, with_basis=ours), *lora_text(opened)])
         return io.NodeOutput(MergeRecipe.of(opened.adapter), ui={"text": [text]})
 
 

@@ -11,15 +11,23 @@ from ..qrlora_core import (
     MergeRecipe,
     OnMismatch,
     content_gate,
+    content_pass_gate,
     merge,
     merge_report,
     style_gate,
+    style_pass_gate,
     triggers_of,
 )
 from . import host, report, sockets
 from .arrivals import Node
 
-ACTS = ("always", "by prompt", "by prompt, content first")
+ACTS = (
+    "always",
+    "by prompt",
+    "by prompt, content first",
+    "by prompt, one pass each",
+    "always, one pass each",
+)
 
 
 class Merge(Node):
@@ -44,7 +52,9 @@ class Merge(Node):
                     default=ACTS[0],
                     optional=True,
                     tooltip="always: both act everywhere. by prompt: each acts only on prompts that hold its trigger. "
-                    "by prompt, content first: and where both are asked for, content acts first and style after it.",
+                    "by prompt, content first: and where both are asked for, content acts first and style after it. "
+                    "one pass each: the model is asked once for each adapter and their predictions are added, so that "
+                    "neither draws over the other; up to 3 times the work in each step.",
                 ),
                 io.Float.Input(
                     "switch",
@@ -93,12 +103,16 @@ class Merge(Node):
         content_trigger: str = "",
         prompt: str | None = None,
     ) -> io.NodeOutput:
-        if act != ACTS[0]:
+        separate = act in (ACTS[3], ACTS[4])
+        if act not in (ACTS[0], ACTS[4]):
             moment = switch if act == ACTS[2] else None
             style_words = _triggers(delta_r_style, style_trigger)
             content_words = _triggers(delta_r_content, content_trigger)
-            delta_r_style = delta_r_style.gated(_gates(style_gate, style_trigger, content_words, moment, prompt))
-            delta_r_content = delta_r_content.gated(_gates(content_gate, content_trigger, style_words, moment, prompt))
+            of_style, of_content = (style_pass_gate, content_pass_gate) if separate else (style_gate, content_gate)
+            delta_r_style = delta_r_style.gated(_gates(of_style, style_trigger, content_words, moment, prompt))
+            delta_r_content = delta_r_content.gated(_gates(of_content, content_trigger, style_words, moment, prompt))
+        if separate:
+            delta_r_style, delta_r_content = delta_r_style.in_own_pass(), delta_r_content.in_own_pass()
         merged = merge(delta_r_style, alpha, delta_r_content, beta, on_basis_mismatch)
         missing = [name for name, one in (("style", delta_r_style), ("content", delta_r_content)) if not one.terms]
         done = merge_report(merged, host.interruptible)

@@ -37,10 +37,11 @@ from .errors import (
 )
 from .families import Family, LayerKind, family_of_targets, flux_targets, layer_kind
 from .formats import file_kind, is_residual, open_adapter
-from .gate import Gate, content_gate, holds, style_gate, triggers_of
+from .gate import Gate, content_gate, content_pass_gate, holds, style_gate, style_pass_gate, triggers_of
 from .linalg import Basis, base_r, core_energy, decompose, residual_weight, restored_weight
 from .lora import OTHER_PARTS, OpenedLora, OtherParts, lora_text, open_lora
 from .merge import MergeReport, OnMismatch, merge, merge_report, merged_adapter
+from .passes import Evaluation, evaluations
 from .paths import contained_path, free_name
 from .products import LayerSum, Product, layer_sum, term_products
 from .recipe import NOTHING, MergeRecipe, Term
@@ -71,6 +72,7 @@ __all__ = [
     "CacheItem",
     "EncodedPicture",
     "EncodedText",
+    "Evaluation",
     "Family",
     "FileFormatError",
     "Gate",
@@ -109,8 +111,10 @@ __all__ = [
     "contained_path",
     "content_first",
     "content_gate",
+    "content_pass_gate",
     "core_energy",
     "decompose",
+    "evaluations",
     "family_of_targets",
     "file_kind",
     "flux_targets",
@@ -151,6 +155,7 @@ __all__ = [
     "similarity_report",
     "storage_tolerance",
     "style_gate",
+    "style_pass_gate",
     "sweep",
     "term_products",
     "triggers_of",

@@ -97,6 +97,12 @@ class FitConfig:
     targets: tuple[str, ...] = _setting((), "layers by name or dotted suffix (default: the published ones)")
     init: Literal["zero", "random"] = _setting("zero", "what \u0394R starts as")
     delta_scale: float = _setting(1e-3, "standard deviation of a random start", low=0.0, high=1.0)
+    training_adapter: str = _setting(
+        "",
+        "LoRA file that is on while training and off while sampling, for distilled models",
+        trajectory=False,  # its content is, see prepare
+        key=False,
+    )
     decomposition: Literal["fast", "exact"] = _setting("fast", "how Q is found: block Krylov, or a full SVD")
 
     # steps
@@ -124,7 +130,7 @@ class FitConfig:
     )
     logit_std: float = _setting(1.0, "spread of timestep_sampling logit_normal", low=1e-3, high=10.0)
     mode_scale: float = _setting(1.29, "strength of timestep_sampling mode", low=-1.0, high=1.75)
-    shift: Shift = _setting("none", "none (published), constant, or resolution: FLUX's own, by number of tokens")
+    shift: Shift = _setting("none", "none (published), constant, or resolution: the family's own, by number of tokens")
     shift_value: float = _setting(3.0, "factor of a constant shift; above 1 there is more noise", low=0.01, high=100.0)
     guidance: float = _setting(1.0, "distilled guidance value during training", low=0.0, high=100.0)
     loss_weighting: LossWeighting = _setting("none", "weight of the loss over sigma")

@@ -96,18 +96,28 @@ def base_format(path: Path) -> BaseFormat:
 def _base_format(path: Path, size: int, time_ns: int) -> BaseFormat:
     """Remembered by the version of the file: a header of thousands of names is read for every picture otherwise."""
     file = TensorFile(path, skip_other=True)
-    state = {
-        key: torch.empty(spec.shape, dtype=spec.dtype, device="meta")
-        for key, spec in {**file.specs, **file.other}.items()
-    }
-    # just as comfy.sd.load_diffusion_model_state_dict finds the model in a file
+    try:
+        config, state = _detected(file)
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError) as error:
+        # names that look like those of a model, and shapes that none has
+        raise BaseModelError(f"ComfyUI cannot tell what model {path.name} is ({error!r:.200})") from error
+    if config is None:
+        raise BaseModelError(f"ComfyUI does not know what model {path.name} is; a newer one may")
+    config.unet_config["disable_unet_model_creation"] = True
+    return BaseFormat(config.get_model(state, ""))
+
+
+def _detected(file: TensorFile) -> tuple[Any, dict[str, Tensor]]:
+    """The host's configuration of the model in a file, None when it knows none, and the tensors without their values.
+
+    Found just as comfy.sd.load_diffusion_model_state_dict does it.
+    """
+    specs = {**file.specs, **file.other}
+    state = {key: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for key, spec in specs.items()}
     prefix = comfy.model_detection.unet_prefix_from_state_dict(state)
     state = comfy.utils.state_dict_prefix_replace(dict(state), {prefix: ""}, filter_keys=True) or state
     config = comfy.model_detection.model_config_from_unet(state, "", metadata=file.metadata)
     if config is None and (converted := comfy.model_detection.convert_diffusers_mmdit(state, "")) is not None:
         state = converted
         config = comfy.model_detection.model_config_from_unet(state, "")
-    if config is None:
-        raise BaseModelError(f"ComfyUI does not know what model {path.name} is")
-    config.unet_config["disable_unet_model_creation"] = True
-    return BaseFormat(config.get_model(state, ""))
+    return config, state

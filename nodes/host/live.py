@@ -7,12 +7,9 @@ Turning alpha makes a new table and nothing else: no weight is patched, moved or
 because W is never read.
 """
 
-import functools
 import logging
-import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,7 +19,8 @@ import torch
 from comfy.patcher_extension import PatcherInjection, WrappersMP
 from torch import Tensor, nn
 
-from ...qrlora_core import MergeRecipe, SettingError, WeightSlice, same_basis, term_products
+from ...qrlora_core import MergeRecipe, SettingError, WeightSlice, evaluations, same_basis, term_products
+from .compiled import uncompiled
 from .initial_basis import initial_bases
 from .places import PREFIX
 from .protocols import ModelPatcher
@@ -219,12 +217,31 @@ class _Steps:
     def __init__(self, state: LiveState) -> None:
         self.state = state
 
-    def __call__(self, executor: Callable[..., Any], x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Any:
-        options = kwargs.get("transformer_options") or (args[3] if len(args) > 3 else {})
-        self.state.table = self.state.reader.factors(options, t)
+    def __call__(
+        self,
+        executor: Callable[..., Any],
+        x: Tensor,
+        t: Tensor,
+        c_concat: Any = None,
+        c_crossattn: Any = None,
+        control: dict[str, Any] | None = None,
+        transformer_options: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        options = transformer_options or {}
+        reader = self.state.reader
+        total: Any = None
         try:
-            with uncompiled(options):
-                return executor(x, t, *args, **kwargs)
+            for table, weights in evaluations(reader.own_passes, reader.factors(options, t)):
+                self.state.table = table
+                # UNets take a control's outputs off its lists as they run
+                lists = control and {key: list(one) if isinstance(one, list) else one for key, one in control.items()}
+                with uncompiled(options):
+                    prediction = executor(x, t, c_concat, c_crossattn, lists, options, **kwargs)
+                if set(weights) != {1.0}:
+                    prediction = weighted(prediction, weights)
+                total = prediction if total is None else total + prediction
+            return total
         finally:
             self.state.table = ()
             self._warn()
@@ -241,40 +258,11 @@ class _Steps:
             )
 
 
-def uncompiled(options: Mapping[str, Any]) -> AbstractContextManager[Any]:
-    """Compiled code of this model is not used meanwhile.
-
-    torch.compile does not look at hooks: it would run what it compiled without them, or with those of another clone,
-    and so without the adapter or with an old strength. What was compiled stays, for the model without an adapter.
-
-    Args:
-        options: the host's `transformer_options`, which name its own compile node.
-
-    Raises:
-        SettingError: a compiled model, and a PyTorch that cannot be told so.
-    """
-    known = "torch.compile" in options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {})
-    if known:
-        _tell_uncompiled()
-    if not known and "torch._dynamo" not in sys.modules:  # nobody has compiled anything
-        return nullcontext()
-    set_stance = getattr(torch.compiler, "set_stance", None)
-    if set_stance is not None:
-        return set_stance("force_eager")
-    if known:
-        raise SettingError(
-            "live mode on a compiled model needs PyTorch 2.6; set mode to 'patch', or leave compiling out"
-        )
-    return nullcontext()
-
-
-@functools.cache
-def _tell_uncompiled() -> None:
-    """Once, not at every step."""
-    log.warning(
-        "QR-LoRA: live mode runs the model uncompiled, so Torch Compile Model gains nothing here; mode 'patch' in "
-        "Apply QR-LoRA and compiling go together"
-    )
+def weighted(prediction: Tensor, weights: Sequence[float]) -> Tensor:
+    """A prediction (batch, ...) times a weight for each of the batch's prompts, whose samples lie together."""
+    factors = torch.tensor(weights, dtype=prediction.dtype, device=prediction.device)
+    rows = factors.repeat_interleave(prediction.shape[0] // len(weights))
+    return prediction * rows.view(-1, *[1] * (prediction.ndim - 1))
 
 
 class _Prompts:

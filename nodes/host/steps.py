@@ -54,7 +54,8 @@ class StepReader:
     def __init__(self, terms: Sequence[Term]) -> None:
         self.terms = tuple(terms)
         self.by_prompt = any(term.gate for term in self.terms)
-        self.fixed = not any(term.needs_live for term in self.terms)
+        self.own_passes = tuple(term.own_pass for term in self.terms)
+        self.fixed = not any(term.gate or term.schedules for term in self.terms)
         self._texts: dict[Any, str | None] = {}
         self._course: tuple[Any, tuple[float, ...]] = (None, ())
         self._warned = False

@@ -80,9 +80,11 @@ def sample_png(run: str, step: int) -> bytes:
     folder: Path = contained_path(folders.runs_folder(), run)
     path = RunFolder(folder).folder / "samples" / f"step-{step:08}.safetensors"
     latent = TensorFile(path).tensor("latent")
-    if latent.dim() != 4 or 0 in latent.shape:
-        raise FileFormatError(f"{path.name} holds {tuple(latent.shape)}, which are no latents")
-    picture = encoders.preview(latent, _format_of(RunFolder(folder)))
+    base = _format_of(RunFolder(folder))
+    channels = None if base is None else base.channels
+    if latent.dim() != 4 or 0 in latent.shape or latent.shape[1] != (channels or latent.shape[1]):
+        raise FileFormatError(f"{path.name} holds {tuple(latent.shape)}, which are no latents of its model")
+    picture = encoders.preview(latent, base)
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
     return buffer.getvalue()

@@ -12,6 +12,7 @@ at = Host(sys.argv[1:4])
 
 import comfy.model_management as management
 import comfy.model_sampling
+import comfy.patcher_extension
 import comfy.sample
 import comfy.sd
 import comfy.utils
@@ -543,7 +544,7 @@ def by_prompt_nodes():
         found[f"prompt {text}"] = node.ui["text"][0]
         return node.args
 
-    everywhere, gated, first = (merged(act).args[0] for act in ACTS)
+    everywhere, gated, first, apart, _ = (merged(act).args[0] for act in ACTS)
     both, _ = prompt("a <c> dog in <s> style")
     plain, _ = prompt("a dog")
     only, _ = prompt("a <C> dog")
@@ -559,6 +560,9 @@ def by_prompt_nodes():
     )
     by_hand = Apply.execute(patcher, 1.0, core.merge(style_half, 0.9, content_half, 1.0)).args[0]
     found["content first"] = gap(sample(first, both, count=4), sample(by_hand, both, count=4))
+    found["content in its pass"] = gap(sample(apart, only), sample(content_alone, only))
+    found["plain in passes"] = gap(sample(apart, plain), base)
+    found["both in passes"] = gap(sample(apart, both), sample(gated, both))
     told = merged(ACTS[1], prompt="a <c> dog in <s> style").args[0]
     found["told"] = gap(
         sample(told, cond(0), cond(1), cfg=2.0), sample(gated, both_as(cond(0)), plain_as(cond(1)), cfg=2.0)
@@ -578,6 +582,70 @@ def by_prompt_nodes():
     return found
 
 
+def passes():
+    """One pass each: predictions composed by hand from models with one adapter, evaluation by evaluation."""
+    patcher, found = model(), {}
+    separate = core.merge(style.in_own_pass(), 0.6, content.in_own_pass(), 1.5)
+    composed = apply(patcher, separate)
+    predictions = {}
+
+    def first_step(patcher, name, **more):
+        seen = []
+        sample(patcher, callback=lambda step, denoised, x, total: seen.append(denoised.clone()), **more)
+        predictions[name] = seen[0]
+
+    first_step(patcher, "base")
+    for name, one in (("style", style), ("content", content)):
+        first_step(apply(patcher, one, mode="patch"), name)
+    calls = []
+
+    def counting(executor, *args, **kwargs):
+        calls.append(1)
+        return executor(*args, **kwargs)
+
+    counted = composed.clone()
+    counted.add_wrapper(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, counting)
+    first_step(counted, "composed", count=2)
+    base, *alone = (predictions[name] for name in ("base", "style", "content"))
+    expected = base + 0.6 * (alone[0] - base) + 1.5 * (alone[1] - base)
+    found["composed"] = relative(predictions["composed"] - base, expected - base)
+    found["evaluations"] = len(calls)
+    first_step(apply(patcher, core.merge(style, 0.6, content, 1.5)), "weights summed")
+    found["not the sum of weights"] = relative(predictions["weights summed"] - base, expected - base)
+    # an adapter without a pass of its own, from an earlier node, is part of every pass
+    both = apply(apply(patcher, full_qr), separate)
+    together = {name: apply(apply(patcher, full_qr, mode="patch"), one, mode="patch") for name, one in
+                (("style", style), ("content", content))}  # fmt: skip
+    first_step(apply(patcher, full_qr, mode="patch"), "base")
+    for name, one in together.items():
+        first_step(one, name)
+    first_step(both, "composed")
+    base, *alone = (predictions[name] for name in ("base", "style", "content"))
+    expected = base + 0.6 * (alone[0] - base) + 1.5 * (alone[1] - base)
+    found["beside others"] = relative(predictions["composed"] - base, expected - base)
+    # a batch of a positive and a negative prompt: each composed
+    first_step(composed, "cfg", cfg=2.0)
+    for name, one in (("base", patcher), ("style", apply(patcher, style)), ("content", apply(patcher, content))):
+        first_step(one, name, cfg=2.0)
+    base, *alone = (predictions[name] for name in ("base", "style", "content"))
+    expected = base + 0.6 * (alone[0] - base) + 1.5 * (alone[1] - base)
+    found["with guidance"] = relative(predictions["cfg"] - base, expected - base)
+    # a control whose lists are emptied by the model, as UNets do
+    state = composed.get_attachment(live.KEY)
+    left = []
+
+    def emptying(x, t, c_concat, c_crossattn, control, options, **kwargs):
+        left.append(len(control["output"]))
+        control["output"].clear()
+        return x
+
+    control = {"output": [LATENT, LATENT]}
+    sigma = torch.ones(1)
+    live._Steps(state)(emptying, LATENT, sigma, None, None, control, {})
+    found["control"] = [left, len(control["output"])]
+    return found
+
+
 def both_as(conditioning):
     return [[one[0], {**one[1], steps.PROMPT: "a <c> dog in <s> style"}] for one in conditioning]
 
@@ -586,18 +654,5 @@ def plain_as(conditioning):
     return [[one[0], {**one[1], steps.PROMPT: ""}] for one in conditioning]
 
 
-CHECKS = [
-    by_prompt_nodes,
-    equal_to_patched,
-    storages,
-    leaves_nothing,
-    memory_ends,
-    fits,
-    compiles,
-    turning_alpha,
-    composes,
-    refused,
-    schedules,
-    gates,
-]
-at.write(CHECKS)
+CHECKS = [by_prompt_nodes, passes, equal_to_patched, storages, leaves_nothing, turning_alpha, composes, refused]
+at.write([*CHECKS, schedules, gates, memory_ends, fits, compiles])

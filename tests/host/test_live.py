@@ -101,11 +101,21 @@ def test_each_prompt_by_its_own_text(live_probe):
     assert all(value < 1e-5 for value in found.values()), found
 
 
+def test_predictions_are_composed_where_adapters_have_passes_of_their_own(live_probe):
+    found = live_probe["passes"]
+    for name in ("composed", "beside others", "with guidance"):
+        assert found[name] < 1e-4, name
+    assert found["not the sum of weights"] > 1e-3
+    assert found["evaluations"] == 6, "two steps: the model, the style, the content"
+    assert found["control"] == [[2, 2, 2], 2]
+
+
 def test_the_nodes_for_acting_by_prompt(live_probe):
     found = live_probe["by_prompt_nodes"]
     assert found["effect"] > 1e-3
     for name in ("both by prompt", "plain by prompt", "content by prompt", "content first", "told"):
         assert found[name] < 1e-5, name
+    assert found["content in its pass"] < 1e-5 and found["plain in passes"] == 0 and found["both in passes"] > 1e-3
     assert found["inserted"] == "<c> a dog again" and "stay off" in found["prompt a cat"]
     assert "where the prompt holds <s>" in found["merge by prompt []"]
     assert "has no trigger: it acts on every prompt" in found["untold"]

@@ -16,6 +16,7 @@ import time
 import urllib.error
 import urllib.request
 
+import numpy as np
 import psutil
 import pytest
 from PIL import Image
@@ -565,8 +566,11 @@ def test_a_wrong_question_is_answered_as_one(server, body, kind):
 
 
 def test_a_sample_that_is_none_is_not_an_error_of_the_server(server):
+    """The model of the run has 16 channels; of a run whose model is gone, any number is served, in grey."""
     folder = server.base / "output" / "qrlora" / "runs" / "odd" / "samples"
     folder.mkdir(parents=True)
+    model = next((server.base / "models" / "diffusion_models").glob("flux 768*"))
+    (folder.parent / "settings.json").write_text(json.dumps({"model": str(model)}))
     for step, shape in enumerate(([16, 8], [1, 4, 8, 8], [1, 16, 0, 8]), 1):
         size = 4 * math.prod(shape)
         header = json.dumps({"latent": {"dtype": "F32", "shape": shape, "data_offsets": [0, size]}}).encode()
@@ -574,6 +578,10 @@ def test_a_sample_that_is_none_is_not_an_error_of_the_server(server):
         with pytest.raises(urllib.error.HTTPError) as error:
             server.get(f"/qrlora/train/sample?run=odd&step={step}")
         assert error.value.code == 404
+    (folder.parent / "settings.json").write_text(json.dumps({"model": "gone.safetensors"}))
+    with urllib.request.urlopen(f"{server.url}/qrlora/train/sample?run=odd&step=2", timeout=10) as answer:
+        pixels = np.asarray(Image.open(answer))
+    assert (pixels[..., 0] == pixels[..., 2]).all()
     shutil.rmtree(folder.parent)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from demo import server as instance
 from demo.server import WorkflowError
@@ -169,3 +169,14 @@ def test_text_encoders_of_another_model_are_refused(models, name):
         models.queue(graph)
     text = training.text_of(error)
     assert f"the texts have widths {TEXT_WIDTH + 1} (embeds); " in text and f"takes {TEXT_WIDTH} (embeds)" in text
+
+
+def test_a_file_that_the_host_cannot_tell_is_refused(models):
+    """The trainer reads FLUX.2 with diffusers' names, this host does not: what it would sample with is not known."""
+    state = {key: value.detach().contiguous() for key, value in FAMILIES["flux2"].model().state_dict().items()}
+    save_file(state, models.base / "models" / "diffusion_models" / "flux2 by diffusers.safetensors")
+    graph = family_graph("flux2", "not told", steps=3)
+    graph["train"]["inputs"]["model_name"] = "flux2 by diffusers.safetensors"
+    with pytest.raises(WorkflowError) as error:
+        models.queue(graph)
+    assert re.search(r"ComfyUI (cannot tell|does not know) what model flux2 by", training.text_of(error))

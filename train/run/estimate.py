@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import psutil
@@ -115,12 +116,14 @@ def estimate_memory(
     casts = plan.base_storage != config.precision and plan.base_storage not in ("int8", "nf4")
     live = _largest_block(source) if plan.gradient_checkpointing else inside
     columns = sum(t.shape[0] if config.method != "qr" else t.shape[0] + t.shape[1] for t in targets)
+    beside = Path(config.training_adapter) if config.training_adapter else None
     trained = config.rank * sum(t.shape[1] if config.method != "qr" else sum(t.shape) for t in targets)
     return MemoryEstimate(
         weights=blocks - offloaded + outside * compute,
         offloaded=offloaded,
         trained=int(trained * _OPTIMIZER_BYTES[config.optimizer]),
-        basis=config.rank * columns * (4 if config.method == "qr" else compute),
+        basis=config.rank * columns * (4 if config.method == "qr" else compute)
+        + (beside.stat().st_size if beside is not None and beside.is_file() else 0),
         activations=max(_activations(config, plan, source, shape) for shape in shapes) + casts * live * compute,
         overhead=_OVERHEAD,
     )

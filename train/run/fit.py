@@ -167,16 +167,17 @@ def sample(state: TrainingState) -> None:
     text = cache.text(cache.items[index].text)
     noise = torch.randn(1, *cache.latent_shape(index), generator=generator_of(config.seed, "sample"))
     state.model.eval()
-    latents = sample_latents(
-        state.model,
-        state.backbone,
-        noise,
-        text.map(lambda tensor: tensor[None]),
-        config.sample_steps,
-        config.sample_guidance,
-        state.device,
-        state.dtype,
-    )
+    with state.training_adapter.off() if state.training_adapter is not None else nullcontext():
+        latents = sample_latents(
+            state.model,
+            state.backbone,
+            noise,
+            text.map(lambda tensor: tensor[None]),
+            config.sample_steps,
+            config.sample_guidance,
+            state.device,
+            state.dtype,
+        )
     state.model.train()
     path = Path(config.run_dir) / "samples" / f"step-{state.done:08}.safetensors"
     spec = {"latent": TensorSpec(torch.float32, tuple(latents.shape))}

@@ -14,6 +14,7 @@ from ..data.batches import Sampler
 from ..errors import TrainError
 from ..model.backbones import BACKBONES
 from ..model.source import BaseModel
+from ..model.training_adapter import TrainingAdapter
 from .estimate import breakdown, choose_memory, free_memory, gigabytes, memory_text, require_memory
 from .processes import make_accelerator
 
@@ -47,6 +48,8 @@ def look_at_files(config: FitConfig, report: dict[str, Any], problems: Problems,
             "text": dict(zip(source.backbone.text_fields, source.facts.text_widths, strict=True)),
         }
         targets = source.targets(config.targets)
+        if config.training_adapter:
+            TrainingAdapter(Path(config.training_adapter), source)
     except QRLoRAError as error:
         titles = ", ".join(backbone.title for backbone in BACKBONES)
         problems.append({"what": str(error), "fix": f"choose a model of {titles}, and targets that it has"})

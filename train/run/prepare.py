@@ -18,6 +18,7 @@ from ..errors import TrainError
 from ..model.basis import BasisOf, cached_basis
 from ..model.layer import QRLinear, inject, parameter_shapes, trained_parameters
 from ..model.source import BaseModel
+from ..model.training_adapter import TrainingAdapter
 from ..model.transformer import DTYPES, load_transformer
 from .checkpoint import remove_leftovers, set_damaged_aside
 from .estimate import MemoryPlan, choose_memory, estimate_memory, free_memory, memory_text, require_memory
@@ -44,6 +45,7 @@ def prepare(config: FitConfig, accelerator: Any, reporter: Reporter, watch: Stop
     sampler, class_sampler = Sampler(cache, config), Sampler(cache, config, is_class=True)
     _check_data(sampler, source, cache)
     targets = source.targets(config.targets)
+    training_adapter = TrainingAdapter(Path(config.training_adapter), source) if config.training_adapter else None
     shapes, available = sampler.shapes + class_sampler.shapes, free_memory(accelerator.device)
     plan, _ = choose_memory(config, source, targets, shapes, available, storage_begun_with(run_dir, config))
     plan = agreed_plan(plan, accelerator)
@@ -54,6 +56,7 @@ def prepare(config: FitConfig, accelerator: Any, reporter: Reporter, watch: Stop
         "processes": accelerator.num_processes,
         **config.trajectory(),
         "base_storage": plan.base_storage,
+        **({"training_adapter": training_adapter.fingerprint} if training_adapter is not None else {}),
     }
     run_id = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     checkpoint = checkpoint_to_resume(config, identity, parameter_shapes(targets, config.method, config.rank))
@@ -69,6 +72,8 @@ def prepare(config: FitConfig, accelerator: Any, reporter: Reporter, watch: Stop
     basis_of = _basis(config, source, targets, accelerator, reporter, watch)
     require_same_basis(checkpoint, targets, basis_of)
     model, layers = _model(config, plan, source, targets, basis_of, accelerator, reporter, watch)
+    if training_adapter is not None:
+        training_adapter.attach(model, accelerator.device, DTYPES[config.precision])
     parameters = trained_parameters(layers)
     optimizer = make_optimizer(parameters.values(), config)
     done = restore_checkpoint(checkpoint, parameters, optimizer)
@@ -96,6 +101,7 @@ def prepare(config: FitConfig, accelerator: Any, reporter: Reporter, watch: Stop
         done=done,
         reporter=reporter,
         watch=watch,
+        training_adapter=training_adapter,
     )
 
 
@@ -215,6 +221,7 @@ def _start(config: FitConfig, target: LayerTarget) -> Tensor | None:
 def _write_settings(config: FitConfig, plan: MemoryPlan) -> None:
     """What this run was told and what it chose, beside its results. No absolute paths: folders are shared and moved."""
     chosen = asdict(plan) | {"alpha": config.adapter_alpha}
-    names = {key: Path(getattr(config, key)).name for key in ("model", "data", "run_dir", "output", "basis_cache")}
+    paths = ("model", "data", "run_dir", "output", "basis_cache", "training_adapter")
+    names = {key: Path(getattr(config, key)).name for key in paths}
     with whole_file(Path(config.run_dir) / "resolved.json", overwrite=True) as file:
         file.write(json.dumps(as_table(config) | chosen | names, indent=1).encode())

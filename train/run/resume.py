@@ -49,7 +49,7 @@ def checkpoint_to_resume(
     if "data" in different:
         raise TrainError("resume", "this run began with other pictures or captions; use another run_dir")
     if different:
-        changes = ", ".join(f"{key} {then.get(key)!r} -> {identity[key]!r}" for key in different)
+        changes = ", ".join(f"{key} {then.get(key)!r} -> {identity.get(key)!r}" for key in different)
         raise TrainError("resume", f"this run began with other settings: {changes}. Use another run_dir")
     if checkpoint.step > config.steps:
         raise TrainError("resume", f"the run has {checkpoint.step} steps already; steps is {config.steps}")
@@ -90,4 +90,5 @@ def restore_checkpoint(
 def _different(checkpoint: Checkpoint, identity: Mapping[str, Any]) -> list[str]:
     """In what a checkpoint's run differs from this one."""
     then = checkpoint.state["identity"]
-    return [key for key in identity if json.dumps(then.get(key)) != json.dumps(identity[key])]
+    keys = dict.fromkeys([*identity, *then])
+    return [key for key in keys if json.dumps(then.get(key)) != json.dumps(identity.get(key))]

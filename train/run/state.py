@@ -12,6 +12,7 @@ from ..model.backbones import Backbone
 from ..model.basis import BasisOf
 from ..model.layer import QRLinear
 from ..model.source import BaseModel
+from ..model.training_adapter import TrainingAdapter
 from ..model.transformer import DTYPES
 from .estimate import MemoryPlan
 from .reporter import Reporter
@@ -40,6 +41,7 @@ class TrainingState:
     done: int
     reporter: Reporter
     watch: StopWatch
+    training_adapter: TrainingAdapter | None = None
 
     @property
     def backbone(self) -> Backbone:
