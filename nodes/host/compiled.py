@@ -37,7 +37,8 @@ def uncompiled(options: Mapping[str, Any]) -> AbstractContextManager[Any]:
         return nullcontext()
     set_stance = getattr(torch.compiler, "set_stance", None)
     if set_stance is not None:
-        return set_stance("force_eager")
+        eager: AbstractContextManager[Any] = set_stance("force_eager")
+        return eager
     if known:
         raise SettingError(
             "live mode on a compiled model needs PyTorch 2.6; set mode to 'patch', or leave compiling out"
