@@ -13,6 +13,7 @@ SHOWN = 280  # height of a picture that a node shows
 TALLER = {
     "QRLoRATrain": 330,
     "QRLoRAMerge": 110,
+    "QRLoRAPrompt": 110,
     "QRLoRAApply": 110,
     "QRLoRALoadDeltaR": 110,
     "QRLoRAToyAdapter": 110,

@@ -2,6 +2,7 @@
 
 __version__ = "0.1.0"
 
+from .acts import ACTS, Act, Triggers, merge_acting, triggers_of_both
 from .adapter import METHODS, Adapter, AdapterLayer, LayerInfo
 from .basis import (
     JointBasis,
@@ -57,12 +58,14 @@ from .truncate import Truncated, truncated
 from .whole import require_free_name, whole_file
 
 __all__ = [
+    "ACTS",
     "LARGEST_FILE",
     "MAX_COMBINATIONS",
     "METHODS",
     "NOTHING",
     "OTHER_PARTS",
     "PRESETS",
+    "Act",
     "Adapter",
     "AdapterLayer",
     "Basis",
@@ -100,6 +103,7 @@ __all__ = [
     "TensorFile",
     "Term",
     "TrainingCache",
+    "Triggers",
     "Truncated",
     "WeightError",
     "WeightSlice",
@@ -129,6 +133,7 @@ __all__ = [
     "match_residual",
     "match_targets",
     "merge",
+    "merge_acting",
     "merge_report",
     "merged_adapter",
     "model_fingerprint",
@@ -159,6 +164,7 @@ __all__ = [
     "sweep",
     "term_products",
     "triggers_of",
+    "triggers_of_both",
     "truncated",
     "value_dtype",
     "whole_file",
