@@ -19,6 +19,7 @@ from ..qrlora_core import (
     triggers_of,
 )
 from . import host, report, sockets
+from .arrivals import Node
 
 ACTS = (
     "always",
@@ -29,7 +30,7 @@ ACTS = (
 )
 
 
-class Merge(io.ComfyNode):
+class Merge(Node):
     """Two DELTA_R -> DELTA_R."""
 
     @classmethod

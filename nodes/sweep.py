@@ -11,12 +11,13 @@ from comfy_api.latest import io, ui
 from ..qrlora_core import NOTHING, MergeRecipe, OnMismatch, SettingError, contained_path, sweep
 from ..qrlora_plots import ContactSheet, array_of, contact_sheet, images_of
 from . import report, sockets
+from .arrivals import Node
 from .host import folders
 
 METADATA = "qr_lora_contact_sheet"
 
 
-class ScaleSweep(io.ComfyNode):
+class ScaleSweep(Node):
     """Two DELTA_R -> a list of DELTA_R and a list of labels."""
 
     @classmethod
@@ -64,7 +65,7 @@ class ScaleSweep(io.ComfyNode):
         )
 
 
-class ContactSheetNode(io.ComfyNode):
+class ContactSheetNode(Node):
     """A list of IMAGE and a list of labels -> IMAGE and a file."""
 
     @classmethod

@@ -20,6 +20,7 @@ from comfy.patcher_extension import PatcherInjection, WrappersMP
 from torch import Tensor, nn
 
 from ...qrlora_core import MergeRecipe, SettingError, WeightSlice, evaluations, same_basis, term_products
+from .compiled import uncompiled
 from .initial_basis import initial_bases
 from .places import PREFIX
 from .protocols import ModelPatcher
@@ -235,7 +236,8 @@ class _Steps:
                 self.state.table = table
                 # UNets take a control's outputs off its lists as they run
                 lists = control and {key: list(one) if isinstance(one, list) else one for key, one in control.items()}
-                prediction = executor(x, t, c_concat, c_crossattn, lists, options, **kwargs)
+                with uncompiled(options):
+                    prediction = executor(x, t, c_concat, c_crossattn, lists, options, **kwargs)
                 if set(weights) != {1.0}:
                     prediction = weighted(prediction, weights)
                 total = prediction if total is None else total + prediction

@@ -18,6 +18,7 @@ import comfy.sd
 import comfy.utils
 import qr_lora_pack.nodes.host.application as application
 import qr_lora_pack.nodes.host.live as live
+import qr_lora_pack.nodes.host.patches as patches
 import qr_lora_pack.nodes.host.steps as steps
 import qr_lora_pack.qrlora_core as core
 import torch
@@ -303,6 +304,107 @@ def composes():
     return found
 
 
+def compiles():
+    """Under the host's compile node, by the backend that runs what torch.compile sees as it is."""
+    try:
+        from comfy_api.torch_helpers import set_torch_compile_wrapper
+    except ImportError:
+        return {}
+    import torch._dynamo
+
+    patcher, found = model(), {}
+
+    def compiled(one):
+        clone = one.clone()
+        names = {"guard_filter_fn": lambda entries: ["transformer_options" not in entry.name for entry in entries]}
+        set_torch_compile_wrapper(model=clone, backend="eager", options=names)
+        return clone
+
+    def graphs():
+        return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+    base = sample(patcher)
+    found["base"] = gap(sample(compiled(patcher)), base)
+    before, found["graphs"] = graphs(), graphs()
+    for alpha in (0.9, 0.1):
+        terms = core.merge(style, alpha, content, 1.0)
+        want = sample(apply(patcher, terms))
+        found[f"after {alpha}"] = gap(sample(compiled(apply(patcher, terms))), want)
+        found[f"before {alpha}"] = gap(sample(apply(compiled(patcher), terms)), want)
+        found["effect"] = gap(want, base)
+    moving = apply(patcher, style.scheduled(core.parse_schedule("0: 1, 1: 0")), mode="auto")
+    found["schedule"] = gap(sample(compiled(moving), count=4), sample(moving, count=4))
+    found["compiled anew"] = graphs() - before
+    found["base again"] = gap(sample(compiled(patcher)), base)
+    for alpha in (0.9, 0.1):
+        patched = apply(patcher, core.merge(style, alpha, content, 1.0), mode="patch")
+        found[f"patch {alpha}"] = gap(sample(compiled(patched)), sample(patched))
+    return found
+
+
+def memory_ends():
+    """Memory that runs out in a step, while factors are laid out, and while weights are patched."""
+    patcher, found = model(), {}
+    base, clone = sample(patcher), apply(patcher)
+    want = sample(clone)
+
+    class Failing:
+        """Stands for a function, and fails at the n-th call from now."""
+
+        def __init__(self, owner, name, error, at):
+            self.owner, self.name, self.real, self.error, self.left = owner, name, getattr(owner, name), error, at
+
+        def __enter__(self):
+            def act(*args, **kwargs):
+                self.left -= 1
+                if self.left == 0:
+                    raise self.error
+                return self.real(*args, **kwargs)
+
+            setattr(self.owner, self.name, act)
+
+        def __exit__(self, *_):
+            setattr(self.owner, self.name, self.real)
+
+    for error in (torch.OutOfMemoryError("CUDA out of memory"), MemoryError()):
+        kind = type(error).__name__
+        for title, owner, name, mode in (
+            ("step", live._Hook, "_add", "live"),
+            ("layout", live, "term_products", "live"),
+            ("patch", patches.RecipePatch, "change", "patch"),
+        ):
+            terms = core.merge(style, 0.9, content, 1.0 + (title == "layout"))
+            with Failing(owner, name, error, 5):
+                try:
+                    if title == "layout":
+                        live._stores.pop(patcher.model, None)
+                    sample(apply(patcher, terms, mode=mode))
+                    found[f"{kind} {title} raised"] = False
+                except (torch.OutOfMemoryError, MemoryError):
+                    found[f"{kind} {title} raised"] = True
+            found[f"{kind} {title} base"] = gap(sample(patcher), base)
+            found[f"{kind} {title} hooks"] = hooks(patcher)
+            found[f"{kind} {title} again"] = gap(sample(apply(patcher)), want)
+            sample(patcher)
+    found["table"] = len(clone.get_attachment(live.KEY).table)
+    return found
+
+
+def fits():
+    """`auto` takes live where the model does not fit on the card; the card is played, by its size alone."""
+    patcher = model()
+    size, real = patcher.model_size(), management.get_total_memory
+    found = {"processor": application.apply_recipe(patcher, recipe, 1.0)[1]}
+    patcher.load_device = torch.device("cuda", 0)  # asked for its kind; nothing is moved
+    for title, total in (("small", size - 1), ("large", size + 1)):
+        management.get_total_memory = lambda *_, total=total, **__: total
+        try:
+            found[title] = application._reason_for_live(patcher, recipe, application._places(patcher, recipe), "auto")
+        finally:
+            management.get_total_memory = real
+    return found
+
+
 def refused():
     patcher, residual = model(), core.Residual(at.golden / "official_residual_fp32.safetensors")
     foreign = {"transformer_blocks.7.attn.to_q": style.adapters[0].layer("transformer_blocks.0.attn.to_q")}
@@ -553,4 +655,4 @@ def plain_as(conditioning):
 
 
 CHECKS = [by_prompt_nodes, passes, equal_to_patched, storages, leaves_nothing, turning_alpha, composes, refused]
-at.write([*CHECKS, schedules, gates])
+at.write([*CHECKS, schedules, gates, memory_ends, fits, compiles])

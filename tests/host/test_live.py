@@ -55,6 +55,29 @@ def test_composes(live_probe):
     assert all(value < 1e-5 for value in found.values()), found
 
 
+def test_a_compiled_model(live_probe):
+    """Live mode runs it uncompiled: no stale strengths, nothing compiled anew; patch mode and compiling go together."""
+    found = dict(live_probe["compiles"])
+    if not found:
+        pytest.skip("this host has no compile node")
+    assert found.pop("effect") > 1e-3 and found.pop("graphs") > 0 and found.pop("compiled anew") == 0
+    assert all(value < 1e-6 for value in found.values()), found
+
+
+def test_memory_that_runs_out(live_probe):
+    found = dict(live_probe["memory_ends"])
+    assert found.pop("table") == 0
+    raised = [name for name in found if name.endswith("raised")]
+    assert len(raised) == 6 and all(found.pop(name) for name in raised)
+    assert all(value < 1e-6 for value in found.values()), found
+
+
+def test_auto_where_the_model_does_not_fit(live_probe):
+    found = live_probe["fits"]
+    assert found["small"] == "the model does not fit on the card" and found["large"] == ""
+    assert "patched" in found["processor"]
+
+
 def test_refusals_say_what_to_do(live_probe):
     found = live_probe["refused"]
     assert "disconnect the residual" in found["residual"] and "disconnect" in found["residual and schedule"]
