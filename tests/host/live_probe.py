@@ -1,12 +1,13 @@
 """Run inside ComfyUI's interpreter: `live_probe.py HOST BASE RESULT`. Live application on small FLUX models."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
 PACK = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(PACK / "tests" / "host"))
-from in_host import Host
+from in_host import Host, load_module
 
 at = Host(sys.argv[1:4])
 
@@ -654,5 +655,71 @@ def plain_as(conditioning):
     return [[one[0], {**one[1], steps.PROMPT: ""}] for one in conditioning]
 
 
+def gguf_pack():
+    """ComfyUI-GGUF, named by COMFYUI_GGUF or among the host's own packs; None without it or its package."""
+    named = os.environ.get("COMFYUI_GGUF")
+    folder = Path(named) if named else Path(sys.path[0]) / "custom_nodes" / "ComfyUI-GGUF"
+    if not (folder / "loader.py").is_file():
+        return None
+    try:
+        import gguf  # noqa: F401 - the pack's own requirement
+    except ImportError:
+        return None
+    return load_module("gguf_pack", folder)
+
+
+def gguf_files():
+    """Models of the real GGUF loader against the same numbers in float32 plus the exact update."""
+    pack = gguf_pack()
+    if pack is None:
+        return {}
+    import folder_paths
+    import gguf
+    from gguf_pack.dequant import dequantize_tensor
+
+    found = {}
+    folder = Path(folder_paths.get_folder_paths("diffusion_models")[0])
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("Q8_0", "Q5_1", "Q4_0"):
+        kind = gguf.GGMLQuantizationType[name]
+        writer = gguf.GGUFWriter(folder / f"{name}.gguf", "flux")
+        for key, weight in weights.items():
+            if weight.dim() == 2 and "_blocks." in key and key.endswith(".weight"):
+                writer.add_tensor(key, gguf.quants.quantize(weight.float().numpy(), kind), raw_dtype=kind)
+            else:
+                writer.add_tensor(key, weight.float().numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        (patcher,) = pack.NODE_CLASS_MAPPINGS["UnetLoaderGGUF"]().load_unet(f"{name}.gguf")
+        read = dict(weights)
+        for key in weights:
+            try:
+                weight = comfy.utils.get_attr(patcher.model, f"diffusion_model.{key}")
+            except AttributeError:
+                continue
+            if hasattr(weight, "tensor_type"):
+                read[key] = torch.Tensor(dequantize_tensor(weight, torch.float32)).float()
+        exact_base = model(state=read)
+        exact, before = sample(apply(exact_base, mode="patch")), sample(exact_base)
+        applied, told = application.apply_recipe(patcher, recipe, 1.0)
+        entry = {"auto": told, "live": relative(sample(applied), exact), "hooks": hooks(applied)}
+        entry["base"] = relative(sample(patcher), before)
+        entry["stored"] = relative(before, sample(model()))
+        entry["effect"] = relative(before, exact)
+        entry["patch"] = relative(sample(apply(patcher, mode="patch")), exact)
+        entry["hooks after"] = (sample(patcher), hooks(patcher))[1]
+        try:
+            application.apply_recipe(
+                patcher, style, 1.0, core.Residual(at.golden / "official_residual_fp32.safetensors")
+            )
+            entry["residual"] = "taken"
+        except core.QRLoRAError as error:
+            entry["residual"] = str(error)
+        found[name] = entry
+    return found
+
+
 CHECKS = [by_prompt_nodes, passes, equal_to_patched, storages, leaves_nothing, turning_alpha, composes, refused]
-at.write([*CHECKS, schedules, gates, memory_ends, fits, compiles])
+at.write([*CHECKS, schedules, gates, memory_ends, fits, compiles, gguf_files])

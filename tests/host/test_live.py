@@ -64,6 +64,22 @@ def test_a_compiled_model(live_probe):
     assert all(value < 1e-6 for value in found.values()), found
 
 
+HOW_TO_GGUF = """ComfyUI-GGUF is not there: clone github.com/city96/ComfyUI-GGUF into ComfyUI's custom_nodes, or name
+its folder in COMFYUI_GGUF, and install its package gguf into ComfyUI's Python"""
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q5_1", "Q4_0"])
+def test_gguf_by_its_real_loader(live_probe, kind):
+    if not live_probe["gguf_files"]:
+        pytest.skip(HOW_TO_GGUF)
+    found = live_probe["gguf_files"][kind]
+    assert "live" in found["auto"] and "quantised" in found["auto"]
+    assert found["effect"] > 1e-3 and found["stored"] > 1e-5, "the file holds rounded weights"
+    assert found["base"] < 1e-5 and found["live"] < 1e-5, "the weights as they are read, plus the exact update"
+    assert found["hooks"] == 9 and found["hooks after"] == 0
+    assert "apply without a residual" in found["residual"] or "does not belong" in found["residual"]
+
+
 def test_memory_that_runs_out(live_probe):
     found = dict(live_probe["memory_ends"])
     assert found.pop("table") == 0
