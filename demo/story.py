@@ -133,7 +133,10 @@ def show(out: Path, pictures: int, with_sheet: bool = True, pair: Pair = PAIRS[D
     print(f"\n{summary(rows)}\n")
     for name in (SHEET, BESIDE, SIMILARITY, NUMBERS):
         print(out / name, flush=True)
-    return verdict(rows)
+    good = verdict(rows)
+    if not good:
+        print("\nan adapter alone shows what it learned in less than 90 %; more --steps may help", flush=True)
+    return good
 
 
 def sheet(model: nn.Module, adapters: Adapters) -> Image.Image:

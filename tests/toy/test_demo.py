@@ -81,6 +81,7 @@ def test_it_writes_sheet_similarity_and_numbers_and_ends_with_what_it_found(told
     rows = json.loads((told.out / demo.NUMBERS).read_text())
     assert [row["title"] for row in rows] == [one.name for one in experiments()]
     assert all(row["title"] in told.printed for row in rows) and "Neither adapter" in told.printed
+    assert "more --steps may help" in told.printed
     assert Image.open(told.out / demo.SHEET).width > 5 * 160
     assert Image.open(told.out / demo.BESIDE).height > 4 * 128
     assert Image.open(told.out / demo.SIMILARITY).size == (1600, 2300)
