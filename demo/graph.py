@@ -93,7 +93,7 @@ def demo_page(workflow: Graph, object_info: dict[str, Any], pair: Pair = PAIRS[D
         "sweep_sheet": "The sheet",
     }
     known = {name: title for name, title in titles.items() if name in workflow}
-    note = Note(NOTE.format(content=pair.content.words, style=pair.style.words), 1, (320, 560))
+    note = Note(NOTE.format(content=pair.content.words, style=pair.style.words), 1, (320, 440))
     return page(workflow, object_info, groups, known, note, View(0.62, 1, always=True))
 
 
