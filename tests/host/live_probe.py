@@ -564,7 +564,7 @@ def by_prompt_nodes():
     found["content in its pass"] = gap(sample(apart, only), sample(content_alone, only))
     found["plain in passes"] = gap(sample(apart, plain), base)
     found["both in passes"] = gap(sample(apart, both), sample(gated, both))
-    told = merged(ACTS[1], prompt="a <c> dog in <s> style").args[0]
+    told = merged("by prompt", prompt="a <c> dog in <s> style").args[0]
     found["told"] = gap(
         sample(told, cond(0), cond(1), cfg=2.0), sample(gated, both_as(cond(0)), plain_as(cond(1)), cfg=2.0)
     )
@@ -577,8 +577,8 @@ def by_prompt_nodes():
     _, inserted = prompt("a dog again", insert=True, terms=core.MergeRecipe.of(named))
     found["inserted"] = inserted
     prompt("a cat", terms=core.MergeRecipe.of(named))
-    Merge.execute(1.0, 1.0, "stack", style, core.MergeRecipe.of(named), act=ACTS[1])
-    untold = Merge.execute(1.0, 1.0, "stack", style, core.MergeRecipe.of(named), act=ACTS[1])
+    Merge.execute(1.0, 1.0, "stack", style, core.MergeRecipe.of(named), act="by prompt")
+    untold = Merge.execute(1.0, 1.0, "stack", style, core.MergeRecipe.of(named), act="by prompt")
     found["untold"] = untold.ui["text"][0]
     return found
 
