@@ -88,10 +88,8 @@ class SaveDeltaR(Node):
         folder: str = "models/qrlora",
         lora_stack: Any = None,
     ) -> io.NodeOutput:
-        kind, stack = (
-            folders.PLACES[folder],
-            list(stack_entries(lora_stack)),
-        )  # first: nothing is written for a wrong stack
+        kind = folders.PLACES[folder]
+        stack = list(stack_entries(lora_stack))  # first: nothing is written for a wrong stack
         if kind == folders.LORAS and format == "published":
             raise SettingError("a published file is no LoRA: save it to models/qrlora, or choose the format portable")
         adapter = merged_adapter(delta_r, progress=host.interruptible)

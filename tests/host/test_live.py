@@ -122,6 +122,7 @@ def test_predictions_are_composed_where_adapters_have_passes_of_their_own(live_p
     for name in ("composed", "beside others", "with guidance"):
         assert found[name] < 1e-4, name
     assert found["not the sum of weights"] > 1e-3
+    assert found["cached"] == 0, "the second pass of a step must not be answered with the first one"
     assert found["evaluations"] == 6, "two steps: the model, the style, the content"
     assert found["control"] == [[2, 2, 2], 2]
 
