@@ -236,10 +236,11 @@ class _Steps:
             for table, weights in evaluations(reader.own_passes, reader.factors(options, t)):
                 self.state.table = table
                 asked = ids_of_pass(options, table) if separate else options
+                latents = x.clone() if separate else x  # a step that is skipped is written into what came in
                 # UNets take a control's outputs off its lists as they run
                 lists = control and {key: list(one) if isinstance(one, list) else one for key, one in control.items()}
                 with uncompiled(options):
-                    prediction = executor(x, t, c_concat, c_crossattn, lists, asked, **kwargs)
+                    prediction = executor(latents, t, c_concat, c_crossattn, lists, asked, **kwargs)
                 if set(weights) != {1.0}:
                     prediction = weighted(prediction, weights)
                 total = prediction if total is None else total + prediction

@@ -632,10 +632,20 @@ def passes():
     expected = base + 0.6 * (alone[0] - base) + 1.5 * (alone[1] - base)
     found["with guidance"] = relative(predictions["cfg"] - base, expected - base)
     # a cache of steps that keeps what it knows by the ids of conditionings, so careful that it skips none
-    from comfy_extras.nodes_easycache import EasyCacheNode
+    from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
 
-    cached = EasyCacheNode.execute(composed, 1e-9, 0.0, 1.0, False).args[0]
-    found["cached"] = gap(sample(cached, count=4), sample(composed, count=4))
+    plain = sample(composed, count=8)
+    for name, kind in (("cached", EasyCacheNode), ("lazily cached", LazyCacheNode)):
+        found[name] = gap(sample(kind.execute(composed, 1e-9, 0.0, 1.0, False).args[0], count=8), plain)
+    # and a bold one, which skips whole steps: all of their passes
+    ran = []
+    watch = patcher.model.diffusion_model.img_in.register_forward_pre_hook(lambda *_: ran.append(1))
+    skipping = sample(EasyCacheNode.execute(composed, 0.5, 0.0, 1.0, False).args[0], count=8)
+    watch.remove()
+    found["boldly cached"] = [len(ran), relative(skipping, plain)]
+    patched = apply(patcher, core.merge(style, 0.6, content, 1.5), mode="patch")
+    bold = sample(EasyCacheNode.execute(patched, 0.5, 0.0, 1.0, False).args[0], count=8)
+    found["boldly cached"].append(relative(bold, sample(patched, count=8)))
     # a control whose lists are emptied by the model, as UNets do
     state = composed.get_attachment(live.KEY)
     left = []
