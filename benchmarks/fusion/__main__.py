@@ -19,7 +19,7 @@ import torch
 from benchmarks.common import machine
 from qrlora_core import __version__
 
-from . import report
+from . import optimizer, report
 from .measures import numbers
 from .protocol import CHECK, PICTURES, TUNING, TUNING_PICTURES, VERSION, Unit
 from .store import Study, trained
@@ -37,6 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--without", nargs="*", default=[], metavar="RECIPE", help="leave out: lora, lora8, preserve, qr40"
     )
+    parser.add_argument(
+        "--optimizer", type=Path, metavar="FOLDER", help="a clone of ComfyUI-LoRA-Optimizer, to be compared with"
+    )
     parser.add_argument("--threads", type=int, default=1, help="of torch; layers this small gain little from more")
     parser.add_argument("--bf16", action="store_true", help="products in bf16: faster where the processor knows it")
     args = parser.parse_args(argv)
@@ -45,6 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{machine()}; version {__version__}, protocol {VERSION}, {datetime.date.today()}")
     study = Study(args.folder, half=args.bf16, **(QUICK if args.quick else {"pictures": PICTURES}))
     tuning, check = (TUNING[:1], CHECK[:2]) if args.quick else (TUNING, CHECK)
+    if args.optimizer is None:
+        log.info("LoRA-Optimizer is left out: --optimizer names no clone of it")
+    else:
+        study.joints[optimizer.NAME] = optimizer.Optimizer(args.optimizer, CHECK[:2] if args.quick else CHECK)
     return run(study, tuning, check, args.until, args.without)
 
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 
 from .fusions import Fusion, Schedule
 from .learn import RECIPES, Learned
@@ -60,7 +61,9 @@ def fidelity(adapters: Sequence[tuple[str, str, Unit, Learned]]) -> str:
 def curve(rows: Sequence[Single]) -> str:
     """Concept shown against rest unchanged, a line for each adapter and strength."""
     lines = ["| adapter alone | strength | concept shown | rest unchanged |", "|---|---|---|---|"]
-    return "\n".join(lines + [f"| {row.name} | {row.strength:g} | {row.shown:.2f} | {row.rest:.2f} |" for row in rows])
+    for row in rows:
+        lines.append(f"| {row.name} | {row.strength:g} | {fmean(row.shown):.2f} | {fmean(row.rest):.2f} |")
+    return "\n".join(lines)
 
 
 def in_words(schedule: Schedule) -> str:
