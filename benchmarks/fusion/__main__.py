@@ -77,7 +77,8 @@ def run(
     print(f"Adapters of the check units:\n\n{report.fidelity(list(trained(study, check, used)))}\n")
     print(f"On {len(check)} check units:\n\n{report.table(results, check)}\n")
     print(report.comparison(results, REFERENCE, check))
-    facts = {"date": str(datetime.date.today()), "pack": __version__, "machine": machine(), "pictures": study.pictures}
+    facts = {"version": VERSION, "date": str(datetime.date.today()), "pack": __version__, "machine": machine()}
+    facts["pictures"] = study.pictures
     print(report.save(study.folder, check, results, facts))
     print(report.picture(results, check, study.folder / "fusion.png"))
     return 0
