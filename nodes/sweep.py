@@ -25,8 +25,8 @@ class ScaleSweep(Node):
         return sockets.schema(
             "QRLoRAScaleSweep",
             "\u0394R Scale Sweep",
-            "Merges two adapters with every pair of an alpha and a beta, and with every schedule. Connect delta_r to Apply QR-LoRA: ComfyUI "
-            "then samples once for each. \u0394R Contact Sheet shows all pictures as one.",
+            "Merges two adapters with every pair of an alpha and a beta, and with every schedule. Connect delta_r to "
+            "Apply QR-LoRA: ComfyUI then samples once for each. \u0394R Contact Sheet shows all pictures as one.",
             inputs=[
                 sockets.delta_r_input("delta_r_style", "The style adapter (or any first one)."),
                 _list_input("alphas", "0.6, 0.8, 1.0", "style"),

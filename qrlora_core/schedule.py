@@ -1,6 +1,8 @@
 """A strength over the sampling, as data: points on a line from the first step to the last, or over sigma."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -145,7 +147,8 @@ def _pair(line: str, where: str) -> SchedulePair:
     label = line.replace(",", ";")  # a comma would end it in the label of a picture
     switched = _CONTENT_FIRST.fullmatch(line)
     if switched:
-        style, content = content_first(parse_factor(switched[1], where) if switched[1] else 0.5)
+        with _told_where(where):
+            style, content = content_first(parse_factor(switched[1], where) if switched[1] else 0.5)
         return SchedulePair(label, style, content)
     sides: dict[str, Schedule | None] = {}
     for part in line.split("|"):
@@ -163,11 +166,18 @@ def _named(text: str, where: str) -> Schedule | None:
     over: Over = "sigma" if preset is None and text.lower().startswith("sigma ") else "steps"
     if preset is None and not any(letter.isdigit() for letter in text):
         raise SettingError(f"{where}: there is no schedule {text!r}; use one of {', '.join(PRESETS)}, or points")
-    try:
+    with _told_where(where):
         schedule = parse_schedule(preset or (text[len("sigma ") :] if over == "sigma" else text), over)
-    except SettingError as error:
-        raise SettingError(f"{where}: {str(error).removeprefix('schedule: ')}") from None
     return None if schedule.constant == 1 else schedule
+
+
+@contextmanager
+def _told_where(where: str) -> Iterator[None]:
+    """Errors within name the line of the list."""
+    try:
+        yield
+    except SettingError as error:
+        raise SettingError(f"{where}: {str(error).removeprefix(where + ': ').removeprefix('schedule: ')}") from None
 
 
 def _sigma(text: str, part: str) -> float:

@@ -94,7 +94,9 @@ def test_a_grid_of_schedules():
     lines = "constant\n content first 0.4 \n\nstyle: Late | content: 0: 1, 0.5: 0\nFade in\nconstant"
     cells = core.sweep(of(style), "0.5, 1", of(content), "1", schedules=lines)
     labels = ["constant", "content first 0.4", "style: Late | content: 0: 1; 0.5: 0", "Fade in"]
-    assert [cell.label for cell in cells] == [f"alpha={a}, beta=1, schedule={one}" for a in ("0.5", "1") for one in labels]
+    assert [cell.label for cell in cells] == [
+        f"alpha={a}, beta=1, schedule={one}" for a in ("0.5", "1") for one in labels
+    ]
     assert [cell.schedule for cell in cells] == labels * 2
     factors = [
         [[term.strength * (term.schedules[0].factor(place) if term.schedules else 1) for place in (0.1, 0.9)]
