@@ -19,7 +19,7 @@ import torch
 from benchmarks.common import machine
 from qrlora_core import __version__
 
-from . import optimizer, report
+from . import learnt, optimizer, report
 from .measures import numbers
 from .protocol import CHECK, PICTURES, TUNING, TUNING_PICTURES, VERSION, Unit
 from .store import Study, trained
@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--optimizer", type=Path, metavar="FOLDER", help="a clone of ComfyUI-LoRA-Optimizer, to be compared with"
     )
+    parser.add_argument("--learnt", action="store_true", help="also a merge that is learnt, some minutes for each unit")
     parser.add_argument("--threads", type=int, default=1, help="of torch; layers this small gain little from more")
     parser.add_argument("--bf16", action="store_true", help="products in bf16: faster where the processor knows it")
     args = parser.parse_args(argv)
@@ -52,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.info("LoRA-Optimizer is left out: --optimizer names no clone of it")
     else:
         study.joints[optimizer.NAME] = optimizer.Optimizer(args.optimizer, CHECK[:2] if args.quick else CHECK)
+    if args.learnt:
+        study.joints[learnt.NAME] = learnt.teach
     return run(study, tuning, check, args.until, args.without)
 
 

@@ -70,6 +70,7 @@ def distil(
     seed: int,
     on_step: Callable[[int, float], None] = lambda _step, _loss: None,
     steps: int = STEPS,
+    each: int = EACH,
 ) -> Update:
     """The student of a pair on one basis.
 
@@ -80,6 +81,7 @@ def distil(
         seed: of prompts and points.
         on_step: called with step and loss.
         steps: of the optimizer.
+        each: prompts of each kind.
 
     Raises:
         ValueError: the two have different bases.
@@ -95,11 +97,11 @@ def distil(
     trained = [tensor for pair in student.values() for tensor in pair]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    points = _paths(live, prompts(side, generator, _NOISE), of_student=False)
+    points = _paths(live, prompts(side, generator, _NOISE, each), of_student=False)
     joining = [round(share * steps) for share in OWN_PATHS]
     for step in range(1, steps + 1):
         if step - 1 in joining:
-            own = prompts(side, generator, _NOISE + 1000 * (1 + joining.index(step - 1)))
+            own = prompts(side, generator, _NOISE + 1000 * (1 + joining.index(step - 1)), each)
             points = Points(*map(torch.cat, zip(points, _paths(live, own, of_student=True))))
         which = torch.randint(len(points.tokens), (BATCH,), generator=generator)
         tokens, sigma, features, pooled, velocity = (part[which] for part in points)
@@ -114,7 +116,7 @@ def distil(
     return {name: Pair(pair.up.detach(), pair.down.detach()) for name, pair in student.items()}
 
 
-def prompts(side: str, generator: torch.Generator, noise: int, each: int = EACH) -> list[Prompt]:
+def prompts(side: str, generator: torch.Generator, noise: int, each: int) -> list[Prompt]:
     """Prompts of a pair of a content and a style (or a texture), `each` of four kinds.
 
     In words of training; every other one has words that say nothing instead, so that the student learns what any

@@ -11,6 +11,7 @@ from qrlora_core.gate import DOUBLED, HALF_UNTIL
 
 from .fusions import Fusion, Schedule, Stage, content_first, content_then_base, fixed, half_then_full
 from .learn import LORA_RATES, RECIPES, Recipe, at_rate
+from .learnt import NAME as LEARNT
 from .measures import h, harmonic, other_words
 from .optimizer import NAME as OPTIMIZER
 from .protocol import Unit
@@ -163,8 +164,9 @@ def tuned(study: Study, units: Sequence[Unit], without: Sequence[str] = ()) -> I
     if "preserve" not in without:
         yield Fusion("preserve, plain sum", "preserve")
         yield best_gated(study, units, "preserve, gate + schedule", "preserve")
-    if OPTIMIZER in study.joints:
-        yield Fusion("LoRA-Optimizer, QR-LoRA", joint=OPTIMIZER)
+    for joint, name in ((OPTIMIZER, "LoRA-Optimizer, QR-LoRA"), (LEARNT, "learnt merge")):
+        if joint in study.joints:
+            yield Fusion(name, joint=joint)
     for size, kind in (("rank", "lora"), ("parameters", "lora8")):
         if kind not in without:
             yield from own_choices(study, units, f"plain LoRA, equal {size}", kind)
