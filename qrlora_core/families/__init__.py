@@ -20,12 +20,14 @@ from .lookup import (
     published_layers,
 )
 from .record import BlockKind, Family, Layer, Preset
+from .sd3 import SD3
 
 __all__ = [
     "DOUBLE_TARGETS",
     "FAMILIES",
     "FLUX",
     "OTHER",
+    "SD3",
     "SINGLE_TARGETS",
     "BlockKind",
     "Family",

@@ -27,6 +27,7 @@ class Small:
         frames: whether ComfyUI's model takes a dimension for frames.
         host_size: what has to be larger for ComfyUI, which knows some sizes only: arguments of both.
         layers: how many linear layers are adapted.
+        pooled: width of the pooled text, where it takes one.
     """
 
     model_class: str
@@ -35,6 +36,7 @@ class Small:
     layers: int
     frames: bool = False
     channels: int = 16
+    pooled: int = 0
     host_size: dict[str, int] = field(default_factory=dict)
     to_comfy: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] = field(default=dict)
 
@@ -64,6 +66,47 @@ def z_image_to_comfy(state):
         else:
             moved[name] = value
     return moved | {key: torch.cat([parts[letter] for letter in "qkv"]) for key, parts in fused.items()}
+
+
+def sd3_to_comfy(state):
+    """Written out, so that the trainer's own table is not compared with itself."""
+    plain = {
+        "pos_embed.proj": "x_embedder.proj", "context_embedder": "context_embedder",
+        "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
+        "time_text_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
+        "time_text_embed.text_embedder.linear_1": "y_embedder.mlp.0",
+        "time_text_embed.text_embedder.linear_2": "y_embedder.mlp.2",
+        "norm_out.linear": "final_layer.adaLN_modulation.1", "proj_out": "final_layer.linear",
+    }  # fmt: skip
+    inside = {
+        "norm1.linear": "x_block.adaLN_modulation.1", "norm1_context.linear": "context_block.adaLN_modulation.1",
+        "attn.to_out.0": "x_block.attn.proj", "attn.to_add_out": "context_block.attn.proj",
+        "attn2.to_out.0": "x_block.attn2.proj", "ff.net.0.proj": "x_block.mlp.fc1", "ff.net.2": "x_block.mlp.fc2",
+        "ff_context.net.0.proj": "context_block.mlp.fc1", "ff_context.net.2": "context_block.mlp.fc2",
+        "attn.norm_q": "x_block.attn.ln_q", "attn.norm_k": "x_block.attn.ln_k",
+        "attn2.norm_q": "x_block.attn2.ln_q", "attn2.norm_k": "x_block.attn2.ln_k",
+        "attn.norm_added_q": "context_block.attn.ln_q", "attn.norm_added_k": "context_block.attn.ln_k",
+    }  # fmt: skip
+    fused = {
+        **{f"attn.to_{letter}": ("x_block.attn.qkv", letter) for letter in "qkv"},
+        **{f"attn2.to_{letter}": ("x_block.attn2.qkv", letter) for letter in "qkv"},
+        **{f"attn.add_{letter}_proj": ("context_block.attn.qkv", letter) for letter in "qkv"},
+    }
+    last = max(int(name.split(".")[1]) for name in state if name.startswith("transformer_blocks."))
+    moved, parts = {"pos_embed": state["pos_embed.pos_embed"]}, {}
+    for name, value in state.items():
+        module, _, kind = name.rpartition(".")
+        block, _, tail = module.partition(".")
+        number, _, suffix = tail.partition(".")
+        if module == "norm_out.linear" or (suffix == "norm1_context.linear" and int(number) == last):
+            value = torch.cat(value.chunk(2)[::-1])
+        if module in plain:
+            moved[f"{plain[module]}.{kind}"] = value
+        elif suffix in inside:
+            moved[f"joint_blocks.{number}.{inside[suffix]}.{kind}"] = value
+        elif suffix in fused:
+            parts.setdefault(f"joint_blocks.{number}.{fused[suffix][0]}.{kind}", {})[fused[suffix][1]] = value
+    return moved | {key: torch.cat([found[letter] for letter in "qkv"]) for key, found in parts.items()}
 
 
 def flux2_to_comfy(state):
@@ -122,6 +165,20 @@ FAMILIES = {
         host_size={"dim": 1152, "n_heads": 9, "n_kv_heads": 9, "n_layers": 1},
         to_comfy=z_image_to_comfy,
     ),
+    "sd3": Small(
+        "SD3Transformer2DModel",
+        {"sample_size": 16, "num_layers": 3, "num_attention_heads": 2, "joint_attention_dim": TEXT_WIDTH,
+         "caption_projection_dim": 128, "pooled_projection_dim": 32, "pos_embed_max_size": 12,
+         "dual_attention_layers": [0], "qk_norm": "rms_norm"},
+        ("SD3", {"in_channels": 16, "out_channels": 16, "patch_size": 2, "depth": 2, "input_size": None,
+                 "adm_in_channels": 32, "qk_norm": "rms", "pos_embed_scaling_factor": None, "pos_embed_max_size": 12,
+                 "num_patches": 144, "x_block_self_attn_layers": [0],
+                 "context_embedder_config": {"target": "torch.nn.Linear",
+                                             "params": {"in_features": TEXT_WIDTH, "out_features": 128}}}),
+        37,
+        pooled=32,
+        to_comfy=sd3_to_comfy,
+    ),
 }  # fmt: skip
 
 
@@ -132,11 +189,17 @@ def save_single_file(small: Small, path: Path, prefix: str = "") -> Path:
     return path
 
 
-def save_data(path: Path, channels: int = 16) -> Path:
+def save_data(path: Path, channels: int = 16, pooled: int = 0) -> Path:
     """Two pictures of other sizes and two captions of other lengths, and the empty one."""
     generator = torch.Generator().manual_seed(1)
     pictures = [EncodedPicture(torch.randn(channels, *size, generator=generator)) for size in ((4, 4), (6, 4))]
-    texts = [EncodedText(torch.randn(n, TEXT_WIDTH, generator=generator), None) for n in (3, 5, 7)]
+    texts = [
+        EncodedText(
+            torch.randn(n, TEXT_WIDTH, generator=generator),
+            torch.randn(pooled, generator=generator) if pooled else None,
+        )
+        for n in (3, 5, 7)
+    ]
     return save_cache(
         path, [CacheItem(f"{i}.png", i + 1, f"caption {i}") for i in range(2)], pictures, texts, empty_text=0
     )

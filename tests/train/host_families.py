@@ -39,8 +39,10 @@ def output(patcher):
     patcher.patch_model(device_to=cpu)
     try:
         with torch.no_grad():
+            more = {"y": given["pooled"]} if "pooled" in given else {}
+            time = given["sigmas"] * (1000 if "pooled" in given else 1)  # as SD3 takes it of the sampler
             found = patcher.model.diffusion_model(
-                latents, given["sigmas"], context=given["embeds"], num_tokens=given["embeds"].shape[1]
+                latents, time, context=given["embeds"], num_tokens=given["embeds"].shape[1], **more
             )
     finally:
         patcher.unpatch_model(cpu)

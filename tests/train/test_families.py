@@ -40,7 +40,8 @@ def family(request, tmp_path_factory):
     """Name, recipe, and a folder with `model.safetensors` (ComfyUI's layout) and `data.safetensors`."""
     folder = tmp_path_factory.mktemp(request.param)
     save_single_file(FAMILIES[request.param], folder / "model.safetensors")
-    save_data(folder / "data.safetensors", FAMILIES[request.param].channels)
+    small = FAMILIES[request.param]
+    save_data(folder / "data.safetensors", small.channels, small.pooled)
     return request.param, FAMILIES[request.param], folder
 
 
@@ -129,7 +130,7 @@ def test_an_interrupted_training_ends_bit_equal(family, tmp_path):
 def test_texts_of_a_batch_may_have_other_lengths(family):
     """What fills up the shorter text does not change the prediction for it."""
     name, _, folder = family
-    if name == "flux2":
+    if name in ("flux2", "sd3"):
         pytest.skip("it has no mask: its texts come from their encoder in one length")
     source = BaseModel(folder / "model.safetensors")
     model, generator = load_transformer(source, "fp32", "fp32").eval(), torch.Generator().manual_seed(5)
@@ -164,7 +165,9 @@ def test_what_was_trained_is_what_comfyui_applies(family, tmp_path):
         "sigmas": torch.tensor([0.4]),
         "embeds": torch.randn(1, 7, TEXT_WIDTH, generator=generator),
     }
-    text = EncodedText(given["embeds"], None)
+    if small.pooled:
+        given["pooled"] = torch.randn(1, small.pooled, generator=generator)
+    text = EncodedText(given["embeds"], given.get("pooled"))
 
     def output(model):
         with torch.no_grad():
@@ -222,6 +225,7 @@ COUNTED = {
     ("flux2", "single_transformer_blocks"): "num_single_layers",
     ("qwen_image", "transformer_blocks"): "num_layers",
     ("z_image", "layers"): "n_layers",
+    ("sd3", "transformer_blocks"): "num_layers",
 }
 
 
@@ -248,7 +252,8 @@ def test_activations_are_those_that_autograd_keeps(name, blocks, checkpointing, 
                 seen[storage.data_ptr()] = (storage.nbytes(), tensor)  # the tensor, so that no address comes twice
             return tensor
 
-        encoded = EncodedText(torch.randn(1, text, TEXT_WIDTH), None)
+        pooled = torch.randn(1, small.pooled) if small.pooled else None
+        encoded = EncodedText(torch.randn(1, text, TEXT_WIDTH), pooled)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             latents, sigma = torch.randn(1, small.channels, side, side), torch.tensor([0.5])
             out = velocity(model.train(), source.backbone, latents, sigma, encoded, 1.0, CPU, torch.float32)

@@ -83,7 +83,8 @@ class BaseModel:
             }
         )
         self.facts = _facts(self.backbone, self.specs, self.path.name)
-        self.blocks = {name: count_blocks(self.specs, name) for name in self.backbone.block_lists}
+        uneven = self.backbone.uneven
+        self.blocks = {name: count_blocks(self.specs, name, uneven) for name in self.backbone.block_lists}
         self.config = _config(self)
 
     @functools.cached_property
@@ -207,9 +208,16 @@ def _parts(
             quantization = quantization_of(layer, siblings[layer], config, title)
             shape = logical_shape(quantization, shape)
         for name, start, rows in named:
-            swap = not native and name in backbone.swapped
-            parts[name] = Part(key, (rows, *shape[1:]), start, swap, quantization)
-    return parts
+            parts[name] = Part(key, (rows, *shape[1:]), start, False, quantization)
+    swapped = () if native else (*backbone.swapped, *_in_last_block(backbone, parts))
+    return parts | {name: parts[name]._replace(swap=True) for name in swapped if name in parts}
+
+
+def _in_last_block(backbone: Backbone, names: Iterable[str]) -> list[str]:
+    """Parameters of the last block whose halves change places."""
+    numbers = [block.rpartition(".")[2] for name in names if (block := backbone.block_of(name))]
+    last = max((int(number) for number in numbers if number.isdecimal()), default=0)
+    return [f"{backbone.block_lists[0]}.{last}.{suffix}" for suffix in backbone.swapped_in_last]
 
 
 def _siblings(keys: Iterable[str], stored: Mapping[str, TensorSpec]) -> dict[str, dict[str, TensorSpec]]:

@@ -7,14 +7,14 @@ from .flux import FLUX
 from .flux2 import FLUX2
 from .pipeline import Pipeline
 from .qwen_image import QWEN_IMAGE
+from .sd3 import SD3
 from .z_image import Z_IMAGE
 
-BACKBONES = (FLUX, FLUX2, QWEN_IMAGE, Z_IMAGE)
+BACKBONES = (FLUX, FLUX2, QWEN_IMAGE, Z_IMAGE, SD3)
 # keys that tell a model which is often taken for one of these
 _OTHERS = {
     "distilled_guidance_layer.in_proj.weight": "Chroma",
     "input_blocks.0.0.weight": "a Stable Diffusion 1, 2 or XL model",
-    "joint_blocks.0.x_block.attn.qkv.weight": "Stable Diffusion 3",
     "lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight": "a LoRA",
     "transformer.transformer_blocks.0.attn.to_q.lora_A.weight": "a LoRA or an adapter",
 }

@@ -61,6 +61,8 @@ class Backbone:
         stored_rows: a key of ComfyUI's files, without prefix, and its number of rows -> diffusers' parameters; nothing
             for a key that is no parameter.
         swapped: diffusers' parameters whose halves change places (shift and scale).
+        swapped_in_last: the same of the last block of the first list, without its name.
+        uneven: whether blocks of one list have other layers than each other.
         facts: reads specs by diffusers' names, with the title of the file for messages.
         patch: side of the square of latent pixels that makes a token.
         stated: arguments that shapes do not tell; a folder's config.json has its say on them.
@@ -90,6 +92,8 @@ class Backbone:
     pipeline: Pipeline
     text_fields: tuple[str, ...] = ("embeds",)
     swapped: frozenset[str] = frozenset()
+    swapped_in_last: tuple[str, ...] = ()
+    uneven: bool = False
     stated: tuple[str, ...] = ()
     patch: int = 2
 
@@ -122,8 +126,10 @@ def unpacked(tokens: Tensor, shape: torch.Size) -> Tensor:
     return patches.permute(0, 3, 1, 4, 2, 5).reshape(shape)
 
 
-def count_blocks(specs: Specs, blocks: str) -> int:
+def count_blocks(specs: Specs, blocks: str, uneven: bool = False) -> int:
     """Number of blocks in a list, once it is sure that none is missing and that each has all of its tensors.
+
+    Of `uneven` ones only the first; loading the model compares the rest.
 
     Raises:
         TrainError: reason "model", naming what is missing.
@@ -138,7 +144,7 @@ def count_blocks(specs: Specs, blocks: str) -> int:
         raise TrainError("model", f"{blocks} are numbered {sorted(held)}: some are missing")
     whole = set().union(*held.values())
     for block, suffixes in held.items():
-        if suffixes != whole:
+        if suffixes != whole and not uneven:
             lacking = f"{blocks}.{block}.{min(whole - suffixes)}"
             raise TrainError("model", f"{lacking} is missing: the file is not complete")
     return len(held)
