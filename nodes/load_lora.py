@@ -7,11 +7,12 @@ from comfy_api.latest import io
 
 from ..qrlora_core import NOTHING, OTHER_PARTS, MergeRecipe, OpenedLora, OtherParts, lora_text, open_lora
 from . import report, sockets
+from .arrivals import Node
 from .host import folders, with_progress, work_device
 from .lora_stack import LoraStack, stack_entries, stack_output
 
 
-class LoadLoRA(io.ComfyNode):
+class LoadLoRA(Node):
     """File in models/loras -> DELTA_R."""
 
     @classmethod
@@ -45,11 +46,12 @@ class LoadLoRA(io.ComfyNode):
     @classmethod
     def execute(cls, lora_name: str, rank: int = 0, other_parts: OtherParts = "refuse") -> io.NodeOutput:
         opened = _opened(folders.lora_file(lora_name), rank, other_parts)
-        text = "\n".join([report.adapter_text(opened.adapter), *lora_text(opened)])
+        ours = "qrlora.method" in opened.adapter.metadata
+        text = "\n".join([report.adapter_text(opened.adapter, with_basis=ours), *lora_text(opened)])
         return io.NodeOutput(MergeRecipe.of(opened.adapter), ui={"text": [text]})
 
 
-class FromLoRAStack(io.ComfyNode):
+class FromLoRAStack(Node):
     """LORA_STACK -> DELTA_R, and a stack of what is left for the text encoders."""
 
     @classmethod

@@ -7,14 +7,15 @@ from ..qrlora_core import Adapter, BlockScale, MergeRecipe, MergeReport, Residua
 from ..qrlora_plots import ContactSheet, head_lines
 
 
-def adapter_text(adapter: Adapter) -> str:
-    """Method, rank, layers, trigger and basis of an adapter."""
+def adapter_text(adapter: Adapter, with_basis: bool = True) -> str:
+    """Method, rank, layers, trigger and basis of an adapter. Its basis is known when every Q was read, or made."""
     trigger = adapter.metadata.get("qrlora.trigger") or adapter.metadata.get("modelspec.trigger_phrase")
     lines = [
         f"method {adapter.method}, rank {adapter.rank}, alpha {adapter.alpha:g}",
         f"{len(adapter.layers)} layers",
-        f"basis {adapter.basis_fingerprint or 'not in the file (full QR)'}",
     ]
+    if with_basis:
+        lines.append(f"basis {adapter.basis_fingerprint or 'not in the file (full QR)'}")
     return "\n".join(lines + ([f"trigger {trigger}"] if trigger else []))
 
 
@@ -81,14 +82,15 @@ def hook_text(recipe: MergeRecipe, strength: float, hooks: int) -> str:
     )
 
 
-def sweep_text(cells: Sequence[SweepCell]) -> str:
-    """How many pictures, and of what."""
+def sweep_text(cells: Sequence[SweepCell], act: str = "always") -> str:
+    """How many pictures, and of what; how both act, where it is not a plain sum."""
     alphas, betas = (dict.fromkeys(values) for values in zip(*((cell.alpha, cell.beta) for cell in cells)))
     return "\n".join(
         [
             f"{len(alphas)} x {len(betas)} = {len(cells)} pictures",
             "alpha " + ", ".join(f"{value:.10g}" for value in alphas),
             "beta " + ", ".join(f"{value:.10g}" for value in betas),
+            *([act] if act != "always" else []),
         ]
     )
 

@@ -2,6 +2,7 @@
 
 __version__ = "0.1.0"
 
+from .acts import ACTS, Act, Triggers, merge_acting, triggers_of_both
 from .adapter import METHODS, Adapter, AdapterLayer, LayerInfo
 from .basis import (
     JointBasis,
@@ -37,10 +38,11 @@ from .errors import (
 )
 from .families import Family, LayerKind, family_of_targets, flux_targets, layer_kind
 from .formats import file_kind, is_residual, open_adapter
-from .gate import Gate, content_gate, holds, style_gate, triggers_of
+from .gate import Gate, content_gate, content_pass_gate, holds, style_gate, style_pass_gate, triggers_of
 from .linalg import Basis, base_r, core_energy, decompose, residual_weight, restored_weight
 from .lora import OTHER_PARTS, OpenedLora, OtherParts, lora_text, open_lora
 from .merge import MergeReport, OnMismatch, merge, merge_report, merged_adapter
+from .passes import Evaluation, evaluations
 from .paths import contained_path, free_name
 from .products import LayerSum, Product, layer_sum, term_products
 from .recipe import NOTHING, MergeRecipe, Term
@@ -56,12 +58,14 @@ from .truncate import Truncated, truncated
 from .whole import require_free_name, whole_file
 
 __all__ = [
+    "ACTS",
     "LARGEST_FILE",
     "MAX_COMBINATIONS",
     "METHODS",
     "NOTHING",
     "OTHER_PARTS",
     "PRESETS",
+    "Act",
     "Adapter",
     "AdapterLayer",
     "Basis",
@@ -71,6 +75,7 @@ __all__ = [
     "CacheItem",
     "EncodedPicture",
     "EncodedText",
+    "Evaluation",
     "Family",
     "FileFormatError",
     "Gate",
@@ -98,6 +103,7 @@ __all__ = [
     "TensorFile",
     "Term",
     "TrainingCache",
+    "Triggers",
     "Truncated",
     "WeightError",
     "WeightSlice",
@@ -109,8 +115,10 @@ __all__ = [
     "contained_path",
     "content_first",
     "content_gate",
+    "content_pass_gate",
     "core_energy",
     "decompose",
+    "evaluations",
     "family_of_targets",
     "file_kind",
     "flux_targets",
@@ -125,6 +133,7 @@ __all__ = [
     "match_residual",
     "match_targets",
     "merge",
+    "merge_acting",
     "merge_report",
     "merged_adapter",
     "model_fingerprint",
@@ -151,9 +160,11 @@ __all__ = [
     "similarity_report",
     "storage_tolerance",
     "style_gate",
+    "style_pass_gate",
     "sweep",
     "term_products",
     "triggers_of",
+    "triggers_of_both",
     "truncated",
     "value_dtype",
     "whole_file",

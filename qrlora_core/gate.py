@@ -11,6 +11,8 @@ from .schedule import Schedule, content_first
 # Attention weights and escapes of ComfyUI's prompt syntax: "(<c>:1.2)", "((dog))", "\\("
 _SYNTAX = re.compile(r"\\([()])|[()\[\]{}]|:\s*[+-]?\d+(?:\.\d+)?(?=\s*[)\]}]|$)")
 MAX_TRIGGERS = 100
+# What did best on the tuning pairs of the study (docs/fusion.md) where predictions are composed
+DOUBLED, HALF_UNTIL = 2.0, 0.75
 _SPACE = re.compile(r"\s+")
 _TRIGGER_KEYS = ("qrlora.trigger", "modelspec.trigger_phrase")
 
@@ -106,6 +108,25 @@ def content_gate(
         return Gate(triggers, rivals, prompt=prompt)
     first = content_first(switch)[1]
     return Gate(triggers, rivals, first, first, prompt)
+
+
+def style_pass_gate(
+    triggers: tuple[str, ...], rivals: tuple[str, ...], switch: float | None = None, prompt: str | None = None
+) -> Gate:
+    """When a style acts that has a pass of its own: at once beside a content; alone at half strength first.
+
+    Args:
+        switch: the sigma where half strength ends; None: HALF_UNTIL.
+    """
+    half = HALF_UNTIL if switch is None else switch
+    return Gate(triggers, rivals, style_gate(triggers, rivals, half).alone, None, prompt)
+
+
+def content_pass_gate(
+    triggers: tuple[str, ...], rivals: tuple[str, ...], _switch: float | None = None, prompt: str | None = None
+) -> Gate:
+    """When a content acts that has a pass of its own: throughout, and doubled beside a style."""
+    return Gate(triggers, rivals, None, Schedule(((1.0, DOUBLED), (0.0, DOUBLED)), "sigma"), prompt)
 
 
 def _plain(text: str) -> str:

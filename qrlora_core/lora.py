@@ -6,7 +6,7 @@ becomes its diffusers name. A layer that no family knows keeps its own name, by 
 """
 
 import math
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
@@ -19,6 +19,7 @@ from .errors import FileFormatError, SettingError
 from .families import FAMILIES, Family, cut, find, likely_families
 from .formats import NATIVE, file_kind, first_few, open_adapter
 from .linalg import decompose, require_finite
+from .lora_layers import Factors, LoraLayers
 from .storage import TensorFile
 
 OtherParts = Literal["refuse", "leave out"]
@@ -78,7 +79,7 @@ _TEXT_ENCODERS = (
     *("text_model.", "conditioner.", "cond_stage_model.", "lycoris_text_model", "hydit_clip"),
 )
 _LARGEST_CHANGE = 1 << 29  # numbers of one weight; those of the largest models here have 1 << 28
-_MOST_NUMBERS = 1 << 26  # of the tensors that are decomposed together
+_KEPT = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class OpenedLora(NamedTuple):
@@ -115,7 +116,7 @@ def open_lora(
         path: a safetensors file.
         rank: for modules that are not low-rank (LoHa, LoKr, whole differences): columns of a truncated SVD; 0 refuses.
         other_parts: "refuse" files that change biases, norms or sizes too, or "leave out" those parts.
-        device: where factors are decomposed; the result is on the CPU.
+        device: where factors are made orthonormal, when a layer is first asked for; the result is on the CPU.
         progress: wraps the list of module names that is gone through, as `tqdm` does.
 
     Raises:
@@ -135,64 +136,28 @@ def open_lora(
     modules, text_encoder, others = _modules(file)
     _require_readable(file, modules, others, rank, other_parts)
     family, like = _families(file, {_plain(base): _shape(file, keys) for base, keys in modules.items()})
-    pairs: dict[str, tuple[Tensor, Tensor]] = {}
+    layers, infos = LoraLayers(device), dict[str, LayerInfo]()
     dense: dict[str, Tensor] = {}
     for base in list(modules) if progress is None else progress(list(modules)):
         keys = modules[base]
         if "up" in keys:
-            up, down = _factors(file, base, keys)
-            for name, rows in _layers(file, family, base, (up.shape[0], down.shape[1])):
-                _add(file, pairs, dense, name, rows, up=up, down=down)
+            factors = _factors(file, base, keys)
+            for name, rows in _layers(file, family, base, (factors.up.shape[0], factors.down.shape[1])):
+                _require_once(file, infos, dense, name)
+                infos[name] = layers.add(name, base, factors, rows)
         else:
             change = _change(file, base, keys)
             for name, rows in _layers(file, family, base, (change.shape[0], change.shape[1])):
-                _add(file, pairs, dense, name, rows, change=change)
-    layers = orthonormal_pairs(pairs, device)
+                _require_once(file, infos, dense, name)
+                dense[name] = change[rows]
     lost = {}
     for name in list(dense) if progress is None or not dense else progress(list(dense)):
-        layers[name], lost[name] = _truncated(dense.pop(name), rank, device)
-    infos = {
-        name: LayerInfo((q.shape[0], delta_r.shape[1]), q.shape[1], 1.0, torch.float32)
-        for name, (q, delta_r, _) in layers.items()
-    }
+        layer, lost[name] = _truncated(dense.pop(name), rank, device)
+        infos[name] = layers.put(name, layer)
     metadata = {key: value for key, value in file.metadata.items() if key.startswith("modelspec.")}
     title = file.path.name.removesuffix(".safetensors")
-    adapter = Adapter(title, "delta_r", infos, layers.__getitem__, has_initial=False, metadata=metadata)
+    adapter = Adapter(title, "delta_r", infos, layers.layer, has_initial=False, metadata=metadata)
     return OpenedLora(adapter, family, text_encoder, dict(Counter(others.values())), lost, like)
-
-
-def orthonormal_pairs(
-    pairs: Mapping[str, tuple[Tensor, Tensor]], device: torch.device | None = None
-) -> dict[str, AdapterLayer]:
-    """`Q, T = qr(B)`, `dR = T A` for many layers, those of one shape together; float32, `diag(T) >= 0`.
-
-    Columns of B that are zero are dropped with their rows of A, at least one is kept.
-
-    Args:
-        pairs: layer name -> B (out, rank) and A (rank, in).
-        device: where the work is done.
-    """
-    groups: dict[tuple[int, int], list[str]] = defaultdict(list)
-    kept = {}
-    for name, (up, down) in pairs.items():
-        used = up.any(dim=0)
-        if not bool(used.all()):
-            used[0] = used[0] | ~used.any()
-            up, down = up[:, used], down[used]
-        kept[name] = (up.float(), down.float())
-        groups[up.shape[0], up.shape[1]].append(name)
-    layers = {}
-    for (out, columns), names in groups.items():
-        size = max(1, _MOST_NUMBERS // (out * columns))
-        for start in range(0, len(names), size):
-            some = names[start : start + size]
-            q, small = torch.linalg.qr(torch.stack([kept[name][0] for name in some]).to(device))
-            signs = torch.where(small.diagonal(dim1=1, dim2=2) < 0, -1.0, 1.0)
-            q, small = q * signs[:, None, :], small * signs[:, :, None]
-            for index, name in enumerate(some):
-                delta_r = small[index] @ kept[name][1].to(small.device)
-                layers[name] = AdapterLayer(q[index].cpu().clone(), delta_r.cpu())
-    return layers
 
 
 def _families(file: TensorFile, shapes: Mapping[str, Sequence[int]]) -> tuple[Family | None, tuple[Family, ...]]:
@@ -292,23 +257,9 @@ def _layers(
     return [(plain if "." in plain else base, slice(None))]
 
 
-def _add(
-    file: TensorFile,
-    pairs: dict[str, tuple[Tensor, Tensor]],
-    dense: dict[str, Tensor],
-    name: str,
-    rows: slice | Tensor,
-    *,
-    up: Tensor | None = None,
-    down: Tensor | None = None,
-    change: Tensor | None = None,
-) -> None:
-    if name in pairs or name in dense:
+def _require_once(file: TensorFile, infos: Mapping[str, LayerInfo], dense: Mapping[str, Tensor], name: str) -> None:
+    if name in infos or name in dense:
         raise FileFormatError(f"{file.path.name} changes {name} twice, under two names")
-    if change is not None:
-        dense[name] = change[rows]
-    elif up is not None and down is not None:
-        pairs[name] = (up[rows], down)
 
 
 def _shape(file: TensorFile, keys: Mapping[str, str]) -> tuple[int, ...]:
@@ -318,14 +269,14 @@ def _shape(file: TensorFile, keys: Mapping[str, str]) -> tuple[int, ...]:
     return (file.specs[keys["up"]].shape[0], torch.Size(file.specs[keys["down"]].shape[1:]).numel())
 
 
-def _factors(file: TensorFile, base: str, keys: Mapping[str, str]) -> tuple[Tensor, Tensor]:
-    """B (out, rank) and scaling * A (rank, in) of a module, float32; convolutions are flattened."""
+def _factors(file: TensorFile, base: str, keys: Mapping[str, str]) -> Factors:
+    """B (out, rank), A (rank, in) and alpha / rank of a module, in the file's precision; convolutions are flattened."""
     if "down" not in keys:
         raise FileFormatError(f"{file.path.name}: {base} has an up but no down matrix")
     up, down = _read(file, keys["up"]).flatten(1), _read(file, keys["down"])
     columns = down.shape[0]
     if "mid" in keys:  # LoCon's core between the two: (rank, rank, height, width)
-        middle = _read(file, keys["mid"])
+        middle, down = _read(file, keys["mid"]).float(), down.float()
         if middle.ndim != 4 or middle.shape[1] != columns:
             raise FileFormatError(f"{file.path.name}: {keys['mid']} has shape {tuple(middle.shape)}")
         down = torch.einsum("rdhw,di->rihw", middle, down.flatten(1))
@@ -333,12 +284,12 @@ def _factors(file: TensorFile, base: str, keys: Mapping[str, str]) -> tuple[Tens
     if up.shape[1] != down.shape[0] or min(*up.shape, *down.shape) < 1:
         shapes = f"{tuple(up.shape)} with {tuple(down.shape)}"
         raise FileFormatError(f"{file.path.name}: {base} pairs {shapes}, expected (out, r) and (r, in)")
-    return up, down * _scaling(file, keys, columns)
+    return Factors(up, down, _scaling(file, keys, columns))
 
 
 def _change(file: TensorFile, base: str, keys: Mapping[str, str]) -> Tensor:
     """The whole change of a module that is not low-rank, (out, in), float32."""
-    tensors = {role: _read(file, key) for role, key in keys.items() if role != "alpha"}
+    tensors = {role: _read(file, key).float() for role, key in keys.items() if role != "alpha"}
     for those in (("lokr_w1", "lokr_w2"), ("hada_w1",), ("hada_w2",)):  # a small file can stand for terabytes
         if math.prod(_numbers(tensors, side) for side in those) > _LARGEST_CHANGE:
             raise FileFormatError(f"{file.path.name}: {base} stands for a larger matrix than any model has")
@@ -386,7 +337,10 @@ def _truncated(change: Tensor, rank: int, device: torch.device | None) -> tuple[
 
 
 def _read(file: TensorFile, key: str) -> Tensor:
-    tensor = file.tensor(key).float()
+    """A matrix or a convolution, in the file's precision; what has no arithmetic is widened, exactly."""
+    tensor = file.tensor(key)
+    if tensor.dtype not in _KEPT:
+        tensor = tensor.float()
     if tensor.ndim < 2:
         raise FileFormatError(f"{file.path.name}: {key} has shape {tuple(tensor.shape)}, expected a matrix")
     require_finite(tensor, f"{file.path.name}: {key}")

@@ -106,8 +106,8 @@ def require_fixed(recipe: MergeRecipe) -> None:
     if recipe.needs_live:
         moving = next(term for term in recipe.terms if term.needs_live)
         raise SettingError(
-            f"{moving.adapter.name} has a schedule or acts by the prompt, which only Apply QR-LoRA in live mode can "
-            "follow; take the schedule or the prompt away to save, export, compare or hook it"
+            f"{moving.adapter.name} has a schedule, acts by the prompt, or has a pass of its own, which only Apply "
+            "QR-LoRA in live mode can follow; take that away (act: always) to save, export, compare or hook it"
         )
 
 

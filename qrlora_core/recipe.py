@@ -1,7 +1,7 @@
 """What is to be merged, as data: adapters and their strengths. `merge.py` makes tensors of it, one layer at a time."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 
 from .adapter import Adapter
@@ -23,6 +23,8 @@ class Term:
         scales: further factors, by block, part and stream; all of them multiply.
         schedules: further factors over the sampling; all of them multiply. Only live application follows them.
         gate: on which prompts the term acts; None: on all. Only live application can tell prompts apart.
+        own_pass: what tells the pass of the model in which the term acts from others, see `passes`; None: it acts in
+            all of them. Only live application makes passes.
     """
 
     adapter: Adapter
@@ -31,11 +33,17 @@ class Term:
     scales: tuple[BlockScale, ...] = ()
     schedules: tuple[Schedule, ...] = ()
     gate: Gate | None = None
+    own_pass: tuple[Hashable, ...] | None = None
 
     @property
     def needs_live(self) -> bool:
-        """Whether its strength changes in a sampling, or differs between prompts."""
-        return bool(self.gate or self.schedules)
+        """Whether its strength changes in a sampling, differs between prompts, or counts for predictions."""
+        return bool(self.gate or self.schedules or self.own_pass)
+
+    @property
+    def identity(self) -> tuple[Hashable, ...]:
+        """What two terms have in common that differ in nothing but their strength."""
+        return (id(self.adapter), id(self.onto), self.scales, self.schedules, self.gate, self.own_pass)
 
     def block_factor(self, name: str) -> float:
         """What the scales make of one layer, without the strength."""
@@ -53,6 +61,8 @@ class Term:
         notes = [*map(str, self.scales), *map(str, self.schedules)]
         if self.gate:
             notes.append(str(self.gate))
+        if self.own_pass:
+            notes.append("in a pass of its own")
         return f"{self.strength:g} x {self.adapter.name}" + "".join(f" [{note}]" for note in notes)
 
 
@@ -69,9 +79,8 @@ class MergeRecipe:
     def __post_init__(self) -> None:
         joined: dict[object, Term] = {}
         for term in self.terms:
-            key = (id(term.adapter), id(term.onto), term.scales, term.schedules, term.gate)
-            known = joined.get(key)
-            joined[key] = replace(known, strength=known.strength + term.strength) if known else term
+            known = joined.get(term.identity)
+            joined[term.identity] = replace(known, strength=known.strength + term.strength) if known else term
         object.__setattr__(self, "terms", tuple(joined.values()))
 
     @classmethod
@@ -116,7 +125,7 @@ class MergeRecipe:
 
     @property
     def needs_live(self) -> bool:
-        """Whether any term's strength changes in a sampling, or differs between prompts."""
+        """Whether any term can only be applied live."""
         return any(term.needs_live for term in self.terms)
 
     def scheduled(self, schedule: Schedule) -> "MergeRecipe":
@@ -128,6 +137,11 @@ class MergeRecipe:
     def gated(self, gate_of: Callable[[Adapter], Gate | None]) -> "MergeRecipe":
         """The same recipe, whose terms act by the prompt; a gate that a term has already stays."""
         return MergeRecipe(tuple(replace(term, gate=term.gate or gate_of(term.adapter)) for term in self.terms))
+
+    def in_own_pass(self) -> "MergeRecipe":
+        """The same recipe, whose terms act together in a pass of their own; those that have one already keep it."""
+        own_pass = tuple(term.identity for term in self.terms if term.own_pass is None)
+        return MergeRecipe(tuple(replace(term, own_pass=term.own_pass or own_pass) for term in self.terms))
 
     def block_scaled(self, scale: BlockScale) -> "MergeRecipe":
         """The same recipe with one more factor per block, part and stream on every term.

@@ -39,6 +39,7 @@ class Fusion:
         both: factors over sigma where a prompt holds both triggers; without a gate, everywhere.
         gate: whether an adapter acts only where its trigger stands in the prompt.
         content, style: with a gate, factors where only that trigger stands there.
+        separate: whether predictions are composed, a pass for each adapter, instead of weights.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Fusion:
     gate: bool = False
     content: Schedule = CONTENT_ALONE
     style: Schedule = STYLE_ALONE
+    separate: bool = False
 
     def schedule(self, text: str) -> Schedule:
         """What applies to a prompt."""

@@ -101,7 +101,7 @@ class Study:
                 asked = [prompt for prompt in wanted if prompt.kind == kind]
                 sides = worn(kind)
                 self.live.wear([self.adapter(unit, side, recipe).update for side in sides])
-                seen = read(self.live.sample(asked, fusion.factors(asked)))
+                seen = read(self.live.sample(asked, fusion.factors(asked), separate=fusion.separate))
                 known[keys[kind]] = _shares(unit, sides, asked, seen)
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = path.with_suffix(".partial")
@@ -138,7 +138,7 @@ def _key(fusion: Fusion, kind: str, prompts: Sequence[Prompt]) -> str:
     """What decides a kind's pictures, in short: prompts, noise, adapters and factors, not a fusion's name."""
     schedules = [fusion.schedule(prompt.text) for prompt in prompts]
     adapters = fusion.adapters if any(schedules) else "base"
-    facts = json.dumps([prompts, schedules])
+    facts = json.dumps([prompts, schedules, *(["separate"] if fusion.separate else [])])
     return f"{kind} {adapters} {hashlib.sha256(facts.encode()).hexdigest()[:12]}"
 
 

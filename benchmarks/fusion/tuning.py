@@ -7,7 +7,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from .fusions import Fusion, Schedule, content_first, content_then_base, fixed, half_then_full
+from qrlora_core.gate import DOUBLED, HALF_UNTIL
+
+from .fusions import Fusion, Schedule, Stage, content_first, content_then_base, fixed, half_then_full
 from .measures import h, harmonic, other_words
 from .protocol import Unit
 from .store import Study
@@ -25,6 +27,12 @@ def both_schedules() -> list[Schedule]:
     return [content_first(*parts) for parts in made]
 
 
+def separate_schedules() -> list[Schedule]:
+    """Candidates for predictions that are composed: the content stronger or not, to the end or less of it later."""
+    made = [fixed(style, content) for style in (1.0, 1.2) for content in (1.0, 1.5, 2.0, 2.5)]
+    return made + [(Stage(switch, content, 1), Stage(0, 1, 1)) for switch in (0.3, 0.5) for content in (2.0, 2.5)]
+
+
 def style_schedules() -> list[Schedule]:
     """Candidates for a style alone."""
     every = [fixed(strength, 0) for strength in (0.85, 1.0)]
@@ -37,12 +45,14 @@ def content_schedules() -> list[Schedule]:
     return every + [content_then_base(switch, last) for switch in (0.3, 0.5) for last in (0.0, 0.5)]
 
 
-def best_everywhere(study: Study, units: Sequence[Unit], name: str, each: Iterable[Schedule]) -> Fusion:
+def best_everywhere(
+    study: Study, units: Sequence[Unit], name: str, each: Iterable[Schedule], separate: bool = False
+) -> Fusion:
     """The schedule that is best where there is no gate and it applies to every prompt: harmonic mean of H and words.
 
     H alone bounds it, so the other prompts are sampled only for candidates that can still be the best.
     """
-    candidates = [Fusion(name, both=one) for one in each]
+    candidates = [Fusion(name, both=one, separate=separate) for one in each]
     shown = [statistics.fmean(h(study.readings(one, unit, ["both"])["both"]) for unit in units) for one in candidates]
     best, highest = candidates[0], -1.0
     for found, candidate in sorted(zip(shown, candidates), key=lambda pair: -pair[0]):
@@ -56,9 +66,9 @@ def best_everywhere(study: Study, units: Sequence[Unit], name: str, each: Iterab
     return best
 
 
-def best_gated(study: Study, units: Sequence[Unit], name: str, adapters: str) -> Fusion:
+def best_gated(study: Study, units: Sequence[Unit], name: str, adapters: str, separate: bool = False) -> Fusion:
     """A gate with the best schedule for each case; each is judged by its own prompts, as no other sees it."""
-    fusion = Fusion(name, adapters, gate=True)
+    fusion = Fusion(name, adapters, gate=True, separate=separate)
 
     def both(candidate: Fusion) -> float:
         every = [study.readings(candidate, unit, ("both", "both+")) for unit in units]
@@ -72,7 +82,8 @@ def best_gated(study: Study, units: Sequence[Unit], name: str, adapters: str) ->
         log.info("%s %s %s: all right %.2f", name, kind, getattr(candidate, kind), right)
         return right
 
-    fusion = max((replace(fusion, both=one) for one in both_schedules()), key=both)
+    candidates = separate_schedules() if separate else both_schedules()
+    fusion = max((replace(fusion, both=one) for one in candidates), key=both)
     fusion = max((replace(fusion, style=one) for one in style_schedules()), key=lambda one: alone("style", one))
     return max((replace(fusion, content=one) for one in content_schedules()), key=lambda one: alone("content", one))
 
@@ -121,8 +132,18 @@ def tuned(study: Study, units: Sequence[Unit], without: Sequence[str] = ()) -> I
     yield Fusion("plain sum")
     yield Fusion("prompt gate", gate=True)
     yield best_gated(study, units, "gate + schedule", "qr")
+    yield best_everywhere(study, units, "separate passes", separate_schedules(), separate=True)
+    separate = best_gated(study, units, "gate + separate passes", "qr", separate=True)
+    yield separate
+    # what Merge does by itself, with nothing tuned for these units but the factor 2 and the sigma .75
+    yield Fusion(
+        "Merge: by prompt, content first", "qr", content_first(0.5), True, content_then_base(0.5), half_then_full(0.5)
+    )
+    passes = fixed(1.0, DOUBLED)
+    yield Fusion("Merge: by prompt, one pass each", "qr", passes, True, style=half_then_full(HALF_UNTIL), separate=True)
     if "lora" not in without:
         yield Fusion("plain LoRA, equal rank", "lora")
+        yield replace(separate, name="plain LoRA, gate + separate passes", adapters="lora")
     pairs = itertools.product(GRID, GRID)
     yield best_everywhere(study, units, REFERENCE, (fixed(*pair) for pair in pairs))
     yield best_everywhere(study, units, "content first", both_schedules())

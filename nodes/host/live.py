@@ -19,12 +19,13 @@ import torch
 from comfy.patcher_extension import PatcherInjection, WrappersMP
 from torch import Tensor, nn
 
-from ...qrlora_core import MergeRecipe, SettingError, WeightSlice, same_basis, term_products
+from ...qrlora_core import MergeRecipe, SettingError, WeightSlice, evaluations, same_basis, term_products
+from .compiled import uncompiled
 from .initial_basis import initial_bases
 from .places import PREFIX
 from .protocols import ModelPatcher
 from .session import interruptible
-from .steps import Factors, StepReader
+from .steps import Factors, StepReader, ids_of_pass
 
 log = logging.getLogger(__name__)
 
@@ -216,11 +217,34 @@ class _Steps:
     def __init__(self, state: LiveState) -> None:
         self.state = state
 
-    def __call__(self, executor: Callable[..., Any], x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Any:
-        options = kwargs.get("transformer_options") or (args[3] if len(args) > 3 else {})
-        self.state.table = self.state.reader.factors(options, t)
+    def __call__(
+        self,
+        executor: Callable[..., Any],
+        x: Tensor,
+        t: Tensor,
+        c_concat: Any = None,
+        c_crossattn: Any = None,
+        control: dict[str, Any] | None = None,
+        transformer_options: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        options = transformer_options or {}
+        reader = self.state.reader
+        separate = any(reader.own_passes)
+        total: Any = None
         try:
-            return executor(x, t, *args, **kwargs)
+            for table, weights in evaluations(reader.own_passes, reader.factors(options, t)):
+                self.state.table = table
+                asked = ids_of_pass(options, table) if separate else options
+                latents = x.clone() if separate else x  # a step that is skipped is written into what came in
+                # UNets take a control's outputs off its lists as they run
+                lists = control and {key: list(one) if isinstance(one, list) else one for key, one in control.items()}
+                with uncompiled(options):
+                    prediction = executor(latents, t, c_concat, c_crossattn, lists, asked, **kwargs)
+                if set(weights) != {1.0}:
+                    prediction = weighted(prediction, weights)
+                total = prediction if total is None else total + prediction
+            return total
         finally:
             self.state.table = ()
             self._warn()
@@ -235,6 +259,13 @@ class _Steps:
                 len(uncalled),
                 len(self.state.store.layout),
             )
+
+
+def weighted(prediction: Tensor, weights: Sequence[float]) -> Tensor:
+    """A prediction (batch, ...) times a weight for each of the batch's prompts, whose samples lie together."""
+    factors = torch.tensor(weights, dtype=prediction.dtype, device=prediction.device)
+    rows = factors.repeat_interleave(prediction.shape[0] // len(weights))
+    return prediction * rows.view(-1, *[1] * (prediction.ndim - 1))
 
 
 class _Prompts:

@@ -6,7 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import qrlora_core as core
-from qrlora_core.linalg import KRYLOV_STEPS, OVERSAMPLE, orthonormality_error, product_norm, reexpress, trapezoid_error
+from qrlora_core.linalg import (
+    KRYLOV_STEPS,
+    OVERSAMPLE,
+    orthonormality_error,
+    positive_qr,
+    product_norm,
+    reexpress,
+    trapezoid_error,
+)
 
 
 def random_weight(out, width, seed, dtype=torch.float32):
@@ -139,3 +147,27 @@ def test_fast_on_a_spectrum_like_that_of_flux():
     weight = random_weight(400, 400, 8) / 20 + random_weight(400, 30, 9) @ random_weight(30, 400, 10) / 300
     fast, exact = (core.decompose(weight.bfloat16(), 4, method=method) for method in ("fast", "exact"))
     assert core.core_energy(weight, fast.q) >= 0.999 * core.core_energy(weight, exact.q)
+
+
+@pytest.mark.parametrize(
+    "matrix",
+    [
+        torch.randn(300, 16, generator=torch.Generator().manual_seed(1)),
+        torch.randn(300, 16, generator=torch.Generator().manual_seed(2)) * torch.logspace(-5, 3, 16),
+        torch.randn(300, 1, generator=torch.Generator().manual_seed(3)) + 1e-4 * torch.eye(300, 16),
+        torch.randn(300, 4, generator=torch.Generator().manual_seed(4)).repeat(1, 4),
+        torch.zeros(300, 3),
+        torch.randn(5, 16, generator=torch.Generator().manual_seed(5)),
+        torch.randn(300, 16, generator=torch.Generator().manual_seed(6)) * 1e-20,
+        torch.randn(300, 16, generator=torch.Generator().manual_seed(7)) * 1e18,
+    ],
+    ids=["plain", "scales", "nearly dependent", "dependent", "zero", "wide", "tiny", "huge"],
+)
+def test_positive_qr(matrix):
+    """As good as a Householder QR, whatever the columns are; the signs are canonical."""
+    q, small = positive_qr(matrix)
+    assert q.dtype == small.dtype == torch.float32 and q.shape == (300 if matrix.shape[0] == 300 else 5, small.shape[0])
+    assert orthonormality_error(q) < 1e-5
+    assert bool((small.diagonal() >= 0).all()) and bool((small.tril(-1) == 0).all())
+    scale = float(matrix.double().norm()) or 1.0
+    assert float((q.double() @ small.double() - matrix.double()).norm()) / scale < 1e-6

@@ -230,3 +230,36 @@ def test_load_delta_r_names_the_node_for_a_plain_lora(tmp_path):
     save_file(DIALECTS["kohya"], tmp_path / "plain.safetensors")
     with pytest.raises(core.FileFormatError, match="Load LoRA as .R"):
         core.open_adapter(tmp_path / "plain.safetensors")
+
+
+def test_bases_are_made_when_they_are_asked_for(tmp_path, monkeypatch):
+    """A file is read and checked at once, in its own precision; no basis before a layer is used, each of them once."""
+    made = []
+    real = core.lora_layers.positive_qr
+    monkeypatch.setattr(core.lora_layers, "positive_qr", lambda matrix: made.append(matrix.shape) or real(matrix))
+    torch.manual_seed(0)
+    up, down = torch.randn(24, 3).bfloat16(), torch.randn(3, 8).bfloat16()
+    base = "lora_unet_double_blocks_0_img_attn_qkv"
+    found = opened({base + KOHYA[0]: up, base + KOHYA[1]: down}, tmp_path)
+    (tmp_path / "x.safetensors").unlink(missing_ok=True)  # nothing is read later
+    layers = found.adapter.layers
+    assert not made and len(layers) == 3 and {info.rank for info in layers.values()} == {3}
+    held = found.adapter._read.__self__
+    assert held._modules[base].up.dtype == torch.bfloat16
+    for name, rows in zip(layers, (slice(0, 8), slice(8, 16), slice(16, 24))):
+        first = found.adapter.layer(name)
+        assert found.adapter.layer(name) is first
+        assert torch.allclose(first.up @ first.down, up[rows].float() @ down.float(), atol=1e-5)
+    assert made == [(8, 3)] * 3 and not held._modules, "the file's factors are let go"
+
+
+def test_many_threads_ask_for_one_layer(tmp_path):
+    from concurrent.futures import ThreadPoolExecutor
+
+    torch.manual_seed(0)
+    base = "lora_unet_double_blocks_0_img_attn_qkv"
+    found = opened({base + KOHYA[0]: torch.randn(384, 16), base + KOHYA[1]: torch.randn(16, 128)}, tmp_path)
+    names = list(found.adapter.layers) * 8
+    with ThreadPoolExecutor(8) as threads:
+        layers = list(threads.map(found.adapter.layer, names))
+    assert len({id(layer) for layer in layers}) == 3

@@ -33,3 +33,15 @@ def test_apply():
     assert "nodes, live, after turning alpha" in printed and "step, live" in printed
     held = float(printed.split("their patches hold ")[1].split(" MB")[0])
     assert held < 50, "a sweep holds no copies"
+
+
+def test_lora():
+    """Both sides load a file of a few fused modules; at FLUX.1's size the exit code says how many are too slow."""
+    environment = {**os.environ, "COMFYUI_PATH": str(HOST), "PYTHONDONTWRITEBYTECODE": "1"}
+    small = ["--double", "1", "--single", "1", "--hidden", "256", "--ranks", "4,8", "--rounds", "1"]
+    done = subprocess.run(
+        [instance.interpreter(HOST), "-m", "benchmarks.lora", *small],
+        cwd=instance.PACK, env=environment, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("stock ") == done.stdout.count("all bases ") == 2
