@@ -10,7 +10,7 @@ from train.config import FitConfig, make_config
 from train.model.layer import inject, trained_parameters
 from train.model.source import BaseModel
 from train.model.transformer import load_transformer
-from train.run.flow import weighted_mse
+from train.run.denoise import weighted_mse
 from train.run.optim import make_optimizer
 
 METHODS = {"style": "delta_r_triangular", "content": "delta_r", "qr": "qr"}
