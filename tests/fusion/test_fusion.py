@@ -270,5 +270,5 @@ def test_picture_and_results(tmp_path):
     assert picture({"one": rows, "two": rows[::-1]}, CHECK[:3], tmp_path / "fusion.png").stat().st_size > 1000
     from benchmarks.fusion.report import save
 
-    stored = json.loads(save(tmp_path, CHECK[:3], {"one": rows}, {"date": "today"}).read_text())
-    assert stored["results"]["one"][CHECK[2].name]["h"] == 0.9 and stored["version"] == protocol.VERSION
+    stored = json.loads(save(tmp_path, CHECK[:3], {"one": rows}, {"version": "x"}).read_text())
+    assert stored["results"]["one"][CHECK[2].name]["h"] == 0.9 and stored["version"] == "x"
