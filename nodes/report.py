@@ -3,7 +3,17 @@
 from collections import Counter
 from collections.abc import Sequence
 
-from ..qrlora_core import Adapter, BlockScale, MergeRecipe, MergeReport, Residual, Schedule, SimilarityReport, SweepCell
+from ..qrlora_core import (
+    Adapter,
+    BlockScale,
+    MergeRecipe,
+    MergeReport,
+    Residual,
+    Saved,
+    Schedule,
+    SimilarityReport,
+    SweepCell,
+)
 from ..qrlora_plots import ContactSheet, head_lines
 
 
@@ -24,6 +34,20 @@ def residual_text(residual: Residual) -> str:
     size = sum(spec.nbytes for spec in residual.layers.values())
     dtypes = sorted({str(spec.dtype).removeprefix("torch.") for spec in residual.layers.values()})
     return f"{len(residual.layers)} layers, {size / 1e9:.2f} GB, {', '.join(dtypes)}"
+
+
+_MANY_FILES = 4
+
+
+def saved_text(saved: Saved, name: str, folder: str) -> str:
+    """Which file in which folder, and whether it was written now."""
+    lines = [f"{folder}/{name} holds this already: nothing is written"]
+    if saved.is_new:
+        size = f"{saved.path.stat().st_size / 1e6:.1f} MB"
+        lines = [f"saved {folder}/{name} ({size}); the lists of files have it"]
+    if saved.files >= _MANY_FILES:
+        lines.append(f"{saved.files} files have this name by now; bypass this node while you turn strengths")
+    return "\n".join(lines)
 
 
 def merge_text(recipe: MergeRecipe, done: MergeReport, missing: Sequence[str] = ()) -> str:
@@ -57,7 +81,7 @@ def block_text(scale: BlockScale, recipe: MergeRecipe) -> str:
     counts = Counter(round(scale.factor(name), 6) for name in recipe.layer_names)
     if not recipe.terms:
         return "no adapter is connected, or it is bypassed"
-    lines = [str(scale)]
+    lines = [str(scale), *scale.beyond(recipe.layer_names)]
     for factor, count in sorted(counts.items(), reverse=True):
         lines.append(f"{count} layers " + ("off" if factor == 0 else f"x {factor:g}"))
     return "\n".join(lines)

@@ -91,7 +91,7 @@ class Train(Node):
             if (version := _version(trained.path)) is not None:
                 _published[trained.path] = version
             name = trained.path.relative_to(folders.place(request.folder).resolve()).as_posix()
-            curve = pictures.loss_curve(job.steps(), name)
+            curve = pictures.loss_curve(job.steps(), name, job.validation())
             decoded = _samples(trained.run, request)
             if decoded is not None:
                 pictures.write_preview(trained.path, decoded[-1])
@@ -100,7 +100,9 @@ class Train(Node):
             job.tell("finished", text)
             shown = "\n".join([*request.warnings, text, report.adapter_text(trained.recipe.adapters[0])])
             log = _log_tail(trained.run.log)
-            return io.NodeOutput(trained.recipe, curve, samples, name, log, ui={"text": [shown]})
+            return io.NodeOutput(
+                trained.recipe, curve, samples, name, log, ui={"text": [shown], "qrlora_saved": [True]}
+            )
 
 
 def _version(path: Path) -> tuple[int, int] | None:

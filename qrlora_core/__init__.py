@@ -47,7 +47,7 @@ from .paths import contained_path, free_name
 from .products import LayerSum, Product, layer_sum, term_products
 from .recipe import NOTHING, MergeRecipe, Term
 from .residual import Residual, match_residual, storage_tolerance, value_dtype, write_residual
-from .save import save_adapter
+from .save import Saved, save_adapter, save_once
 from .schedule import PRESETS, Schedule, content_first, parse_schedule
 from .similarity import similarity_report
 from .similarity_schema import SimilarityReport
@@ -95,6 +95,7 @@ __all__ = [
     "Product",
     "QRLoRAError",
     "Residual",
+    "Saved",
     "Schedule",
     "SettingError",
     "SimilarityReport",
@@ -155,6 +156,7 @@ __all__ = [
     "save_adapter",
     "save_basis",
     "save_cache",
+    "save_once",
     "scale_from_json",
     "scale_to_json",
     "similarity_report",

@@ -4,6 +4,7 @@ Nothing here imports the core, so that both may import this room: what is drawn 
 """
 
 from .arrays import array_of, images_of
+from .loss import loss_image
 from .sheet import Cell, ContactSheet, contact_sheet, label_axes
 from .similarity import PlotsUnavailableError, head_lines, similarity_figure, similarity_image, similarity_png
 from .text import text_card
@@ -17,6 +18,7 @@ __all__ = [
     "head_lines",
     "images_of",
     "label_axes",
+    "loss_image",
     "similarity_figure",
     "similarity_image",
     "similarity_png",

@@ -14,6 +14,8 @@ export function addStyle() {
   const style = document.createElement("style");
   style.textContent = `
     [data-qrlora-report]:empty::before { content: attr(data-qrlora-report); opacity: 0.6; }
+    /* the line by which the new renderer parts the colours of a socket with two types, where both have one colour */
+    .slot-dot:has([fill*="QRLORA_"]) { --inner-stroke: transparent; }
     [data-qrlora-report] img { float: right; height: ${HEIGHT - 8}px; margin-left: 8px; border-radius: 4px; }
   `;
   document.head.append(style);

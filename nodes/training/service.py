@@ -193,11 +193,12 @@ def _pause(job: Job, seconds: float) -> None:
 def finished_text(trained: Trained, job: Job) -> str:
     """One line about how it ended."""
     steps = job.steps()
+    file = f"{trained.path.name} in {'/'.join(trained.path.parent.parts[-2:])}"
     if not trained.is_new:
-        return f"already trained: {trained.path.name}"
+        return f"already trained: {file}"
     if not steps:
-        return f"finished: {trained.path.name}"
+        return f"finished: {file}"
     last = steps[-1]
     seconds = last["step"] * sum(step["seconds"] for step in steps) / len(steps)  # of many steps a part is kept
     loss = last["smoothed_loss"]
-    return f"finished: {trained.path.name}, {last['step']} steps in {spoken_duration(seconds)}, loss {loss:.4f}"
+    return f"finished: {file}, {last['step']} steps in {spoken_duration(seconds)}, loss {loss:.4f}"

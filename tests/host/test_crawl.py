@@ -109,7 +109,8 @@ def inputs_of(info, kind):
 def good_graph(info, kind):
     """A graph that runs one node with its defaults; None when it needs what no other node here gives."""
     links = {"MODEL": ["1", 0], "IMAGE": ["pictures", 0], "STRING": None, "CONDITIONING": ["6", 0], "VAE": ["9", 0]}
-    links |= {"DELTA_R": ["2", 0], "RESIDUAL": ["rest", 0], "CLIP": ["clip", 0], "HOOKS": None, "LORA_STACK": None}
+    links |= {"QRLORA_DELTA_R,DELTA_R": ["2", 0], "QRLORA_RESIDUAL,RESIDUAL": ["rest", 0], "CLIP": ["clip", 0]}
+    links |= {"HOOKS": None, "LORA_STACK": None}
     values = {}
     required = info[kind]["input"].get("required", {})
     for name, (what, settings) in inputs_of(info, kind).items():
@@ -119,7 +120,7 @@ def good_graph(info, kind):
             link = links.get(what)
             if link is None and name in required:
                 return None
-            if link is not None and (name in required or what == "DELTA_R"):
+            if link is not None and (name in required or what.startswith("QRLORA_DELTA_R")):
                 values[name] = link
         elif isinstance(what, list) or what == "COMBO":
             options = what if isinstance(what, list) else settings.get("options", [])
