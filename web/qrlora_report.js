@@ -59,7 +59,7 @@ function summary(reports) {
   if (!Array.isArray(reports)) return String(reports);
   const counts = new Map();
   for (const report of reports) counts.set(report, (counts.get(report) ?? 0) + 1);
-  return [...counts].map(([report, count]) => (count > 1 ? `${count} times: ${report}` : report)).join("\n");
+  return [...counts].map(([report, count]) => (count > 1 ? translated("{count} times: {report}", { count, report }) : report)).join("\n");
 }
 
 // color: of the text. The picture of an adapter that was chosen stays beside it.

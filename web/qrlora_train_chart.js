@@ -135,8 +135,12 @@ export class Chart {
     this.element.setAttribute(
       "aria-label",
       end
-        ? `Loss curve up to step ${end.step} of ${job.steps}: smoothed loss ${number(end.smoothed)}`
-        : "Loss curve: no steps yet",
+        ? translated("Loss curve up to step {step} of {steps}: smoothed loss {loss}", {
+            step: end.step,
+            steps: job.steps,
+            loss: number(end.smoothed),
+          })
+        : translated("Loss curve: no steps yet"),
     );
   }
 
@@ -150,7 +154,8 @@ export class Chart {
     if (x < 0 || x > this.inner[0]) return this.#legend();
     const bucket = this.job.curve.nearest(this.scale.step(x));
     this.cursor.setAttribute("d", `M${this.scale.x(bucket.step)} 0v${this.inner[1]}`);
-    const raw = bucket.low === bucket.high ? number(bucket.low) : `${number(bucket.low)} to ${number(bucket.high)}`;
+    const [low, high] = [number(bucket.low), number(bucket.high)];
+    const raw = bucket.low === bucket.high ? low : translated("{low} to {high}", { low, high });
     this.#label(
       MARGIN.left,
       13,

@@ -14,6 +14,7 @@ const PHASES = {
   save: "Saving",
 };
 const STATES = {
+  queued: "Queued",
   preparing: "Preparing",
   running: "Training",
   stopping: "Stopping",
@@ -39,6 +40,7 @@ export class Panel {
     this.picture = picture;
     this.job = null;
     this.scaling = "";
+    this.before = null;
     this.element = make(null, "div", {
       boxSizing: "border-box",
       display: "flex",
@@ -171,6 +173,13 @@ export class Panel {
     this.show(this.job);
   }
 
+  // before: entries of the queue that run before this node's; null when it is not in the queue.
+  queued(before) {
+    if (before === this.before) return;
+    this.before = before;
+    this.show(this.job);
+  }
+
   // lines: what the node said when it was executed; also without a run, when the adapter was there already.
   report(lines) {
     this.lines = lines;
@@ -182,8 +191,9 @@ export class Panel {
     if (job?.run !== this.job?.run) this.refused = "";
     this.job = job;
     const state = job?.state ?? (this.lines ? "finished" : "idle");
+    const live = ["preparing", "running", "stopping"].includes(state);
     if (!["preparing", "running"].includes(state)) this.asked = false;
-    const shown = this.asked ? "stopping" : state;
+    const shown = this.asked ? "stopping" : this.before !== null && !live ? "queued" : state;
     Object.assign(this.element.dataset, {
       state: shown,
       step: job?.step ?? 0,
@@ -193,9 +203,10 @@ export class Panel {
     put(this.title, heading(shown, job));
     put(this.steps, job?.steps ? translated("step {step} / {steps}", { step: count(job.step), steps: count(job.steps) }) : "");
     this.#progress(shown, job);
-    const live = shown === "running" || shown === "stopping";
-    put(this.eta, live && Number.isFinite(job.eta) ? translated("{time} left", { time: duration(job.eta) }) : live ? "" : this.scaling);
-    this.eta.title = translated(live ? "Time left" : "The update is scaled by alpha / rank; alpha 0 means as rank");
+    const counting = shown === "running" || shown === "stopping";
+    const left = counting && Number.isFinite(job.eta) ? translated("{time} left", { time: duration(job.eta) }) : "";
+    put(this.eta, counting ? left : this.scaling);
+    this.eta.title = translated(counting ? "Time left" : "The update is scaled by alpha / rank; alpha 0 means as rank");
     put(this.speed, Number.isFinite(job?.seconds) ? speed(job.seconds) : "");
     put(this.memory, job?.peak > 0 ? translated("peak {size} GB", { size: (job.peak / 1e9).toFixed(1) }) : "");
     this.chart.draw(job);
@@ -207,7 +218,7 @@ export class Panel {
     this.button.style.opacity = this.button.disabled ? "0.45" : "1";
     this.button.style.cursor = this.button.disabled ? "default" : "pointer";
     put(this.button, translated(shown === "stopping" ? "Stopping" : "Stop"));
-    put(this.hint, hint(shown, job));
+    put(this.hint, shown === "queued" ? turn(this.before) : hint(shown, job));
   }
 
   #message(state, job) {
@@ -297,6 +308,13 @@ function heading(state, job) {
 function losses(job) {
   const values = { loss: number(job.curve.last.smoothed), rate: number(job.rate) };
   return translated("smoothed loss {loss}, learning rate {rate}", values);
+}
+
+function turn(before) {
+  if (!before) return translated("Waits for the nodes before it.");
+  return translated(before === 1 ? "One entry of the queue runs before it." : "{count} entries of the queue run before it.", {
+    count: before,
+  });
 }
 
 function hint(state, job) {

@@ -51,7 +51,15 @@ GRAPHS = {
 @pytest.fixture(scope="module")
 def models(server):
     """The server with a model and a VAE of every family."""
+    add_families(server)
+    return server
+
+
+def add_families(server):
+    """Small models in its folders, and VAEs in their real layouts; once."""
     vaes = server.base / "models" / "vae"
+    if (vaes / GRAPHS["qwen_image"].vae).is_file():
+        return
     write_vae(vaes / GRAPHS["flux2"].vae, channels=32, statistics=True)
     script = Path(__file__).with_name("write_video_vae.py")
     command = [instance.interpreter(HOST), script, HOST, vaes / GRAPHS["qwen_image"].vae]
@@ -59,7 +67,6 @@ def models(server):
     for name, small in FAMILIES.items():
         larger = replace(small, arguments=small.arguments | small.host_size)
         save_single_file(larger, server.base / "models" / "diffusion_models" / f"{name}.safetensors")
-    return server
 
 
 def family_graph(name, output, **inputs):
