@@ -1,5 +1,5 @@
 // The few lines that a node shows about what it did, in a box that it has from the start.
-import { translated } from "./qrlora_words.js";
+import { translated, translatedReport } from "./qrlora_words.js";
 
 const WIDGET = "qrlora_report";
 const EMPTY = "What it did stands here after a run.";
@@ -56,10 +56,15 @@ export function reportWidget(node) {
 
 // A node that ran once for each item of a list reports as often; what is the same is shown once.
 function summary(reports) {
-  if (!Array.isArray(reports)) return String(reports);
+  if (!Array.isArray(reports)) return translatedReport(reports);
   const counts = new Map();
   for (const report of reports) counts.set(report, (counts.get(report) ?? 0) + 1);
-  return [...counts].map(([report, count]) => (count > 1 ? translated("{count} times: {report}", { count, report }) : report)).join("\n");
+  return [...counts]
+    .map(([english, count]) => {
+      const report = translatedReport(english);
+      return count > 1 ? translated("{count} times: {report}", { count, report }) : report;
+    })
+    .join("\n");
 }
 
 // color: of the text. The picture of an adapter that was chosen stays beside it.

@@ -74,8 +74,8 @@ async function catchUp() {
     const answer = await api.fetchApi("/qrlora/train/state");
     if (answer.ok) {
       const states = (await answer.json()).jobs ?? [];
+      forget(new Set(states.map(({ node, run }) => `${node} ${run}`)));
       for (const state of states) take(state, true);
-      forget(new Set(states.map(({ node }) => String(node))));
     }
   } catch (error) {
     console.warn("QR-LoRA: the state of training runs could not be read", error); // the next message still shows
@@ -90,7 +90,7 @@ async function catchUp() {
 // A training that was live before ComfyUI was started anew is none any more.
 function forget(known) {
   for (const job of jobs.values()) {
-    if (job.ended || known.has(job.node)) continue;
+    if (job.ended || known.has(`${job.node} ${job.run}`)) continue;
     Object.assign(job, { state: "stopped", text: translated("ComfyUI was restarted; queue again to go on."), reason: "" });
   }
 }
@@ -202,7 +202,11 @@ function draw() {
     }
     for (const [node, job] of shown) panel(node)?.show(job);
     const turns = new Map([...waiting].map(([id, before]) => [find(id), before]).reverse()); // the first one counts
-    for (const { node } of everyNode()) if (node.type === NODE) panel(node)?.queued(turns.get(node) ?? null);
+    for (const { node } of everyNode()) {
+      if (node.type !== NODE) continue;
+      if (!shown.has(node)) panel(node)?.show(panel(node).job); // one that the server has forgotten
+      panel(node)?.queued(turns.get(node) ?? null);
+    }
   });
 }
 

@@ -1,6 +1,6 @@
 // What the Train node shows of its run: built once, filled by `show`. Text is only ever set as text.
 import { BLUE, Chart, count, number } from "./qrlora_train_chart.js";
-import { translated } from "./qrlora_words.js";
+import { translated, translatedReport } from "./qrlora_words.js";
 
 export const HEIGHT = 380;
 const TEXT = "var(--input-text, #ddd)";
@@ -225,8 +225,8 @@ export class Panel {
     if (state === "finished" && this.lines) return this.lines;
     // Of a step the server's line says what stands above already.
     const stepping = state === "running" && job.lastEvent === "step" && job.curve.last;
-    const text = stepping ? losses(job) : job ? job.text || job.reason : translated(IDLE);
-    return [...(job?.warnings ?? []), text].join("\n");
+    const text = stepping ? losses(job) : job ? translatedReport(job.text || job.reason) : translated(IDLE);
+    return [...(job?.warnings ?? []).map(translatedReport), text].join("\n");
   }
 
   #progress(state, job) {

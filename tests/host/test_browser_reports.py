@@ -190,7 +190,7 @@ def test_a_first_run_makes_no_node_grow(server, page, vue):
     """Nodes as they are when they are put into a graph, one below the other."""
     opened(page, merge_graph(alpha=0.25 + vue / 10), vue)
     page.js("for (const node of app.graph.nodes) node.setSize(node.computeSize())")
-    sizes = "app.graph.nodes.map((node) => [...node.size].map(Math.round))"
+    sizes = "app.graph.nodes.map((node) => [node.type, ...[...node.size].map(Math.round)])"
 
     def settled():
         """The sizes, once they have been the same for a second: the new renderer lays out when it has time."""
