@@ -1,32 +1,9 @@
 """Merge: two adapters or merges become one."""
 
-from collections.abc import Callable
-
 from comfy_api.latest import io
 
-from ..qrlora_core import (
-    NOTHING,
-    Adapter,
-    Gate,
-    MergeRecipe,
-    OnMismatch,
-    content_gate,
-    content_pass_gate,
-    merge,
-    merge_report,
-    style_gate,
-    style_pass_gate,
-    triggers_of,
-)
+from ..qrlora_core import ACTS, NOTHING, MergeRecipe, OnMismatch, Triggers, merge_acting, merge_report
 from . import host, report, sockets
-
-ACTS = (
-    "always",
-    "by prompt",
-    "by prompt, content first",
-    "by prompt, one pass each",
-    "always, one pass each",
-)
 
 
 class Merge(io.ComfyNode):
@@ -48,7 +25,7 @@ class Merge(io.ComfyNode):
                 io.Combo.Input(
                     "act",
                     options=list(ACTS),
-                    default=ACTS[0],
+                    default="always",
                     optional=True,
                     tooltip="always: both act everywhere. by prompt: each acts only on prompts that hold its trigger. "
                     "by prompt, content first: and where both are asked for, content acts first and style after it. "
@@ -96,44 +73,23 @@ class Merge(io.ComfyNode):
         on_basis_mismatch: OnMismatch,
         delta_r_style: MergeRecipe = NOTHING,
         delta_r_content: MergeRecipe = NOTHING,
-        act: str = ACTS[0],
+        act: str = "always",
         switch: float = 0.5,
         style_trigger: str = "",
         content_trigger: str = "",
         prompt: str | None = None,
     ) -> io.NodeOutput:
-        separate = act in (ACTS[3], ACTS[4])
-        if act not in (ACTS[0], ACTS[4]):
-            moment = switch if act == ACTS[2] else None
-            style_words = _triggers(delta_r_style, style_trigger)
-            content_words = _triggers(delta_r_content, content_trigger)
-            of_style, of_content = (style_pass_gate, content_pass_gate) if separate else (style_gate, content_gate)
-            delta_r_style = delta_r_style.gated(_gates(of_style, style_trigger, content_words, moment, prompt))
-            delta_r_content = delta_r_content.gated(_gates(of_content, content_trigger, style_words, moment, prompt))
-        if separate:
-            delta_r_style, delta_r_content = delta_r_style.in_own_pass(), delta_r_content.in_own_pass()
-        merged = merge(delta_r_style, alpha, delta_r_content, beta, on_basis_mismatch)
+        merged = merge_acting(
+            delta_r_style,
+            alpha,
+            delta_r_content,
+            beta,
+            act=act,
+            switch=switch,
+            triggers=Triggers(style_trigger, content_trigger),
+            prompt=prompt,
+            on_basis_mismatch=on_basis_mismatch,
+        )
         missing = [name for name, one in (("style", delta_r_style), ("content", delta_r_content)) if not one.terms]
         done = merge_report(merged, host.interruptible)
         return io.NodeOutput(merged, ui={"text": [report.merge_text(merged, done, missing)]})
-
-
-def _triggers(recipe: MergeRecipe, given: str) -> tuple[str, ...]:
-    """Every trigger of a recipe's adapters once."""
-    return tuple(dict.fromkeys(word for adapter in recipe.adapters for word in triggers_of(adapter, given)))
-
-
-def _gates(
-    make: Callable[[tuple[str, ...], tuple[str, ...], float | None, str | None], Gate],
-    given: str,
-    rivals: tuple[str, ...],
-    switch: float | None,
-    prompt: str | None,
-) -> Callable[[Adapter], Gate | None]:
-    """The gate of each adapter; one without a trigger keeps acting everywhere, and the report says so."""
-
-    def gate_of(adapter: Adapter) -> Gate | None:
-        words = triggers_of(adapter, given)
-        return make(words, rivals, switch, prompt) if words else None
-
-    return gate_of

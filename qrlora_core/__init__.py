@@ -2,7 +2,9 @@
 
 __version__ = "0.1.0"
 
+from .acts import ACTS, Act, Triggers, merge_acting, triggers_of_both
 from .adapter import METHODS, Adapter, AdapterLayer, LayerInfo
+from .balance import Asked, Point, Trial
 from .basis import (
     JointBasis,
     basis_name,
@@ -37,7 +39,7 @@ from .errors import (
 )
 from .families import Family, LayerKind, family_of_targets, flux_targets, layer_kind
 from .formats import file_kind, is_residual, open_adapter
-from .gate import Gate, content_gate, content_pass_gate, holds, style_gate, style_pass_gate, triggers_of
+from .gate import Gate, content_gate, content_pass_gate, holds, style_gate, style_pass_gate, triggers_of, without
 from .linalg import Basis, base_r, core_energy, decompose, residual_weight, restored_weight
 from .lora import OTHER_PARTS, OpenedLora, OtherParts, lora_text, open_lora
 from .merge import MergeReport, OnMismatch, merge, merge_report, merged_adapter
@@ -57,14 +59,17 @@ from .truncate import Truncated, truncated
 from .whole import require_free_name, whole_file
 
 __all__ = [
+    "ACTS",
     "LARGEST_FILE",
     "MAX_COMBINATIONS",
     "METHODS",
     "NOTHING",
     "OTHER_PARTS",
     "PRESETS",
+    "Act",
     "Adapter",
     "AdapterLayer",
+    "Asked",
     "Basis",
     "BasisMismatchError",
     "BlockRange",
@@ -89,6 +94,7 @@ __all__ = [
     "OpenedLora",
     "OtherParts",
     "PathError",
+    "Point",
     "Product",
     "QRLoRAError",
     "Residual",
@@ -100,6 +106,8 @@ __all__ = [
     "TensorFile",
     "Term",
     "TrainingCache",
+    "Trial",
+    "Triggers",
     "Truncated",
     "WeightError",
     "WeightSlice",
@@ -129,6 +137,7 @@ __all__ = [
     "match_residual",
     "match_targets",
     "merge",
+    "merge_acting",
     "merge_report",
     "merged_adapter",
     "model_fingerprint",
