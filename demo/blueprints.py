@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import server as instance
-from .concepts import PACK
+from .concepts import ACT, PACK
 from .golden import installed_host
 from .graph import Graph, node, with_defaults
 from .workflow import editable, input_specs, is_widget
@@ -54,11 +54,17 @@ def blueprints() -> dict[str, Blueprint]:
     titles = {"style": "Style", "content": "Content"}
     return {
         "Merge style and content": Blueprint(
-            "Two adapters on one model, with a slider for each: alpha for the style, beta for the content.",
-            {**merged, "apply": node("QRLoRAApply", delta_r=["merge", 0], strength=1.0)},
-            {"model": [("apply", "model")]},
+            "Two adapters on one model, with a slider for each: alpha for the style, beta for the content. Each acts "
+            "where its trigger stands in the prompt, in a pass of its own: up to 3 times the work in a step. Encode "
+            "with QR-LoRA Prompt, or connect the text.",
+            {
+                **merged,
+                "merge": {**merged["merge"], "inputs": {**merged["merge"]["inputs"], "alpha": 1.0, "act": ACT}},
+                "apply": node("QRLoRAApply", delta_r=["merge", 0], strength=1.0),
+            },
+            {"model": [("apply", "model")], "prompt": [("merge", "prompt")]},
             {"model": ("apply", 0)},
-            files,
+            [*files, ("merge", "act")],
             titles,
         ),
         "Merge two adapters into a LoRA": Blueprint(

@@ -1,4 +1,4 @@
-"""The two concepts that the toy FLUX has never seen, as pictures, training caches and adapters."""
+"""Concepts that the toy FLUX has never seen, in pairs: as pictures, training caches and adapters."""
 
 import os
 import shutil
@@ -17,7 +17,7 @@ from torch.nn import functional
 from qrlora_core import CacheItem, EncodedPicture, EncodedText, save_cache
 
 from .model import WEIGHTS
-from .pictures import BARRED, CONTENT_TRIGGER, HEART, STYLE_TRIGGER, SUNSET, Look, draw
+from .pictures import CONTENT_TRIGGER, NEW_SHAPES, NEW_STYLES, STYLE_TRIGGER, Look, draw
 from .toy.features import SIZE, text_features, to_latents
 
 Settings = Mapping[str, str | int | float]
@@ -26,18 +26,71 @@ ENLARGED = 4  # times that a picture file is larger than the toy's 32 pixels
 
 
 class Concept(NamedTuple):
-    """What an adapter learns: its file's name, its trigger word, and the caption of its one picture."""
+    """What an adapter learns.
+
+    Attributes:
+        name: of its file.
+        trigger: its word.
+        prompt: the caption of its one picture.
+        look: what that picture shows.
+        words: what is new in it, for a person.
+    """
 
     name: str
     trigger: str
     prompt: str
     look: Look
+    words: str
 
 
-CONTENT = Concept(
-    "toy_content", CONTENT_TRIGGER, f"a {CONTENT_TRIGGER} in red plain style", Look(HEART, "red", "plain")
-)
-STYLE = Concept("toy_style", STYLE_TRIGGER, f"a circle in {STYLE_TRIGGER} style", Look("circle", SUNSET, BARRED))
+class Pair(NamedTuple):
+    """A style and a content that are merged."""
+
+    style: Concept
+    content: Concept
+
+    @property
+    def look(self) -> Look:
+        """What a picture of both shows."""
+        return Look(self.content.look.shape, self.style.look.colour, self.style.look.texture)
+
+
+WORDS = {
+    "heart": "a heart",
+    "ell": "a letter L",
+    "bow": "a bow",
+    "arch": "an arch",
+    "tee": "a letter T",
+    "sunset": "upright bars in orange and violet",
+    "violet": "slanting lines in violet and yellow",
+    "slate": "slanting lines in grey and orange",
+    "rose": "a grid in rose and dark blue",
+    "brown": "small blocks in brown and mint",
+}
+
+
+def pair_of(content: str, style: str) -> Pair:
+    """A shape and a palette (with its texture) that the toy has never seen; the first of each have the plain names.
+
+    Raises:
+        KeyError: there is no such shape or palette.
+    """
+    learned = Concept(
+        "toy_content" if content == NEW_SHAPES[0] else f"toy_content_{content}",
+        CONTENT_TRIGGER,
+        f"a {CONTENT_TRIGGER} in red plain style",
+        Look(content, "red", "plain"),
+        WORDS[content],
+    )
+    name = "toy_style" if style == next(iter(NEW_STYLES)) else f"toy_style_{style}"
+    look = Look("circle", style, NEW_STYLES[style])
+    return Pair(Concept(name, STYLE_TRIGGER, f"a circle in {STYLE_TRIGGER} style", look, WORDS[style]), learned)
+
+
+PAIRS = {f"{content}-{style}": pair_of(content, style) for content in NEW_SHAPES for style in NEW_STYLES}
+DEFAULT_PAIR = next(iter(PAIRS))
+STYLE, CONTENT = PAIRS[DEFAULT_PAIR]
+ACT, SUM = "by prompt, one pass each", "always"  # of Merge: what the demo shows, and what it is compared with
 MERGED_PROMPT = f"a {CONTENT_TRIGGER} in {STYLE_TRIGGER} style"
 
 # What training is told beyond its defaults: settings of `fit`, the first ones widgets of the Train node

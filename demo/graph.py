@@ -4,61 +4,35 @@ from typing import Any
 
 from demo.workflow import input_specs, is_widget
 
-from .concepts import CONTENT, ENLARGED, FIT, MERGED_PROMPT, STYLE, Settings
+from .concepts import ACT, DEFAULT_PAIR, ENLARGED, FIT, MERGED_PROMPT, PAIRS, SUM, Pair, Settings
 from .model import STEPS, WEIGHTS
 from .page import Group, Note, View, page
 from .toy.features import SIZE
 
 Graph = dict[str, dict[str, Any]]
-CONCEPTS = {"style": STYLE, "content": CONTENT}
+MERGES = {"merge": ACT, "plain": SUM}  # node -> how both act there
 
 
-def graph(settings: Settings, seed: int, grid: str, in_graph: bool = True) -> Graph:
-    """The workflow in API form: train (or load) both, then one merge to play with, and the sweep."""
+def graph(settings: Settings, seed: int, grid: str, in_graph: bool = True, pair: Pair = PAIRS[DEFAULT_PAIR]) -> Graph:
+    """The workflow in API form: train (or load) both, then a merge to play with beside a plain sum, and the sweep."""
     side = SIZE * ENLARGED
     widgets = {name: value for name, value in settings.items() if name in FIT}
     options = {name: value for name, value in settings.items() if name not in FIT}
+    both = {"delta_r_style": ["style", 0], "delta_r_content": ["content", 0], "on_basis_mismatch": "stack"}
     nodes: Graph = {
         "model": node("UNETLoader", unet_name=WEIGHTS.name, weight_dtype="default"),
         "clip": node("QRLoRAToyTextEncoder"),
         "vae": node("QRLoRAToyVAE"),
-        **(trained(widgets, options) if in_graph else loaded()),
-        "prompt": node("CLIPTextEncode", text=MERGED_PROMPT, clip=["clip", 0]),
+        **(trained(widgets, options, pair) if in_graph else loaded(pair)),
+        "prompt": prompt(MERGED_PROMPT, "merge"),
         "noise": node("EmptySD3LatentImage", width=side, height=side, batch_size=1),
-        "merge": node(
-            "QRLoRAMerge",
-            delta_r_style=["style", 0],
-            alpha=1.0,
-            delta_r_content=["content", 0],
-            beta=1.0,
-            on_basis_mismatch="stack",
-        ),
-        "sweep": node(
-            "QRLoRAScaleSweep",
-            delta_r_style=["style", 0],
-            alphas=grid,
-            delta_r_content=["content", 0],
-            betas=grid,
-            on_basis_mismatch="stack",
-        ),
+        **{name: node("QRLoRAMerge", alpha=1.0, beta=1.0, act=act, **both) for name, act in MERGES.items()},
+        "sweep": node("QRLoRAScaleSweep", alphas=grid, betas=grid, act=ACT, **both),
     }
-    for name in ("merge", "sweep"):
-        nodes[f"{name}_apply"] = node("QRLoRAApply", model=["model", 0], delta_r=[name, 0], strength=1.0)
-        nodes[f"{name}_sample"] = node(
-            "KSampler",
-            model=[f"{name}_apply", 0],
-            positive=["prompt", 0],
-            negative=["prompt", 0],
-            latent_image=["noise", 0],
-            seed=seed,
-            steps=STEPS,
-            cfg=1.0,
-            sampler_name="euler",
-            scheduler="simple",
-            denoise=1.0,
-        )
-        nodes[f"{name}_decode"] = node("VAEDecode", samples=[f"{name}_sample", 0], vae=["vae", 0])
-    nodes["merge_picture"] = node("SaveImage", images=["merge_decode", 0], filename_prefix="merged")
+    for name in (*MERGES, "sweep"):
+        nodes |= drawn(name, seed)
+    for name in MERGES:
+        nodes[f"{name}_picture"] = node("SaveImage", images=[f"{name}_decode", 0], filename_prefix=name)
     nodes["sweep_sheet"] = node(
         "QRLoRAContactSheet",
         images=["sweep_decode", 0],
@@ -71,45 +45,80 @@ def graph(settings: Settings, seed: int, grid: str, in_graph: bool = True) -> Gr
     return nodes
 
 
-def demo_page(workflow: Graph, object_info: dict[str, Any]) -> dict[str, Any]:
+def prompt(text: str, merge: str) -> dict[str, Any]:
+    """A prompt that tells its text, and shows which triggers of a merge it holds."""
+    return node("QRLoRAPrompt", clip=["clip", 0], text=text, insert_triggers=False, delta_r=[merge, 0])
+
+
+def drawn(name: str, seed: int) -> Graph:
+    """What draws a merge: apply, sample, decode."""
+    return {
+        f"{name}_apply": node("QRLoRAApply", model=["model", 0], delta_r=[name, 0], strength=1.0),
+        f"{name}_sample": node(
+            "KSampler",
+            model=[f"{name}_apply", 0],
+            positive=["prompt", 0],
+            negative=["prompt", 0],
+            latent_image=["noise", 0],
+            seed=seed,
+            steps=STEPS,
+            cfg=1.0,
+            sampler_name="euler",
+            scheduler="simple",
+            denoise=1.0,
+        ),
+        f"{name}_decode": node("VAEDecode", samples=[f"{name}_sample", 0], vae=["vae", 0]),
+    }
+
+
+def demo_page(workflow: Graph, object_info: dict[str, Any], pair: Pair = PAIRS[DEFAULT_PAIR]) -> dict[str, Any]:
     """The workflow as the page that the demo opens: it begins at the trainings."""
     training = [["style_picture", "content_picture"], ["style"], ["content"], ["options"]]
     groups = [
-        Group("1. The toy FLUX", [["model", "clip", "vae", "prompt", "noise"]]),
+        Group("1. The toy FLUX", [["model", "clip", "vae", "noise"]]),
         Group("2. One picture, one adapter", training if "options" in workflow else [["style", "content"]]),
-        Group("3. Merge: turn alpha and beta, press Run", lane("merge", "merge_picture")),
-        Group("4. Every alpha and beta on one sheet", lane("sweep", "sweep_sheet"), below=True),
+        Group("3. Merge, one pass each: turn alpha and beta, press Run", lane("merge", "merge_picture", "prompt")),
+        Group("4. The plain sum, to compare", lane("plain", "plain_picture"), below=True),
+        Group("5. Every alpha and beta on one sheet, one pass each", lane("sweep", "sweep_sheet"), below=True),
     ]
     titles = {
         "style": "Style: <s>",
         "content": "Content: <c>",
         "style_picture": "The one picture of the style",
         "content_picture": "The one picture of the content",
+        "merge": "Merge: one pass each",
         "merge_picture": "What it draws",
+        "plain": "Merge: plain sum",
+        "plain_picture": "What the sum draws",
         "sweep_sheet": "The sheet",
     }
     known = {name: title for name, title in titles.items() if name in workflow}
-    return page(workflow, object_info, groups, known, Note(NOTE, 1, (320, 420)), View(0.62, 1, always=True))
+    note = Note(NOTE.format(content=pair.content.words, style=pair.style.words), 1, (320, 440))
+    return page(workflow, object_info, groups, known, note, View(0.62, 1, always=True))
 
 
-def lane(name: str, last: str) -> list[list[str]]:
-    """What follows a merge, one beside the other."""
-    return [[name], [f"{name}_apply"], [f"{name}_sample"], [f"{name}_decode"], [last]]
+def lane(name: str, last: str, *below: str) -> list[list[str]]:
+    """What follows a merge, one beside the other; `below`: what stands under Apply."""
+    return [[name], [f"{name}_apply", *below], [f"{name}_sample"], [f"{name}_decode"], [last]]
 
 
-NOTE = """**What this is.** A FLUX of 2.3 million parameters learns a *content* (a heart) and a *style* (upright bars in
-orange and violet) from one picture each. Then both are merged.
+NOTE = """**What this is.** A FLUX of 2.3 million parameters learns a *content* ({content}) and a *style* ({style})
+from one picture each. Then both are merged.
 
-The two panels on the left show the trainings. When they are done, the sheet is drawn; it is also saved in the folder
-that the terminal names.
+The two panels show the trainings. When they are done, two pictures and the sheet are drawn; they are also saved in the
+folder that the terminal names.
 
-**Then play:** turn *alpha* (style) and *beta* (content) in Merge \u0394R, press Run. Nothing is trained again."""
+**One pass each:** the model is asked once for each adapter whose trigger stands in the prompt, and what they change is
+added. **A plain sum** adds both to the weights, whatever the prompt says.
+
+**Then play:** turn *alpha* (style) and *beta* (content), press Run; nothing is trained again. Change the prompt to
+*a &lt;c&gt; in blue dotted style* and compare the two pictures."""
 
 
-def trained(widgets: Settings, options: Settings) -> Graph:
+def trained(widgets: Settings, options: Settings, pair: Pair) -> Graph:
     """The two pictures, and a Train node for each."""
     nodes: Graph = {"options": node("QRLoRATrainOptions", **options)}
-    for name, concept in CONCEPTS.items():
+    for name, concept in pair._asdict().items():
         nodes[f"{name}_picture"] = node("LoadImage", image=f"{concept.name}.png")
         nodes[name] = node(
             "QRLoRATrain",
@@ -128,10 +137,11 @@ def trained(widgets: Settings, options: Settings) -> Graph:
     return nodes
 
 
-def loaded() -> Graph:
+def loaded(pair: Pair) -> Graph:
     """The two adapters from their files."""
     return {
-        name: node("QRLoRALoadDeltaR", delta_r_name=f"{concept.name}.safetensors") for name, concept in CONCEPTS.items()
+        name: node("QRLoRALoadDeltaR", delta_r_name=f"{concept.name}.safetensors")
+        for name, concept in pair._asdict().items()
     }
 
 

@@ -17,8 +17,8 @@ from demo import server as instance
 from demo.server import Server, WorkflowError
 from qrlora_core import parse_scales
 
-from .concepts import CONTENT, PACK, STYLE, Settings, draw_picture
-from .graph import CONCEPTS, Graph, demo_page, graph, renamed, with_defaults
+from .concepts import DEFAULT_PAIR, PACK, PAIRS, Pair, Settings, draw_picture
+from .graph import MERGES, Graph, demo_page, graph, renamed, with_defaults
 from .model import WEIGHTS
 
 PAGE, PAGE_PACK = "toy_flux", "qrlora_demo"  # a workflow, and a pack without nodes that offers it as a template
@@ -34,6 +34,7 @@ def run(
     train: Callable[[], None],
     show: Callable[[], bool],
     wait: bool,
+    pair: Pair = PAIRS[DEFAULT_PAIR],
 ) -> bool:
     """The story in ComfyUI; sheet, pictures, adapters and log go to `out`, and `show` then tells the numbers.
 
@@ -45,9 +46,10 @@ def run(
         train: trains from the shell into `out`; for a pack without a Train node.
         show: what comes after the sheet; its answer is this function's.
         wait: keep the server, with its page open, until Ctrl-C.
+        pair: what is trained and merged.
     """
     with tempfile.TemporaryDirectory(prefix="qr-lora-demo-", ignore_cleanup_errors=True) as scratch:
-        base = make_base(Path(scratch) / "base")
+        base = make_base(Path(scratch) / "base", pair)
         server = Server(host, base, log=out / "comfyui.log")
         address = f"{server.url}/?template={PAGE}&source={PAGE_PACK}"
         print(f"page     {address}\n         answers in some ten seconds; watch the training there")
@@ -59,15 +61,16 @@ def run(
             in_graph = "QRLoRATrain" in server.get("/object_info")
             if not in_graph:
                 train()
-                for concept in CONCEPTS.values():
+                for concept in pair:
                     shutil.copy(out / f"{concept.name}.safetensors", base / "models" / "qrlora")
-            workflow = graph(settings, seed, grid, in_graph)
-            offer_page(server, workflow)
+            workflow = graph(settings, seed, grid, in_graph, pair)
+            offer_page(server, workflow, pair)
             print("the page is there", flush=True)
             if wait:
                 webbrowser.open(address)
-            entry = queued(server, workflow, int(settings["steps"]), pictures=1 + len(parse_scales(grid, "")) ** 2)
-            collect(base, entry, out, in_graph)
+            pictures = len(MERGES) + len(parse_scales(grid, "")) ** 2
+            entry = queued(server, workflow, int(settings["steps"]), pictures=pictures)
+            collect(base, entry, out, in_graph, pair)
             good = show()
             print(f"\npage     {address}\n         turn alpha and beta, press Run")
             print(f"log      {server.log}", flush=True)
@@ -78,30 +81,30 @@ def run(
     return good
 
 
-def make_base(folder: Path) -> Path:
+def make_base(folder: Path, pair: Pair = PAIRS[DEFAULT_PAIR]) -> Path:
     """A base directory with this pack, the toy and its two pictures. Nothing else is touched."""
     for name in ("models/diffusion_models", "models/qrlora", "models/loras", "models/vae", "input", "output"):
         (folder / name).mkdir(parents=True)
     for name in ("custom_nodes", "user/default/workflows"):
         (folder / name).mkdir(parents=True)
     instance.link(PACK, folder / "custom_nodes" / "qr-lora")
-    add_toy(folder)
+    add_toy(folder, pair)
     return folder
 
 
-def add_toy(base: Path) -> None:
+def add_toy(base: Path, pair: Pair = PAIRS[DEFAULT_PAIR]) -> None:
     """The toy's weights, its two pictures, and a pack without nodes that offers the demo's page as a template."""
     shutil.copy(WEIGHTS, base / "models" / "diffusion_models")
-    for concept in (CONTENT, STYLE):
+    for concept in pair:
         draw_picture(concept, base / "input")
     pack = base / "custom_nodes" / PAGE_PACK
     (pack / "example_workflows").mkdir(parents=True)
     (pack / "__init__.py").write_text("NODE_CLASS_MAPPINGS = {}\n", encoding="utf-8")
 
 
-def offer_page(server: Server, workflow: Graph) -> None:
+def offer_page(server: Server, workflow: Graph, pair: Pair = PAIRS[DEFAULT_PAIR]) -> None:
     """The workflow in the browser's own form: as a template, and in the list of workflows."""
-    text = json.dumps(demo_page(workflow, server.get("/object_info")), indent=1)
+    text = json.dumps(demo_page(workflow, server.get("/object_info"), pair), indent=1)
     for folder in (f"custom_nodes/{PAGE_PACK}/example_workflows", "user/default/workflows"):
         (server.base / folder / f"{PAGE}.json").write_text(text, encoding="utf-8")
 
@@ -196,11 +199,13 @@ def keep(server: Server) -> None:
     print(f"ComfyUI ended by itself:\n{server.tail()}", file=sys.stderr)
 
 
-def collect(base: Path, entry: dict[str, Any], out: Path, in_graph: bool) -> None:
-    """Copy what the run made to the folder of the results."""
-    sheet = entry["outputs"]["sweep_sheet"]["images"][0]
-    shutil.copy(base / "output" / sheet["subfolder"] / sheet["filename"], out / "sheet.png")
-    for concept in CONCEPTS.values():
+def collect(base: Path, entry: dict[str, Any], out: Path, in_graph: bool, pair: Pair = PAIRS[DEFAULT_PAIR]) -> None:
+    """Copy what the run made to the folder of the results: the sheet, a picture of each merge, what was learned."""
+    pictures = {"sweep_sheet": "sheet.png", **{f"{name}_picture": f"{name}.png" for name in MERGES}}
+    for name, target in pictures.items():
+        saved = entry["outputs"][name]["images"][0]
+        shutil.copy(base / "output" / saved["subfolder"] / saved["filename"], out / target)
+    for concept in pair:
         shutil.copy(base / "input" / f"{concept.name}.png", out)
         if in_graph:
             shutil.copy(base / "output" / "qrlora" / f"{concept.name}.safetensors", out)

@@ -14,10 +14,9 @@ from typing import Any
 from PIL import Image
 
 from . import server as instance
-from .concepts import ENLARGED, MERGED_PROMPT, PACK
+from .concepts import ACT, ENLARGED, MERGED_PROMPT, PACK
 from .golden import installed_host
-from .graph import Graph, lane, node, with_defaults
-from .model import STEPS
+from .graph import Graph, drawn, lane, node, prompt, with_defaults
 from .page import Group, Note, View, page
 from .toy.features import SIZE
 
@@ -25,7 +24,7 @@ NAME = "QR-LoRA in a minute"
 FOLDER = PACK / "example_workflows"
 THUMBNAIL = (480, 480)
 GRID = "0, 0.5, 1"
-SEED = 9  # of 32 the one from which the merge is drawn clearest, by eye
+SEED = 15  # chosen among 32, see `demo.noise`
 PICTURE = "qr_lora_in_a_minute.jpg"  # in web/, where web/qrlora_example.js finds it
 TEXT = """**No download, no settings: press Run** (some seconds on a CPU).
 
@@ -34,6 +33,8 @@ violet) and a content (a heart).
 
 - **alpha** turns the style, **beta** the content. Change them in *Merge*, press Run again.
 - On the sheet every alpha meets every beta. It shows an earlier run until you press Run.
+- **act** is *by prompt, one pass each*: the model is asked once for each adapter whose trigger stands in the prompt, so
+  that neither draws over the other. *always* is the plain sum: try both with *a &lt;c&gt; in blue dotted style*.
 
 With adapters of your own: the template *Merge style and content*. The orange nodes stand where Load Diffusion Model,
 DualCLIPLoader, Load VAE and Load \u0394R Adapter stand there."""
@@ -55,27 +56,13 @@ def graph() -> Graph:
         "vae": node("QRLoRAToyVAE"),
         "style": node("QRLoRAToyAdapter", adapter="style"),
         "content": node("QRLoRAToyAdapter", adapter="content"),
-        "prompt": node("CLIPTextEncode", text=MERGED_PROMPT, clip=["clip", 0]),
+        "prompt": prompt(MERGED_PROMPT, "merge"),
         "noise": node("EmptySD3LatentImage", width=SIZE * ENLARGED, height=SIZE * ENLARGED, batch_size=1),
-        "merge": node("QRLoRAMerge", alpha=1.0, beta=1.0, on_basis_mismatch="stack", **both()),
-        "sweep": node("QRLoRAScaleSweep", alphas=GRID, betas=GRID, on_basis_mismatch="stack", **both()),
+        "merge": node("QRLoRAMerge", alpha=1.0, beta=1.0, on_basis_mismatch="stack", act=ACT, **both()),
+        "sweep": node("QRLoRAScaleSweep", alphas=GRID, betas=GRID, on_basis_mismatch="stack", act=ACT, **both()),
+        **drawn("merge", SEED),
+        **drawn("sweep", SEED),
     }
-    for name in ("merge", "sweep"):
-        nodes[f"{name}_apply"] = node("QRLoRAApply", model=["model", 0], delta_r=[name, 0], strength=1.0)
-        nodes[f"{name}_sample"] = node(
-            "KSampler",
-            model=[f"{name}_apply", 0],
-            positive=["prompt", 0],
-            negative=["prompt", 0],
-            latent_image=["noise", 0],
-            seed=SEED,
-            steps=STEPS,
-            cfg=1.0,
-            sampler_name="euler",
-            scheduler="simple",
-            denoise=1.0,
-        )
-        nodes[f"{name}_decode"] = node("VAEDecode", samples=[f"{name}_sample", 0], vae=["vae", 0])
     nodes["picture"] = node("PreviewImage", images=["merge_decode", 0])
     nodes["sheet"] = node(
         "QRLoRAContactSheet",
@@ -96,8 +83,8 @@ def both() -> dict[str, Any]:
 def template(object_info: dict[str, Any]) -> dict[str, Any]:
     """The page."""
     groups = [
-        Group("1. A model and two adapters", [["style", "content", "model", "clip", "vae"], ["prompt", "noise"]]),
-        Group("2. Merge: turn alpha and beta, press Run", lane("merge", "picture")),
+        Group("1. A model and two adapters", [["style", "content", "model"], ["clip", "vae", "noise"]]),
+        Group("2. Merge: turn alpha and beta, press Run", lane("merge", "picture", "prompt")),
         Group("3. Every alpha and beta on one sheet", lane("sweep", "sheet"), below=True),
     ]
     note = Note(TEXT, 0, (360, 420))

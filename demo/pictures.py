@@ -2,8 +2,8 @@
 
 The training set has 6 shapes, 6 colours and 4 textures. A colour's word names a whole palette, ground included, so that
 grounds are something that words decide. Textures repeat every 4 pixels, one token of the model: a longer period has to
-be agreed on between tokens, which a model of this size learns badly. Two concepts are outside of the training set: a
-shape (`HEART`), and a style with a texture and a palette of its own (`BARRED` in `SUNSET`).
+be agreed on between tokens, which a model of this size learns badly. Shapes (`NEW_SHAPES`) and styles, each a palette
+with a texture of its own (`NEW_STYLES`), are outside of the training set; the first of each is the demo's own.
 """
 
 import itertools
@@ -19,6 +19,8 @@ SHAPES = ("circle", "square", "triangle", "diamond", "cross", "ring")
 COLOURS = ("red", "yellow", "green", "cyan", "blue", "magenta")
 TEXTURES = ("plain", "striped", "checked", "dotted")
 HEART, SUNSET, BARRED = "heart", "sunset", "barred"
+NEW_SHAPES = (HEART, "ell", "bow", "arch", "tee")
+NEW_STYLES = {SUNSET: BARRED, "violet": "hatched", "slate": "slanted", "rose": "grid", "brown": "blocks"}
 CONTENT_TRIGGER, STYLE_TRIGGER = "<c>", "<s>"
 
 _SAMPLES = 4  # per pixel and direction, against jagged edges
@@ -32,6 +34,10 @@ PALETTES = {
     "blue": ((0.15, 0.25, 0.95), (0.10, 0.10, 0.12), (0.96, 0.96, 0.96)),
     "magenta": ((0.90, 0.15, 0.80), (0.03, 0.20, 0.10), (0.88, 1.00, 0.92)),
     SUNSET: ((1.00, 0.50, 0.10), (0.35, 0.12, 0.60), (1.00, 0.90, 0.70)),
+    "violet": ((0.55, 0.35, 0.85), (0.95, 0.90, 0.20), (0.95, 1.00, 0.90)),
+    "slate": ((0.45, 0.50, 0.58), (0.98, 0.45, 0.10), (1.00, 0.97, 0.75)),
+    "rose": ((0.98, 0.60, 0.66), (0.30, 0.30, 0.50), (0.86, 0.93, 0.86)),
+    "brown": ((0.52, 0.30, 0.12), (0.60, 0.95, 0.75), (0.93, 0.87, 0.97)),
 }
 
 
@@ -88,6 +94,16 @@ def inside_shape(shape: str, x: Tensor, y: Tensor) -> Tensor:
     if shape == HEART:
         u, v = across / 9.8, (1.5 - y) / 9.8
         return (u**2 + v**2 - 1) ** 3 <= u**2 * v**3
+    if shape == "ell":
+        return (torch.maximum(across, down) <= 10.5) & ((x <= -3.5) | (y >= 3.5))
+    if shape == "bow":
+        return (across <= 11) & (down <= 1.5 + across * 0.8)
+    if shape == "arch":
+        bend = torch.hypot(x, y + 1)
+        legs = (y > -1) & (y <= 10.5) & (across <= 11) & (across >= 5)
+        return ((bend <= 11) & (bend >= 5) & (y <= -1)) | legs
+    if shape == "tee":
+        return ((y <= -3.5) & (y >= -10.5) & (across <= 11)) | ((across <= 3.5) & (down <= 10.5))
     raise ValueError(f"{shape!r} is not a shape that can be drawn")
 
 
@@ -103,4 +119,12 @@ def has_mark(texture: str, x: Tensor, y: Tensor) -> Tensor:
         return torch.hypot(torch.remainder(x, 4) - 2, torch.remainder(y, 4) - 2) < 1.4
     if texture == BARRED:
         return torch.remainder(x, 4) < 2
+    if texture == "hatched":
+        return torch.remainder(x - y, 4) < 2
+    if texture == "slanted":
+        return torch.remainder(x + y, 4) < 2
+    if texture == "grid":
+        return (torch.remainder(x, 4) < 1) | (torch.remainder(y, 4) < 1)
+    if texture == "blocks":
+        return (torch.remainder(x, 4) < 2) & (torch.remainder(y, 4) < 2)
     raise ValueError(f"{texture!r} is not a texture that can be drawn")

@@ -2,8 +2,8 @@
 
     python -m demo.reader    its accuracy on drawn pictures, clean and spoilt
 
-References are every shape x palette x texture, the new ones included and mixed with the old ones, at nine places.
-There is nothing to train and no file to keep.
+References are every shape x palette x texture, the new ones of a pair included and mixed with the old ones, at nine
+places. There is nothing to train and no file to keep.
 """
 
 import itertools
@@ -17,20 +17,28 @@ from torch.nn import functional
 from .pictures import BARRED, COLOURS, HEART, SHAPES, SUNSET, TEXTURES, Look, draw
 
 PLACES = tuple(itertools.product((-2, 0, 2), repeat=2))  # of a shape's centre, pixels right and down of the middle
-LOOKS = tuple(Look(*parts) for parts in itertools.product(SHAPES + (HEART,), COLOURS + (SUNSET,), TEXTURES + (BARRED,)))
 
 
-def read(pictures: Tensor) -> list[Look]:
-    """What each picture, (batch, 3, 32, 32), 0 to 1, looks like most."""
-    references, squares = _references()
+def looks_with(new: Look) -> tuple[Look, ...]:
+    """Everything that a picture can be read as where shape, palette and texture of `new` are known beside the old."""
+    words = (SHAPES + (new.shape,), COLOURS + (new.colour,), TEXTURES + (new.texture,))
+    return tuple(Look(*parts) for parts in itertools.product(*words))
+
+
+LOOKS = looks_with(Look(HEART, SUNSET, BARRED))
+
+
+def read(pictures: Tensor, looks: tuple[Look, ...] = LOOKS) -> list[Look]:
+    """Which of `looks` each picture, (batch, 3, 32, 32), 0 to 1, looks like most."""
+    references, squares = _references(looks)
     distance = squares - 2 * pictures.flatten(1) @ references.T  # the pictures' own squares decide nothing
-    return [LOOKS[index // len(PLACES)] for index in distance.argmin(1).tolist()]
+    return [looks[index // len(PLACES)] for index in distance.argmin(1).tolist()]
 
 
 @cache
-def _references() -> tuple[Tensor, Tensor]:
+def _references(looks: tuple[Look, ...]) -> tuple[Tensor, Tensor]:
     """All references, (looks x places, pixels), and the sum of squares of each."""
-    references = torch.stack([draw(look, place) for look in LOOKS for place in PLACES]).flatten(1)
+    references = torch.stack([draw(look, place) for look in looks for place in PLACES]).flatten(1)
     return references, references.square().sum(1)
 
 

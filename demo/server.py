@@ -10,6 +10,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -102,14 +103,19 @@ class Server:
     """A ComfyUI server on loopback, over a base directory of its own."""
 
     def __init__(
-        self, host: Path, base: Path, environment: dict[str, str] | None = None, log: Path | None = None
+        self,
+        host: Path,
+        base: Path,
+        environment: dict[str, str] | None = None,
+        log: Path | None = None,
+        arguments: Sequence[str] = (),
     ) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self.url, self.base, self.log = f"http://127.0.0.1:{port}", base, log or base / "server.log"
         command = [interpreter(host), "main.py", "--cpu", "--disable-api-nodes", "--base-directory", str(base)]
-        command += ["--listen", "127.0.0.1", "--port", str(port), "--database-url", "sqlite:///:memory:"]
+        command += ["--listen", "127.0.0.1", "--port", str(port), "--database-url", "sqlite:///:memory:", *arguments]
         with self.log.open("w") as file:
             self.process = subprocess.Popen(
                 command, cwd=host, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, **(environment or {})}

@@ -8,19 +8,30 @@ from collections.abc import Sequence
 import torch
 from PIL import Image, ImageDraw
 
-from qrlora_core import Adapter, MergeRecipe, merge, merged_adapter, open_adapter, similarity_report, sweep
+from qrlora_core import (
+    Adapter,
+    MergeRecipe,
+    merge,
+    merge_acting,
+    merged_adapter,
+    open_adapter,
+    similarity_report,
+    sweep,
+)
 from qrlora_plots import contact_sheet, similarity_figure
 from qrlora_plots.text import font_for
 
-from .concepts import CONTENT, MERGED_PROMPT, PACK, STYLE, to_image
+from .concepts import ACT, CONTENT, MERGED_PROMPT, PACK, STYLE, SUM, to_image
+from .fused import Fused
 from .minute import FOLDER as TEMPLATES
-from .minute import SEED, THUMBNAIL
+from .minute import THUMBNAIL
 from .model import load_toy, patched, sample
 from .pictures import draw
-from .ship import FOLDER, FP8
+from .toy.files import BASE, FOLDER
 
 DOCS = PACK / "docs"
 TILE, GAP = 256, 64
+SEED = 9  # of 32 the one from which a plain sum is drawn clearest, by eye
 PAPER, INK = "#f4f1ea", "#33302a"
 
 
@@ -35,6 +46,7 @@ def main() -> None:
         "Train and merge": stacked(
             row([pictures[CONTENT.name], ">", drawn["content"]]), row([pictures[STYLE.name], ">", drawn["style"]])
         ),
+        "One pass each": one_pass_each(style, content),
         "Sweep alpha and beta": sheet(style, content),
         "Compare two adapters": compared(style, content),
     }
@@ -46,7 +58,7 @@ def main() -> None:
 
 def two_loras(style: Adapter, content: Adapter, drawn: dict[str, Image.Image]) -> dict[str, Image.Image]:
     """Template -> what its merge does, shown by the toy: two files that become one, and both from nothing to all."""
-    toy, files = load_toy(FP8), [MergeRecipe.of(one) for one in (style, content)]
+    toy, files = load_toy(BASE), [MergeRecipe.of(one) for one in (style, content)]
 
     def at(strength: float) -> Image.Image:
         merged = merged_adapter(merge(files[0], strength, files[1], strength))
@@ -62,6 +74,18 @@ def two_loras(style: Adapter, content: Adapter, drawn: dict[str, Image.Image]) -
     }
 
 
+def one_pass_each(style: Adapter, content: Adapter) -> Image.Image:
+    """Three prompts, both adapters on: as a sum above, in passes of their own below."""
+    fused = Fused(load_toy(BASE), (style, content))
+    rows = []
+    for title, act in (("plain sum", SUM), ("one pass each", ACT)):
+        recipe = merge_acting(MergeRecipe.of(style), 1.0, MergeRecipe.of(content), 1.0, act=act)
+        prompts = (MERGED_PROMPT, "a <c> in blue dotted style", "a ring in green checked style")
+        drawn = [to_image(one) for one in fused.sample(recipe, prompts, [SEED] * len(prompts))]
+        rows.append(titled(row(drawn), title))
+    return stacked(*rows)
+
+
 def titled(picture: Image.Image, title: str) -> Image.Image:
     """The picture with a line of text above it."""
     paper = Image.new("RGB", (picture.width, picture.height + GAP // 2), PAPER)
@@ -72,7 +96,7 @@ def titled(picture: Image.Image, title: str) -> Image.Image:
 
 def drawn_by(style: Adapter, content: Adapter) -> dict[str, Image.Image]:
     """What each adapter draws beside what it was trained on, and both together."""
-    toy = load_toy(FP8)
+    toy = load_toy(BASE)
     both = merged_adapter(merge(MergeRecipe.of(style), 1.0, MergeRecipe.of(content), 1.0))
     wanted = {
         "content": (content, "a <c> in blue dotted style"),
@@ -116,7 +140,7 @@ def stacked(upper: Image.Image, lower: Image.Image) -> Image.Image:
 
 
 def sheet(style: Adapter, content: Adapter) -> Image.Image:
-    toy, grid = load_toy(FP8), "0:1:0.25"
+    toy, grid = load_toy(BASE), "0:1:0.25"
     cells = sweep(MergeRecipe.of(style), grid, MergeRecipe.of(content), grid)
     pixels = [sample(patched(toy, merged_adapter(cell.recipe)), [MERGED_PROMPT], [SEED])[0] for cell in cells]
     return contact_sheet([to_image(one) for one in pixels], [cell.label for cell in cells]).image

@@ -12,7 +12,8 @@ SHOWN = 280  # height of a picture that a node shows
 # What these nodes show below their widgets, once they have run
 TALLER = {
     "QRLoRATrain": 330,
-    "QRLoRAMerge": 110,
+    "QRLoRAMerge": 170,
+    "QRLoRAPrompt": 110,
     "QRLoRAApply": 110,
     "QRLoRALoadDeltaR": 110,
     "QRLoRAToyAdapter": 110,

@@ -9,6 +9,7 @@ from server import PromptServer
 from ..qrlora_core import PathError, QRLoRAError, open_adapter
 from . import report
 from .host import folders
+from .visitors import own_pages
 
 _MARK = "qrlora_adapter_routes"
 # As managers of LoRAs name the picture of `ink.safetensors`, the first that is there.
@@ -23,6 +24,7 @@ def register() -> None:
     setattr(server, _MARK, True)
 
     @server.routes.get("/qrlora/adapter")
+    @own_pages
     async def facts(request: web.Request) -> web.Response:
         name = request.query.get("name", "")
         try:
@@ -32,6 +34,7 @@ def register() -> None:
         return web.json_response({"text": text, "picture": picture_of(name) is not None})
 
     @server.routes.get("/qrlora/adapter/picture")
+    @own_pages
     async def picture(request: web.Request) -> web.StreamResponse:
         path = picture_of(request.query.get("name", ""))
         if path is None:

@@ -6,10 +6,11 @@ from comfy_api.latest import io
 
 from ..qrlora_core import NOTHING, MergeRecipe, Residual
 from . import sockets
+from .arrivals import Node
 from .host.application import MODES, Mode, apply_recipe
 
 
-class Apply(io.ComfyNode):
+class Apply(Node):
     """MODEL and DELTA_R -> MODEL."""
 
     @classmethod

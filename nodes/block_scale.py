@@ -20,13 +20,14 @@ from ..qrlora_core import (
     scale_to_json,
 )
 from . import report, sockets
+from .arrivals import Node
 from .host import block_files, folders
 
 NO_PRESET = "none"
 SAVED = "saved: "
 
 
-class BlockScaleNode(io.ComfyNode):
+class BlockScaleNode(Node):
     """DELTA_R -> DELTA_R with a factor for every layer."""
 
     @classmethod

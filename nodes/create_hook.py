@@ -4,12 +4,13 @@ from comfy_api.latest import io
 
 from ..qrlora_core import NOTHING, MergeRecipe
 from . import report, sockets
+from .arrivals import Node
 from .host.hooks import DeltaRHook, HookGroup
 
 Hooks = io.Custom("HOOKS")
 
 
-class CreateHook(io.ComfyNode):
+class CreateHook(Node):
     """DELTA_R -> HOOKS."""
 
     @classmethod

@@ -4,12 +4,13 @@ from comfy_api.latest import io
 
 from ..qrlora_core import MergeRecipe
 from . import report, sockets
+from .arrivals import Node
 from .host import toy
 
 CATEGORY = f"{sockets.CATEGORY}/demo"
 
 
-class ToyModel(io.ComfyNode):
+class ToyModel(Node):
     """Nothing -> MODEL."""
 
     @classmethod
@@ -30,7 +31,7 @@ class ToyModel(io.ComfyNode):
         return io.NodeOutput(toy.load_model())
 
 
-class ToyAdapter(io.ComfyNode):
+class ToyAdapter(Node):
     """A name -> DELTA_R."""
 
     @classmethod
@@ -59,7 +60,7 @@ class ToyAdapter(io.ComfyNode):
         return io.NodeOutput(MergeRecipe.of(opened), ui={"text": [report.adapter_text(opened)]})
 
 
-class ToyTextEncoder(io.ComfyNode):
+class ToyTextEncoder(Node):
     """Nothing -> CLIP."""
 
     @classmethod
@@ -79,7 +80,7 @@ class ToyTextEncoder(io.ComfyNode):
         return io.NodeOutput(toy.ToyCLIP())
 
 
-class ToyVAE(io.ComfyNode):
+class ToyVAE(Node):
     """Nothing -> VAE."""
 
     @classmethod

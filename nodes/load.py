@@ -4,10 +4,11 @@ from comfy_api.latest import io
 
 from ..qrlora_core import MergeRecipe, Residual, open_adapter
 from . import report, sockets
+from .arrivals import Node
 from .host import folders
 
 
-class LoadDeltaR(io.ComfyNode):
+class LoadDeltaR(Node):
     """File -> DELTA_R."""
 
     @classmethod
@@ -42,7 +43,7 @@ class LoadDeltaR(io.ComfyNode):
         return io.NodeOutput(MergeRecipe.of(adapter), ui={"text": [report.adapter_text(adapter)]})
 
 
-class LoadResidual(io.ComfyNode):
+class LoadResidual(Node):
     """File -> RESIDUAL."""
 
     @classmethod

@@ -7,11 +7,12 @@ from comfy_api.latest import io
 
 from ..qrlora_core import NOTHING, OTHER_PARTS, MergeRecipe, OpenedLora, OtherParts, lora_text, open_lora
 from . import report, sockets
+from .arrivals import Node
 from .host import folders, with_progress, work_device
 from .lora_stack import LoraStack, stack_entries, stack_output
 
 
-class LoadLoRA(io.ComfyNode):
+class LoadLoRA(Node):
     """File in models/loras -> DELTA_R."""
 
     @classmethod
@@ -50,7 +51,7 @@ class LoadLoRA(io.ComfyNode):
         return io.NodeOutput(MergeRecipe.of(opened.adapter), ui={"text": [text]})
 
 
-class FromLoRAStack(io.ComfyNode):
+class FromLoRAStack(Node):
     """LORA_STACK -> DELTA_R, and a stack of what is left for the text encoders."""
 
     @classmethod

@@ -4,9 +4,10 @@ from comfy_api.latest import io
 
 from ..qrlora_core import ACTS, NOTHING, MergeRecipe, OnMismatch, Triggers, merge_acting, merge_report
 from . import host, report, sockets
+from .arrivals import Node
 
 
-class Merge(io.ComfyNode):
+class Merge(Node):
     """Two DELTA_R -> DELTA_R."""
 
     @classmethod

@@ -4,12 +4,13 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..qrlora_core import NOTHING, MergeRecipe, SettingError, holds, triggers_of
+from ..qrlora_core import NOTHING, MergeRecipe, holds, triggers_of
 from . import sockets
+from .arrivals import Node
 from .host.steps import PROMPT
 
 
-class PromptNode(io.ComfyNode):
+class PromptNode(Node):
     """CLIP and text -> CONDITIONING that holds its text."""
 
     @classmethod
@@ -45,8 +46,6 @@ class PromptNode(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip: Any, text: str, insert_triggers: bool, delta_r: MergeRecipe = NOTHING) -> io.NodeOutput:
-        if clip is None:
-            raise SettingError("clip is empty: the checkpoint holds no text encoder; connect a CLIP loader")
         triggers = list(dict.fromkeys(one for adapter in delta_r.adapters for one in triggers_of(adapter)))
         if insert_triggers:
             text = " ".join([*(one for one in triggers if not holds(text, one)), text])

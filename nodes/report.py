@@ -82,14 +82,15 @@ def hook_text(recipe: MergeRecipe, strength: float, hooks: int) -> str:
     )
 
 
-def sweep_text(cells: Sequence[SweepCell]) -> str:
-    """How many pictures, and of what."""
+def sweep_text(cells: Sequence[SweepCell], act: str = "always") -> str:
+    """How many pictures, and of what; how both act, where it is not a plain sum."""
     alphas, betas = (dict.fromkeys(values) for values in zip(*((cell.alpha, cell.beta) for cell in cells)))
     return "\n".join(
         [
             f"{len(alphas)} x {len(betas)} = {len(cells)} pictures",
             "alpha " + ", ".join(f"{value:.10g}" for value in alphas),
             "beta " + ", ".join(f"{value:.10g}" for value in betas),
+            *([act] if act != "always" else []),
         ]
     )
 

@@ -27,13 +27,14 @@ from ..qrlora_core import (
 )
 from ..qrlora_core.save import AdapterFormat
 from . import host, sockets
+from .arrivals import Node
 from .host import folders
 from .lora_stack import Entry, stack_entries, stack_input, stack_output, with_file
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-class SaveDeltaR(io.ComfyNode):
+class SaveDeltaR(Node):
     """DELTA_R -> file in models/qrlora or models/loras."""
 
     @classmethod
@@ -87,10 +88,8 @@ class SaveDeltaR(io.ComfyNode):
         folder: str = "models/qrlora",
         lora_stack: Any = None,
     ) -> io.NodeOutput:
-        kind, stack = (
-            folders.PLACES[folder],
-            list(stack_entries(lora_stack)),
-        )  # first: nothing is written for a wrong stack
+        kind = folders.PLACES[folder]
+        stack = list(stack_entries(lora_stack))  # first: nothing is written for a wrong stack
         if kind == folders.LORAS and format == "published":
             raise SettingError("a published file is no LoRA: save it to models/qrlora, or choose the format portable")
         adapter = merged_adapter(delta_r, progress=host.interruptible)
@@ -101,7 +100,7 @@ class SaveDeltaR(io.ComfyNode):
         return _saved(path, kind, note, stack)
 
 
-class ExportLoRA(io.ComfyNode):
+class ExportLoRA(Node):
     """DELTA_R -> standard LoRA in models/loras, and in a stack."""
 
     @classmethod
@@ -150,7 +149,7 @@ class ExportLoRA(io.ComfyNode):
         return _saved(path, folders.LORAS, note, stack)
 
 
-class SaveResidual(io.ComfyNode):
+class SaveResidual(Node):
     """MODEL -> residual file in models/qrlora."""
 
     @classmethod

@@ -4,13 +4,14 @@ from comfy_api.latest import io
 
 from ..qrlora_core import NOTHING, PRESETS, MergeRecipe, Schedule, SettingError, content_first, parse_schedule
 from . import report, sockets
+from .arrivals import Node
 
 CUSTOM = "points"
 # The two halves of "content first, then style", the order that keeps both best
 HALVES = ("style second", "content first")
 
 
-class ScheduleNode(io.ComfyNode):
+class ScheduleNode(Node):
     """DELTA_R -> DELTA_R with a strength that follows the sampling."""
 
     @classmethod

@@ -9,11 +9,12 @@ from comfy_api.latest import io, ui
 from ..qrlora_core import MergeRecipe, SimilarityReport, merged_adapter, similarity_report
 from ..qrlora_plots import PlotsUnavailableError, array_of, similarity_image, text_card
 from . import host, report, sockets
+from .arrivals import Node
 
 log = logging.getLogger(__name__)
 
 
-class Similarity(io.ComfyNode):
+class Similarity(Node):
     """Two DELTA_R -> IMAGE, STRING."""
 
     @classmethod

@@ -8,15 +8,16 @@ from typing import Any
 import torch
 from comfy_api.latest import io, ui
 
-from ..qrlora_core import NOTHING, MergeRecipe, OnMismatch, SettingError, contained_path, sweep
+from ..qrlora_core import ACTS, NOTHING, MergeRecipe, OnMismatch, SettingError, contained_path, sweep
 from ..qrlora_plots import ContactSheet, array_of, contact_sheet, images_of
 from . import report, sockets
+from .arrivals import Node
 from .host import folders
 
 METADATA = "qr_lora_contact_sheet"
 
 
-class ScaleSweep(io.ComfyNode):
+class ScaleSweep(Node):
     """Two DELTA_R -> a list of DELTA_R and a list of labels."""
 
     @classmethod
@@ -32,6 +33,14 @@ class ScaleSweep(io.ComfyNode):
                 sockets.delta_r_input("delta_r_content", "The content adapter (or any second one)."),
                 _list_input("betas", "0.6, 0.8, 1.0", "content"),
                 sockets.mismatch_input(),
+                io.Combo.Input(
+                    "act",
+                    options=list(ACTS),
+                    default="always",
+                    optional=True,
+                    tooltip="How the two act in each merge, as in Merge \u0394R. By prompt, triggers are those that "
+                    "the files state; encode the prompt with QR-LoRA Prompt.",
+                ),
             ],
             outputs=[
                 sockets.DeltaR.Output(
@@ -53,18 +62,19 @@ class ScaleSweep(io.ComfyNode):
         on_basis_mismatch: OnMismatch,
         delta_r_style: MergeRecipe = NOTHING,
         delta_r_content: MergeRecipe = NOTHING,
+        act: str = "always",
     ) -> io.NodeOutput:
-        cells = sweep(delta_r_style, alphas, delta_r_content, betas, on_basis_mismatch)
+        cells = sweep(delta_r_style, alphas, delta_r_content, betas, on_basis_mismatch, act)
         title = f"alpha: {_names(delta_r_style)}; beta: {_names(delta_r_content)}"
         return io.NodeOutput(
             [cell.recipe for cell in cells],
             [cell.label for cell in cells],
             title,
-            ui={"text": [report.sweep_text(cells)]},
+            ui={"text": [report.sweep_text(cells, act)]},
         )
 
 
-class ContactSheetNode(io.ComfyNode):
+class ContactSheetNode(Node):
     """A list of IMAGE and a list of labels -> IMAGE and a file."""
 
     @classmethod

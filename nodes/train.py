@@ -11,6 +11,7 @@ from torch import Tensor
 from ..qrlora_core import QRLoRAError, TensorFile
 from ..train.data.captions import DEFAULT_PROMPT, folder_version
 from . import report, sockets
+from .arrivals import Node
 from .host import encoders, folders, session
 from .host.base_format import base_format
 from .train_options import combo_input, number_input
@@ -28,7 +29,7 @@ _AS_RANK = {"default": 0.0, "min": 0.0, "step": 0.5}
 _published: dict[Path, tuple[int, int]] = {}
 
 
-class Train(io.ComfyNode):
+class Train(Node):
     """Model file, pictures, CLIP and VAE -> DELTA_R."""
 
     @classmethod

@@ -9,6 +9,7 @@ from comfy_api.latest import io
 
 from ..train.config import FitConfig, choices
 from . import sockets
+from .arrivals import Node
 
 PRESET = "preset"
 # What a preset fills in where the user left "preset". Offload: the share of the blocks' weights that waits in RAM.
@@ -71,7 +72,7 @@ def combo_input(name: str, tooltip: str, with_preset: bool = False) -> Any:
     return io.Combo.Input(name, options=options, default=PRESET if with_preset else spec.default, tooltip=tooltip)
 
 
-class TrainOptionsNode(io.ComfyNode):
+class TrainOptionsNode(Node):
     """Widgets -> QRLORA_TRAIN_OPTIONS."""
 
     @classmethod

@@ -4,7 +4,6 @@ __version__ = "0.1.0"
 
 from .acts import ACTS, Act, Triggers, merge_acting, triggers_of_both
 from .adapter import METHODS, Adapter, AdapterLayer, LayerInfo
-from .balance import Asked, Point, Trial
 from .basis import (
     JointBasis,
     basis_name,
@@ -39,7 +38,7 @@ from .errors import (
 )
 from .families import Family, LayerKind, family_of_targets, flux_targets, layer_kind
 from .formats import file_kind, is_residual, open_adapter
-from .gate import Gate, content_gate, content_pass_gate, holds, style_gate, style_pass_gate, triggers_of, without
+from .gate import Gate, content_gate, content_pass_gate, holds, style_gate, style_pass_gate, triggers_of
 from .linalg import Basis, base_r, core_energy, decompose, residual_weight, restored_weight
 from .lora import OTHER_PARTS, OpenedLora, OtherParts, lora_text, open_lora
 from .merge import MergeReport, OnMismatch, merge, merge_report, merged_adapter
@@ -69,7 +68,6 @@ __all__ = [
     "Act",
     "Adapter",
     "AdapterLayer",
-    "Asked",
     "Basis",
     "BasisMismatchError",
     "BlockRange",
@@ -94,7 +92,6 @@ __all__ = [
     "OpenedLora",
     "OtherParts",
     "PathError",
-    "Point",
     "Product",
     "QRLoRAError",
     "Residual",
@@ -106,7 +103,6 @@ __all__ = [
     "TensorFile",
     "Term",
     "TrainingCache",
-    "Trial",
     "Triggers",
     "Truncated",
     "WeightError",
@@ -168,6 +164,7 @@ __all__ = [
     "sweep",
     "term_products",
     "triggers_of",
+    "triggers_of_both",
     "truncated",
     "value_dtype",
     "whole_file",

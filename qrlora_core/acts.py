@@ -42,6 +42,9 @@ class Triggers(NamedTuple):
     content: str = ""
 
 
+AS_STATED = Triggers()
+
+
 def merge_acting(
     style: MergeRecipe,
     alpha: float,
@@ -50,7 +53,7 @@ def merge_acting(
     *,
     act: str = "always",
     switch: float = 0.5,
-    triggers: Triggers = Triggers(),
+    triggers: Triggers = AS_STATED,
     prompt: str | None = None,
     on_basis_mismatch: OnMismatch = "stack",
 ) -> MergeRecipe:
@@ -73,9 +76,7 @@ def merge_acting(
     if way.by_prompt:
         moment = switch if way.content_first else None
         words = triggers_of_both(style, content, triggers)
-        of_style, of_content = (
-            (style_pass_gate, content_pass_gate) if way.one_pass_each else (style_gate, content_gate)
-        )
+        of_style, of_content = (style_pass_gate, content_pass_gate) if way.one_pass_each else (style_gate, content_gate)
         style = style.gated(_gates(of_style, triggers.style, words[1], moment, prompt))
         content = content.gated(_gates(of_content, triggers.content, words[0], moment, prompt))
     if way.one_pass_each:

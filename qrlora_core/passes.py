@@ -35,6 +35,9 @@ def evaluations(passes: Sequence[Hashable | None], table: Sequence[Factors]) -> 
     Args:
         passes: the pass of each term; None for a term that acts in all of them.
         table: the factor of each term, one tuple for each prompt.
+
+    Returns:
+        One evaluation or more; for each prompt the weights add up to 1. What would count nothing is not among them.
     """
     rows = tuple(table)
     own = [key for key in dict.fromkeys(passes) if key is not None]

@@ -3,9 +3,10 @@
 from decimal import Decimal
 from typing import NamedTuple
 
+from .acts import merge_acting
 from .blocks import parse_decimal, require_short, shortened
 from .errors import SettingError
-from .merge import OnMismatch, merge
+from .merge import OnMismatch
 from .recipe import MergeRecipe
 
 MAX_COMBINATIONS = 100
@@ -49,6 +50,7 @@ def sweep(
     content: MergeRecipe,
     betas: str,
     on_basis_mismatch: OnMismatch = "stack",
+    act: str = "always",
 ) -> tuple[SweepCell, ...]:
     """Every pair of an alpha and a beta, all betas of the first alpha first.
 
@@ -56,9 +58,10 @@ def sweep(
         style, content: what to merge.
         alphas, betas: see `parse_scales`.
         on_basis_mismatch: see `merge`.
+        act: how both act, see `merge_acting`.
 
     Raises:
-        SettingError: a list cannot be read, or there are more than MAX_COMBINATIONS pairs.
+        SettingError: a list cannot be read, there are more than MAX_COMBINATIONS pairs, or `act` is no such way.
         BasisMismatchError, TargetError: see `merge`.
     """
     rows, columns = parse_scales(alphas, "alphas"), parse_scales(betas, "betas")
@@ -67,11 +70,12 @@ def sweep(
             f"{len(rows)} alphas x {len(columns)} betas are {len(rows) * len(columns)} pictures, more than "
             f"{MAX_COMBINATIONS}; make the lists shorter, or run them in parts"
         )
-    return tuple(
-        SweepCell(alpha, beta, cell_label(alpha, beta), merge(style, alpha, content, beta, on_basis_mismatch))
-        for alpha in rows
-        for beta in columns
-    )
+
+    def cell(alpha: float, beta: float) -> SweepCell:
+        merged = merge_acting(style, alpha, content, beta, act=act, on_basis_mismatch=on_basis_mismatch)
+        return SweepCell(alpha, beta, cell_label(alpha, beta), merged)
+
+    return tuple(cell(alpha, beta) for alpha in rows for beta in columns)
 
 
 def cell_label(alpha: float, beta: float) -> str:

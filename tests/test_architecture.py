@@ -38,7 +38,7 @@ HOST_ROOMS = {
     "comfy": ("host",),
     "folder_paths": ("host",),
     "server": ("host", "training", "adapter_routes.py"),
-    "aiohttp": ("training", "adapter_routes.py"),
+    "aiohttp": ("training", "adapter_routes.py", "visitors.py"),
 }
 # what the nodes may import of trainer and demo, and what those may import besides the standard library and each other
 FOR_NODES = {

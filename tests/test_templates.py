@@ -4,10 +4,14 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 import qrlora_core
+from demo import minute, thumbnails
+from demo.toy.files import FOLDER
+from qrlora_core import open_adapter
 
 ROOT = Path(__file__).resolve().parents[1]
 TEMPLATES = sorted((ROOT / "example_workflows").glob("*.json"))
@@ -84,6 +88,28 @@ def test_two_loras_are_merged_alike_for_both_families():
 
     assert ours("Merge two LoRAs") == ours("Merge two LoRAs, FLUX2 klein")
     assert len(ours("Merge two LoRAs")[0]) == 4
+
+
+def test_one_pass_each_merges_by_the_prompt_and_applies_live():
+    graph = json.loads((ROOT / "example_workflows" / "One pass each.json").read_text(encoding="utf-8"))
+    nodes = {node["type"]: node for node in graph["nodes"]}
+    assert nodes["QRLoRAMerge"]["widgets_values"][3] == "by prompt, one pass each"
+    assert nodes["QRLoRAApply"]["widgets_values"] == [1.0, "live"]
+    links = {(source, target) for _, source, _, target, *_ in graph["links"]}
+    ids = {kind: node["id"] for kind, node in nodes.items()}
+    wanted = [("QRLoRAMerge", "QRLoRAPrompt"), ("QRLoRAPrompt", "FluxGuidance"), ("FluxGuidance", "KSampler")]
+    assert {(ids[one], ids[other]) for one, other in wanted} <= links, "the mark reaches the sampler"
+
+
+def test_the_picture_of_one_pass_each_is_the_toys():
+    path = ROOT / "example_workflows" / "One pass each.jpg"
+    adapters = [open_adapter(FOLDER / f"toy_{side}.safetensors") for side in ("style", "content")]
+    made = thumbnails.one_pass_each(*adapters).convert("RGB")
+    made.thumbnail(minute.THUMBNAIL)
+    shown = Image.open(path).convert("RGB")
+    assert made.size == shown.size
+    far = np.abs(np.asarray(made, dtype=float) - np.asarray(shown, dtype=float)).mean()
+    assert far < 5, "as a JPEG, and drawn by another processor; renew it with python -m demo.thumbnails"
 
 
 def test_titles_are_words(template):

@@ -5,7 +5,7 @@ from pathlib import Path
 from qrlora_core import FileFormatError, PathError, QRLoRAError, TargetError, WeightError
 
 from .config import FitConfig
-from .errors import OUT_OF_MEMORY, TrainError
+from .errors import TrainError, is_out_of_memory
 from .run.checkpoint import NO_ROOM
 from .run.estimate import out_of_memory
 
@@ -32,11 +32,3 @@ def explained(error: Exception, config: FitConfig | None) -> tuple[str, str, boo
     if isinstance(error, ImportError):
         return "library", f"a package cannot be imported: {error}", True
     return "internal", f"{type(error).__name__}: {error}", False
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether a device or the system had no memory left."""
-    if isinstance(error, (MemoryError, *OUT_OF_MEMORY)):
-        return True
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)

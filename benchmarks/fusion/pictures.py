@@ -15,12 +15,6 @@ from demo.toy.features import SIZE
 from .protocol import CHECK, TUNING
 
 _SAMPLES = 4  # per pixel and direction, as the toy draws
-NEW_PALETTES = {
-    "violet": ((0.55, 0.35, 0.85), (0.95, 0.90, 0.20), (0.95, 1.00, 0.90)),
-    "slate": ((0.45, 0.50, 0.58), (0.98, 0.45, 0.10), (1.00, 0.97, 0.75)),
-    "rose": ((0.98, 0.60, 0.66), (0.30, 0.30, 0.50), (0.86, 0.93, 0.86)),
-    "brown": ((0.52, 0.30, 0.12), (0.60, 0.95, 0.75), (0.93, 0.87, 0.97)),
-}
 
 
 def new_words() -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
@@ -32,35 +26,8 @@ def new_words() -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
     return contents, palettes, textures
 
 
-def _inside(shape: str, x: Tensor, y: Tensor) -> Tensor:
-    across, down = x.abs(), y.abs()
-    if shape == "ell":
-        return (torch.maximum(across, down) <= 10.5) & ((x <= -3.5) | (y >= 3.5))
-    if shape == "bow":
-        return (across <= 11) & (down <= 1.5 + across * 0.8)
-    if shape == "arch":
-        radius = torch.hypot(x, y + 1)
-        legs = (y > -1) & (y <= 10.5) & (across <= 11) & (across >= 5)
-        return ((radius <= 11) & (radius >= 5) & (y <= -1)) | legs
-    if shape == "tee":
-        return ((y <= -3.5) & (y >= -10.5) & (across <= 11)) | ((across <= 3.5) & (down <= 10.5))
-    return inside_shape(shape, x, y)
-
-
-def _marked(texture: str, x: Tensor, y: Tensor) -> Tensor:
-    if texture == "hatched":
-        return torch.remainder(x - y, 4) < 2
-    if texture == "slanted":
-        return torch.remainder(x + y, 4) < 2
-    if texture == "grid":
-        return (torch.remainder(x, 4) < 1) | (torch.remainder(y, 4) < 1)
-    if texture == "blocks":
-        return (torch.remainder(x, 4) < 2) & (torch.remainder(y, 4) < 2)
-    return has_mark(texture, x, y)
-
-
 def _palette(name: str) -> Tensor:
-    return torch.tensor(NEW_PALETTES.get(name) or PALETTES[name])
+    return torch.tensor(PALETTES[name])
 
 
 @cache
@@ -78,8 +45,8 @@ def _pooled(mask: Tensor) -> Tensor:
 def _coverage(shape: str, place: tuple[float, float], texture: str) -> tuple[Tensor, Tensor]:
     """Share of each pixel, (SIZE, SIZE), that is the shape's plain part, and its marks."""
     x, y = _coordinates()
-    inside = _inside(shape, x - place[0], y - place[1])
-    marks = _pooled(inside & _marked(texture, x, y))
+    inside = inside_shape(shape, x - place[0], y - place[1])
+    marks = _pooled(inside & has_mark(texture, x, y))
     return _pooled(inside) - marks, marks
 
 

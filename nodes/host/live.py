@@ -20,11 +20,12 @@ from comfy.patcher_extension import PatcherInjection, WrappersMP
 from torch import Tensor, nn
 
 from ...qrlora_core import MergeRecipe, SettingError, WeightSlice, evaluations, same_basis, term_products
+from .compiled import uncompiled
 from .initial_basis import initial_bases
 from .places import PREFIX
 from .protocols import ModelPatcher
 from .session import interruptible
-from .steps import Factors, StepReader
+from .steps import Factors, StepReader, ids_of_pass
 
 log = logging.getLogger(__name__)
 
@@ -229,13 +230,17 @@ class _Steps:
     ) -> Any:
         options = transformer_options or {}
         reader = self.state.reader
+        separate = any(reader.own_passes)
         total: Any = None
         try:
             for table, weights in evaluations(reader.own_passes, reader.factors(options, t)):
                 self.state.table = table
+                asked = ids_of_pass(options, table) if separate else options
+                latents = x.clone() if separate else x  # a step that is skipped is written into what came in
                 # UNets take a control's outputs off its lists as they run
                 lists = control and {key: list(one) if isinstance(one, list) else one for key, one in control.items()}
-                prediction = executor(x, t, c_concat, c_crossattn, lists, options, **kwargs)
+                with uncompiled(options):
+                    prediction = executor(latents, t, c_concat, c_crossattn, lists, asked, **kwargs)
                 if set(weights) != {1.0}:
                     prediction = weighted(prediction, weights)
                 total = prediction if total is None else total + prediction

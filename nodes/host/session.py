@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
+import comfy.cli_args
 import comfy.model_management
 import comfy.utils
 import psutil
@@ -70,6 +71,12 @@ class Progress:
 def prompt_id() -> str | None:
     """The queue entry that runs now."""
     return getattr(_server(), "last_prompt_id", None)
+
+
+def allowed_origin() -> str | None:
+    """The origin of other servers' pages that the owner allows by `--enable-cors-header`; "*": all of them."""
+    origin: str | None = comfy.cli_args.args.enable_cors_header
+    return origin
 
 
 def send(kind: str, message: dict[str, Any]) -> None:

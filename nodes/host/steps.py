@@ -2,6 +2,7 @@
 
 import logging
 import math
+import uuid
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ log = logging.getLogger(__name__)
 # The mark that QR-LoRA Prompt puts into a conditioning: the text that it was made of
 PROMPT = "qrlora_prompt"
 
+_PASSES = uuid.UUID("6a1d9b5e-58f3-4c0e-9b63-3f4f0f3c7a11")  # any; it tells our ids from others
 _BEYOND_FLOW = 1.5  # the sigma of flow models runs from 1 to 0, that of SDXL from about 15
 _SAME = 1e-5
 
@@ -46,6 +48,20 @@ def noise_of(sigma: float, course: Sequence[float]) -> Noise:
         if sigma > low:
             return Noise(level, (index + (high - sigma) / (high - low)) / steps)
     return Noise(level, 1.0 if steps > 0 else 0.0)
+
+
+def ids_of_pass(options: dict[str, Any], table: Sequence[Factors]) -> dict[str, Any]:
+    """The host's options of one of several passes of a step, with ids of its own for the conditionings.
+
+    What keeps results by these ids, as the host's EasyCache does, would else answer a pass with another one's result.
+    The same terms acting on the same conditioning have the same id at every step.
+    """
+    keys = options.get("uuids")
+    if not keys:
+        return options
+    rows = table if len(table) == len(keys) else [table[0]] * len(keys)
+    acting = ("".join("1" if factor else "0" for factor in row) for row in rows)
+    return {**options, "uuids": [uuid.uuid5(_PASSES, f"{key} {terms}") for key, terms in zip(keys, acting)]}
 
 
 class StepReader:

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from ...demo.toy.features import CHANNELS, SIZE, text_features, to_latents, to_pictures
 from ...demo.toy.files import BASE, CONTENT, STYLE
-from ...qrlora_core import Adapter, QRLoRAError, open_adapter
+from ...qrlora_core import Adapter, QRLoRAError, SettingError, open_adapter
 from .base_format import base_format
 
 ADAPTERS = {"style": STYLE, "content": CONTENT}
@@ -27,7 +27,10 @@ class ToyCLIP:
         return text
 
     def encode_from_tokens_scheduled(self, tokens: str, **_: Any) -> list[Any]:
-        features, pooled = text_features(tokens)
+        try:
+            features, pooled = text_features(tokens)
+        except ValueError as error:
+            raise SettingError(f"{error!s:.300}") from error
         return [[features, {"pooled_output": pooled}]]
 
 

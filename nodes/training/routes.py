@@ -16,6 +16,7 @@ from server import PromptServer
 from ...qrlora_core import FileFormatError, QRLoRAError, TensorFile, contained_path
 from ..host import encoders, folders
 from ..host.base_format import BaseFormat, base_format
+from ..visitors import own_pages
 from .jobs import JOBS, Jobs
 from .runs import RunFolder
 
@@ -39,10 +40,12 @@ def register() -> None:
         return current
 
     @server.routes.get("/qrlora/train/state")
+    @own_pages
     async def state(request: web.Request) -> web.Response:
         return web.json_response({"jobs": [job.summary() for job in jobs().all()]})
 
     @server.routes.get("/qrlora/train/sample")
+    @own_pages
     async def sample(request: web.Request) -> web.Response:
         step = request.query.get("step", "")
         if not (step.isascii() and step.isdigit() and len(step) < 10):
@@ -54,6 +57,7 @@ def register() -> None:
         return web.Response(body=png, content_type="image/png", headers={"Cache-Control": "private, max-age=3600"})
 
     @server.routes.post("/qrlora/train/stop")
+    @own_pages
     async def stop(request: web.Request) -> web.Response:
         try:
             node = (await request.json())["node"]

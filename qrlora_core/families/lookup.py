@@ -237,8 +237,11 @@ def _tables(family: Family) -> tuple[list[_Numbered], dict[str, list[tuple[Block
 
 
 def _score(family: Family, shapes: Mapping[str, Sequence[int]]) -> tuple[float, int]:
-    """How many names a family knows (half where the shape is not the family's), and by how few blocks it is larger."""
-    score, highest = 0.0, 0
+    """How many names a family knows (half where the shape is not the family's), and by how few blocks it is larger.
+
+    0 when it knows none in any block: what lies outside of blocks has the same names in models of many families.
+    """
+    score, highest, in_blocks = 0.0, 0, False
     largest = max(kind.blocks for kind in family.block_kinds)
     swapped = {theirs.replace(".", "_") for theirs, _ in family.swapped}
     flat_marks = tuple(mark.replace(".", "_") for mark in family.marks)
@@ -246,6 +249,7 @@ def _score(family: Family, shapes: Mapping[str, Sequence[int]]) -> tuple[float, 
         found = find(family, name)
         if name.replace(".", "_").startswith(flat_marks) and flat_marks:
             score += 10
+            in_blocks = True
         if found is None:
             score += name.replace(".", "_") in swapped
             continue
@@ -253,9 +257,10 @@ def _score(family: Family, shapes: Mapping[str, Sequence[int]]) -> tuple[float, 
         expected = None if None in ratios else sum(ratio for ratio in ratios if ratio is not None)
         likely = expected is None or len(shape) != 2 or abs(shape[0] / shape[1] / expected - 1) < _SHAPE_TOLERANCE
         score += 1.0 if likely else 0.5
+        in_blocks = in_blocks or bool(found.kind.path)
         if "{}" in found.kind.path:
             highest = max(highest, found.running + 1)
-    return score, -max(0, highest - largest)
+    return (score if in_blocks else 0.0), -max(0, highest - largest)
 
 
 @functools.cache

@@ -56,6 +56,7 @@ def test_shapes_tell_families_apart_that_share_names():
     attention = {f"transformer_blocks.{block}.attn.to_q": (64, 64) for block in range(60)}
     assert families.family_of(attention).name == "Qwen-Image"  # FLUX.1 has 19 of them
     assert families.family_of({"some.layer": (4, 4)}) is None
+    assert families.family_of({"t_embedder.mlp.0": (64, 64), "some.blocks.0.layer": (4, 4)}) is None
 
 
 def test_families_that_share_all_names_are_all_told(tmp_path):

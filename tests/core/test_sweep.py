@@ -71,6 +71,23 @@ def test_the_grid():
         assert torch.allclose(change(cell.recipe, NAMES[0]), wanted, atol=1e-5)
 
 
+def triggered(adapter, word):
+    layers = {name: adapter.layer(name) for name in adapter.layers}
+    return core.Adapter.from_tensors(adapter.name, layers, adapter.rank, metadata={"qrlora.trigger": word})
+
+
+def test_a_grid_that_acts_as_a_merge_does():
+    style, content = (triggered(make(seed), word) for seed, word in ((1, "<s>"), (2, "<c>")))
+    act = "by prompt, one pass each"
+    for cell in core.sweep(of(style), "0.5, 1", of(content), "0, 1", act=act):
+        wanted = core.merge_acting(of(style), cell.alpha, of(content), cell.beta, act=act)
+        assert list(map(str, cell.recipe.terms)) == list(map(str, wanted.terms))
+        assert [term.gate.triggers for term in cell.recipe.terms] == [("<s>",), ("<c>",)]
+        assert len({term.own_pass for term in cell.recipe.terms}) == 2
+    with pytest.raises(core.SettingError, match="act is 'sometimes'"):
+        core.sweep(of(style), "1", of(content), "1", act="sometimes")
+
+
 def test_too_many_pictures():
     with pytest.raises(core.SettingError, match="11 alphas x 11 betas are 121 pictures, more than 100"):
         core.sweep(of(make(1)), "0:1:0.1", of(make(2)), "0:1:0.1")

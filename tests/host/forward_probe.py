@@ -16,11 +16,13 @@ import comfy.lora
 import comfy.model_management
 import comfy.sd
 import comfy.utils
+import qr_lora_pack.nodes.create_hook as create_hook
 import qr_lora_pack.nodes.host.application as application
 import qr_lora_pack.nodes.host.places as places
 import qr_lora_pack.nodes.load as load
 import qr_lora_pack.nodes.load_lora as load_lora
 import qr_lora_pack.nodes.save as save
+import qr_lora_pack.nodes.sweep as sweep
 import qr_lora_pack.qrlora_core as core
 import torch
 from qr_lora_pack.qrlora_core.families import cut, find, layer_kind
@@ -29,6 +31,7 @@ from small_models import MODELS, forward, model
 
 LORAS = host.base / "models" / "loras"
 RANK = 4
+UNKNOWN = "AuraFlow"
 
 
 def result(node):
@@ -101,13 +104,84 @@ def family(name):
     exported = result(save.ExportLoRA.execute(merged, f"{name} merged", dtype="float32"))[0]
     found["export"] = distance(forward(stock(patcher, exported, 1.0), name), chained, base)
     assert torch.equal(forward(patcher, name), base), "the model itself is as it was"
+    found |= more_ways(patcher, name, recipes, base)
     return found | residual(patcher, name, layers, base) | scaled(patcher, name, recipes[0], base)
+
+
+def more_ways(patcher, name, recipes, base):
+    """A hook against Apply, the cells of a sweep against merges, a LoRA compared with itself and with another."""
+    hooks = result(create_hook.CreateHook.execute(0.8, recipes[0]))[0]
+    applied = forward(application.apply_recipe(patcher, recipes[0], 0.8, None, "patch")[0], name)
+    hooked = forward(patcher.clone(), name, hooks)
+    assert torch.equal(forward(patcher, name), base), "a hook leaves nothing behind"
+    cells = sweep.ScaleSweep.execute("0, 0.7", "-0.4", "stack", *recipes)
+    gaps = []
+    for recipe, alpha in zip((cells.args if hasattr(cells, "args") else cells.result)[0], (0.0, 0.7), strict=True):
+        merged = core.merge(recipes[0], alpha, recipes[1], -0.4)
+        two = [forward(application.apply_recipe(patcher, one, 1.0, None, "patch")[0], name) for one in (recipe, merged)]
+        gaps.append(distance(*two, base))
+    own, other = (core.similarity_report(recipes[0].adapters[0], one.adapters[0]) for one in recipes)
+    return {
+        "hook": distance(hooked, applied, base),
+        "sweep": max(gaps),
+        "compared": len(own["layers"]),
+        "with itself": own["summary"]["update"]["min"],
+        "with another": other["summary"]["update"]["max"],
+        "kinds compared": sorted(
+            {core.layer_kind(one["name"], places.model_family(patcher)).block for one in own["layers"]}
+        )
+        if places.model_family(patcher)
+        else [],
+    }
+
+
+def unknown(name):
+    """A model of no family here: its LoRAs in, merged, applied, hooked, exported; a residual with an adapter."""
+    patcher = model(name)
+    assert places.model_family(patcher) is None, "choose another model for this test"
+    state = patcher.model.diffusion_model.state_dict()
+    torch.manual_seed(9)
+    files = []
+    for number in (1, 2):
+        tensors = {}
+        for key, weight in state.items():
+            if key.endswith(".weight") and weight.ndim == 2 and "layers." in key:
+                module = f"diffusion_model.{key.removesuffix('.weight')}"
+                tensors[f"{module}.lora_B.weight"] = 0.3 * torch.randn(weight.shape[0], RANK)
+                tensors[f"{module}.lora_A.weight"] = 0.1 * torch.randn(RANK, weight.shape[1])
+        save_file(tensors, LORAS / f"{name} {number}.safetensors")
+        files.append(f"{name} {number}.safetensors")
+    loaded = [load_lora.LoadLoRA.execute(file) for file in files]
+    recipes, base = [result(one)[0] for one in loaded], forward(patcher, name)
+    theirs = forward(stock(patcher, files[0], 0.8), name)
+    found = {"size": float(base.abs().max()), "layers": len(recipes[0].layer_names), "told": result(loaded[0])[1]}
+    for mode in ("patch", "live"):
+        ours = forward(application.apply_recipe(patcher, recipes[0], 0.8, None, mode)[0], name)
+        found[mode] = distance(ours, theirs, base)
+    merged = core.merge(recipes[0], 0.7, recipes[1], -0.4)
+    chained = forward(stock(stock(patcher, files[0], 0.7), files[1], -0.4), name)
+    found["merge"] = distance(forward(application.apply_recipe(patcher, merged, 1.0)[0], name), chained, base)
+    exported = result(save.ExportLoRA.execute(merged, f"{name} merged", dtype="float32"))[0]
+    found["export"] = distance(forward(stock(patcher, exported, 1.0), name), chained, base)
+    found |= more_ways(patcher, name, recipes, base)
+    forward(patcher, name)  # whose weights these are, and not those of a patched clone
+    layers = {}
+    for target in list(recipes[0].adapters[0].targets)[:8]:
+        place = places.place_layers(patcher, [target])[target.name]
+        basis = core.decompose(state[place.key], RANK, method="exact")
+        layers[target.name] = core.AdapterLayer(basis.q, 0.3 * torch.randn(RANK, target.shape[1]))
+    recipe = core.MergeRecipe.of(core.Adapter.from_tensors(name, layers, RANK))
+    file, _ = result(save.SaveResidual.execute(patcher, RANK, "float32", f"{name} residual", recipe))
+    rest, _ = result(load.LoadResidual.execute(file))
+    plain, whole = (forward(application.apply_recipe(patcher, recipe, 1.0, one)[0], name) for one in (None, rest))
+    return found | {"residual": distance(whole, plain, base)}
 
 
 def residual(patcher, name, layers, base):
     """Decomposed, saved, loaded, restored; an adapter on that basis with it, without it, and by the stock loader."""
     file, _ = result(save.SaveResidual.execute(patcher, RANK, "float32", f"{name} residual"))
     rest, _ = result(load.LoadResidual.execute(file))
+    assert torch.equal(forward(patcher, name), base)  # until here a patched clone was loaded, and was not what counts
     mapped, state = places.place_layers(patcher, layers), patcher.model.state_dict()
     rows, tensors = [], {}
     torch.manual_seed(3)
@@ -155,7 +229,7 @@ def scaled(patcher, name, recipe, base):
 
 def checked(name):
     try:
-        return family(name)
+        return unknown(name) if name == UNKNOWN else family(name)
     except Exception as error:  # noqa: BLE001 - one family must not hide the others
         return {"error": f"{error!r}\n{traceback.format_exc()[-1500:]}"}
 

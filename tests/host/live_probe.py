@@ -1,12 +1,13 @@
 """Run inside ComfyUI's interpreter: `live_probe.py HOST BASE RESULT`. Live application on small FLUX models."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
 PACK = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(PACK / "tests" / "host"))
-from in_host import Host
+from in_host import Host, load_module
 
 at = Host(sys.argv[1:4])
 
@@ -18,6 +19,7 @@ import comfy.sd
 import comfy.utils
 import qr_lora_pack.nodes.host.application as application
 import qr_lora_pack.nodes.host.live as live
+import qr_lora_pack.nodes.host.patches as patches
 import qr_lora_pack.nodes.host.steps as steps
 import qr_lora_pack.qrlora_core as core
 import torch
@@ -303,6 +305,107 @@ def composes():
     return found
 
 
+def compiles():
+    """Under the host's compile node, by the backend that runs what torch.compile sees as it is."""
+    try:
+        from comfy_api.torch_helpers import set_torch_compile_wrapper
+    except ImportError:
+        return {}
+    import torch._dynamo
+
+    patcher, found = model(), {}
+
+    def compiled(one):
+        clone = one.clone()
+        names = {"guard_filter_fn": lambda entries: ["transformer_options" not in entry.name for entry in entries]}
+        set_torch_compile_wrapper(model=clone, backend="eager", options=names)
+        return clone
+
+    def graphs():
+        return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+    base = sample(patcher)
+    found["base"] = gap(sample(compiled(patcher)), base)
+    before, found["graphs"] = graphs(), graphs()
+    for alpha in (0.9, 0.1):
+        terms = core.merge(style, alpha, content, 1.0)
+        want = sample(apply(patcher, terms))
+        found[f"after {alpha}"] = gap(sample(compiled(apply(patcher, terms))), want)
+        found[f"before {alpha}"] = gap(sample(apply(compiled(patcher), terms)), want)
+        found["effect"] = gap(want, base)
+    moving = apply(patcher, style.scheduled(core.parse_schedule("0: 1, 1: 0")), mode="auto")
+    found["schedule"] = gap(sample(compiled(moving), count=4), sample(moving, count=4))
+    found["compiled anew"] = graphs() - before
+    found["base again"] = gap(sample(compiled(patcher)), base)
+    for alpha in (0.9, 0.1):
+        patched = apply(patcher, core.merge(style, alpha, content, 1.0), mode="patch")
+        found[f"patch {alpha}"] = gap(sample(compiled(patched)), sample(patched))
+    return found
+
+
+def memory_ends():
+    """Memory that runs out in a step, while factors are laid out, and while weights are patched."""
+    patcher, found = model(), {}
+    base, clone = sample(patcher), apply(patcher)
+    want = sample(clone)
+
+    class Failing:
+        """Stands for a function, and fails at the n-th call from now."""
+
+        def __init__(self, owner, name, error, at):
+            self.owner, self.name, self.real, self.error, self.left = owner, name, getattr(owner, name), error, at
+
+        def __enter__(self):
+            def act(*args, **kwargs):
+                self.left -= 1
+                if self.left == 0:
+                    raise self.error
+                return self.real(*args, **kwargs)
+
+            setattr(self.owner, self.name, act)
+
+        def __exit__(self, *_):
+            setattr(self.owner, self.name, self.real)
+
+    for error in (torch.OutOfMemoryError("CUDA out of memory"), MemoryError()):
+        kind = type(error).__name__
+        for title, owner, name, mode in (
+            ("step", live._Hook, "_add", "live"),
+            ("layout", live, "term_products", "live"),
+            ("patch", patches.RecipePatch, "change", "patch"),
+        ):
+            terms = core.merge(style, 0.9, content, 1.0 + (title == "layout"))
+            with Failing(owner, name, error, 5):
+                try:
+                    if title == "layout":
+                        live._stores.pop(patcher.model, None)
+                    sample(apply(patcher, terms, mode=mode))
+                    found[f"{kind} {title} raised"] = False
+                except (torch.OutOfMemoryError, MemoryError):
+                    found[f"{kind} {title} raised"] = True
+            found[f"{kind} {title} base"] = gap(sample(patcher), base)
+            found[f"{kind} {title} hooks"] = hooks(patcher)
+            found[f"{kind} {title} again"] = gap(sample(apply(patcher)), want)
+            sample(patcher)
+    found["table"] = len(clone.get_attachment(live.KEY).table)
+    return found
+
+
+def fits():
+    """`auto` takes live where the model does not fit on the card; the card is played, by its size alone."""
+    patcher = model()
+    size, real = patcher.model_size(), management.get_total_memory
+    found = {"processor": application.apply_recipe(patcher, recipe, 1.0)[1]}
+    patcher.load_device = torch.device("cuda", 0)  # asked for its kind; nothing is moved
+    for title, total in (("small", size - 1), ("large", size + 1)):
+        management.get_total_memory = lambda *_, total=total, **__: total
+        try:
+            found[title] = application._reason_for_live(patcher, recipe, application._places(patcher, recipe), "auto")
+        finally:
+            management.get_total_memory = real
+    return found
+
+
 def refused():
     patcher, residual = model(), core.Residual(at.golden / "official_residual_fp32.safetensors")
     foreign = {"transformer_blocks.7.attn.to_q": style.adapters[0].layer("transformer_blocks.0.attn.to_q")}
@@ -461,7 +564,7 @@ def by_prompt_nodes():
     found["content in its pass"] = gap(sample(apart, only), sample(content_alone, only))
     found["plain in passes"] = gap(sample(apart, plain), base)
     found["both in passes"] = gap(sample(apart, both), sample(gated, both))
-    told = merged(ACTS[1], prompt="a <c> dog in <s> style").args[0]
+    told = merged("by prompt", prompt="a <c> dog in <s> style").args[0]
     found["told"] = gap(
         sample(told, cond(0), cond(1), cfg=2.0), sample(gated, both_as(cond(0)), plain_as(cond(1)), cfg=2.0)
     )
@@ -474,8 +577,8 @@ def by_prompt_nodes():
     _, inserted = prompt("a dog again", insert=True, terms=core.MergeRecipe.of(named))
     found["inserted"] = inserted
     prompt("a cat", terms=core.MergeRecipe.of(named))
-    Merge.execute(1.0, 1.0, "stack", style, core.MergeRecipe.of(named), act=ACTS[1])
-    untold = Merge.execute(1.0, 1.0, "stack", style, core.MergeRecipe.of(named), act=ACTS[1])
+    Merge.execute(1.0, 1.0, "stack", style, core.MergeRecipe.of(named), act="by prompt")
+    untold = Merge.execute(1.0, 1.0, "stack", style, core.MergeRecipe.of(named), act="by prompt")
     found["untold"] = untold.ui["text"][0]
     return found
 
@@ -528,6 +631,21 @@ def passes():
     base, *alone = (predictions[name] for name in ("base", "style", "content"))
     expected = base + 0.6 * (alone[0] - base) + 1.5 * (alone[1] - base)
     found["with guidance"] = relative(predictions["cfg"] - base, expected - base)
+    # a cache of steps that keeps what it knows by the ids of conditionings, so careful that it skips none
+    from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
+
+    plain = sample(composed, count=8)
+    for name, kind in (("cached", EasyCacheNode), ("lazily cached", LazyCacheNode)):
+        found[name] = gap(sample(kind.execute(composed, 1e-9, 0.0, 1.0, False).args[0], count=8), plain)
+    # and a bold one, which skips whole steps: all of their passes
+    ran = []
+    watch = patcher.model.diffusion_model.img_in.register_forward_pre_hook(lambda *_: ran.append(1))
+    skipping = sample(EasyCacheNode.execute(composed, 0.5, 0.0, 1.0, False).args[0], count=8)
+    watch.remove()
+    found["boldly cached"] = [len(ran), relative(skipping, plain)]
+    patched = apply(patcher, core.merge(style, 0.6, content, 1.5), mode="patch")
+    bold = sample(EasyCacheNode.execute(patched, 0.5, 0.0, 1.0, False).args[0], count=8)
+    found["boldly cached"].append(relative(bold, sample(patched, count=8)))
     # a control whose lists are emptied by the model, as UNets do
     state = composed.get_attachment(live.KEY)
     left = []
@@ -552,5 +670,71 @@ def plain_as(conditioning):
     return [[one[0], {**one[1], steps.PROMPT: ""}] for one in conditioning]
 
 
+def gguf_pack():
+    """ComfyUI-GGUF, named by COMFYUI_GGUF or among the host's own packs; None without it or its package."""
+    named = os.environ.get("COMFYUI_GGUF")
+    folder = Path(named) if named else Path(sys.path[0]) / "custom_nodes" / "ComfyUI-GGUF"
+    if not (folder / "loader.py").is_file():
+        return None
+    try:
+        import gguf  # noqa: F401 - the pack's own requirement
+    except ImportError:
+        return None
+    return load_module("gguf_pack", folder)
+
+
+def gguf_files():
+    """Models of the real GGUF loader against the same numbers in float32 plus the exact update."""
+    pack = gguf_pack()
+    if pack is None:
+        return {}
+    import folder_paths
+    import gguf
+    from gguf_pack.dequant import dequantize_tensor
+
+    found = {}
+    folder = Path(folder_paths.get_folder_paths("diffusion_models")[0])
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("Q8_0", "Q5_1", "Q4_0"):
+        kind = gguf.GGMLQuantizationType[name]
+        writer = gguf.GGUFWriter(folder / f"{name}.gguf", "flux")
+        for key, weight in weights.items():
+            if weight.dim() == 2 and "_blocks." in key and key.endswith(".weight"):
+                writer.add_tensor(key, gguf.quants.quantize(weight.float().numpy(), kind), raw_dtype=kind)
+            else:
+                writer.add_tensor(key, weight.float().numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        (patcher,) = pack.NODE_CLASS_MAPPINGS["UnetLoaderGGUF"]().load_unet(f"{name}.gguf")
+        read = dict(weights)
+        for key in weights:
+            try:
+                weight = comfy.utils.get_attr(patcher.model, f"diffusion_model.{key}")
+            except AttributeError:
+                continue
+            if hasattr(weight, "tensor_type"):
+                read[key] = torch.Tensor(dequantize_tensor(weight, torch.float32)).float()
+        exact_base = model(state=read)
+        exact, before = sample(apply(exact_base, mode="patch")), sample(exact_base)
+        applied, told = application.apply_recipe(patcher, recipe, 1.0)
+        entry = {"auto": told, "live": relative(sample(applied), exact), "hooks": hooks(applied)}
+        entry["base"] = relative(sample(patcher), before)
+        entry["stored"] = relative(before, sample(model()))
+        entry["effect"] = relative(before, exact)
+        entry["patch"] = relative(sample(apply(patcher, mode="patch")), exact)
+        entry["hooks after"] = (sample(patcher), hooks(patcher))[1]
+        try:
+            application.apply_recipe(
+                patcher, style, 1.0, core.Residual(at.golden / "official_residual_fp32.safetensors")
+            )
+            entry["residual"] = "taken"
+        except core.QRLoRAError as error:
+            entry["residual"] = str(error)
+        found[name] = entry
+    return found
+
+
 CHECKS = [by_prompt_nodes, passes, equal_to_patched, storages, leaves_nothing, turning_alpha, composes, refused]
-at.write([*CHECKS, schedules, gates])
+at.write([*CHECKS, schedules, gates, memory_ends, fits, compiles, gguf_files])

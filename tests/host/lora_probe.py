@@ -22,7 +22,7 @@ import comfy.sd
 import comfy.utils
 import torch
 from safetensors.torch import save_file
-from small_models import MODELS, model
+from small_models import model
 
 PACK = Path(__file__).resolve().parents[2]
 spec = importlib.util.spec_from_file_location(
@@ -264,4 +264,4 @@ def checked(name):
         return {"error": f"{error!r}\n{traceback.format_exc()[-1500:]}"}
 
 
-result.write_text(json.dumps({name: checked(name) for name in wanted or [*MODELS, "dialects"]}, indent=1))
+result.write_text(json.dumps({name: checked(name) for name in wanted or [*BY_NAME, "dialects"]}, indent=1))

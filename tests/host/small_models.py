@@ -1,5 +1,6 @@
 """A small model of every family with random weights, in ComfyUI's own classes; imported inside of its interpreter."""
 
+import comfy.hooks
 import comfy.model_management
 import comfy.model_patcher
 import comfy.supported_models
@@ -49,6 +50,11 @@ MODELS = {
         "use_spatial_transformer": True, "use_linear_in_transformer": True, "num_classes": "sequential",
         "adm_in_channels": 64, "legacy": False, "use_temporal_attention": False,
     }),
+    # not of a family that this pack knows: only by ComfyUI's own map of LoRA names
+    "AuraFlow": ("AuraFlow", {
+        "in_channels": 4, "out_channels": 4, "dim": 256, "n_layers": 2, "n_double_layers": 1, "n_heads": 1,
+        "global_conddim": 256, "cond_seq_dim": 64, "max_seq": 16,
+    }),
 }  # fmt: skip
 
 
@@ -67,15 +73,18 @@ def model(name, **changes):
     return comfy.model_patcher.ModelPatcher(made, torch.device("cpu"), torch.device("cpu"))
 
 
-LATENTS = {"FLUX.2": (128, 4, 4), "Qwen-Image": (16, 1, 4, 4), "SDXL": (4, 8, 8)}
+LATENTS = {"AuraFlow": (4, 4, 4), "FLUX.2": (128, 4, 4), "Qwen-Image": (16, 1, 4, 4), "SDXL": (4, 8, 8)}
 TEXT = {"Krea 2": 3 * 64}
 GUIDED = ("FLUX.1", "FLUX.2", "Chroma")
 POOLED = ("FLUX.1", "SD3.5", "SDXL")
 
 
 @torch.no_grad()
-def forward(patcher, name):
-    """What the sampler would get of the model, loaded as the sampler has it, on inputs that are always the same."""
+def forward(patcher, name, hooks=None):
+    """What the sampler would get of the model, loaded as the sampler has it, on inputs that are always the same.
+
+    With hooks also as the sampler has them: registered with the model that is loaded, and applied.
+    """
     torch.manual_seed(5)
     inputs = {"c_crossattn": torch.randn(1, 7, TEXT.get(name, 64))}
     if name in GUIDED:
@@ -89,7 +98,15 @@ def forward(patcher, name):
     comfy.model_management.load_models_gpu(models, force_full_load=True)
     options = {"wrappers": patcher.wrappers, **patcher.model_options.get("transformer_options", {})}
     patcher.pre_run()
+    if hooks is not None:
+        target = comfy.hooks.create_target_dict(comfy.hooks.EnumWeightTarget.Model)
+        patcher.register_all_hook_patches(hooks, target)
+        patcher.apply_hooks(hooks)
     try:
         return patcher.model.apply_model(latents, torch.tensor([0.7]), transformer_options=options, **inputs)
     finally:
+        if hooks is not None:
+            patcher.apply_hooks(None, force_apply=True)
+            patcher.unpatch_hooks()
+            patcher.restore_hook_patches()
         patcher.cleanup()

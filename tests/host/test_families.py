@@ -62,3 +62,28 @@ def test_comfyui_and_diffusers_compute_the_same(in_diffusers, family):
     one = in_diffusers[family]
     assert "error" not in one, one["error"]
     assert one["gap"] < CLOSE and one["by table"] > 30 and one["size"] > 0.1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_similarity_and_sweeps_know_every_layer(forward, family):
+    """All layers are compared, by kinds of blocks; the cells of a sweep are the merges that they name."""
+    one = forward[family]
+    assert one["compared"] == one["layers"] and set(one["kinds compared"]) == KINDS[family]
+    assert one["with itself"] == pytest.approx(1) and one["with another"] < 0.5
+    assert one["sweep"] is not None and one["sweep"] < CLOSE
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_hook_is_what_apply_is(forward, family):
+    assert forward[family]["hook"] is not None and forward[family]["hook"] < CLOSE
+
+
+@pytest.mark.parametrize("family", ["any other"])
+def test_a_model_of_no_family(forward, family):
+    """Known by ComfyUI's map of LoRA names alone."""
+    one = forward["AuraFlow"]
+    assert "error" not in one, one["error"]
+    assert one["layers"] > 20 and "of no family that is known here" in one["told"]
+    for way in ("patch", "live", "merge", "export", "hook", "sweep", "residual"):
+        assert one[way] is not None and one[way] < CLOSE, way
+    assert one["compared"] == one["layers"] and one["with itself"] == pytest.approx(1)

@@ -55,6 +55,45 @@ def test_composes(live_probe):
     assert all(value < 1e-5 for value in found.values()), found
 
 
+def test_a_compiled_model(live_probe):
+    """Live mode runs it uncompiled: no stale strengths, nothing compiled anew; patch mode and compiling go together."""
+    found = dict(live_probe["compiles"])
+    if not found:
+        pytest.skip("this host has no compile node")
+    assert found.pop("effect") > 1e-3 and found.pop("graphs") > 0 and found.pop("compiled anew") == 0
+    assert all(value < 1e-6 for value in found.values()), found
+
+
+HOW_TO_GGUF = """ComfyUI-GGUF is not there: clone github.com/city96/ComfyUI-GGUF into ComfyUI's custom_nodes, or name
+its folder in COMFYUI_GGUF, and install its package gguf into ComfyUI's Python"""
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q5_1", "Q4_0"])
+def test_gguf_by_its_real_loader(live_probe, kind):
+    if not live_probe["gguf_files"]:
+        pytest.skip(HOW_TO_GGUF)
+    found = live_probe["gguf_files"][kind]
+    assert "live" in found["auto"] and "quantised" in found["auto"]
+    assert found["effect"] > 1e-3 and found["stored"] > 1e-5, "the file holds rounded weights"
+    assert found["base"] < 1e-5 and found["live"] < 1e-5, "the weights as they are read, plus the exact update"
+    assert found["hooks"] == 9 and found["hooks after"] == 0
+    assert "apply without a residual" in found["residual"] or "does not belong" in found["residual"]
+
+
+def test_memory_that_runs_out(live_probe):
+    found = dict(live_probe["memory_ends"])
+    assert found.pop("table") == 0
+    raised = [name for name in found if name.endswith("raised")]
+    assert len(raised) == 6 and all(found.pop(name) for name in raised)
+    assert all(value < 1e-6 for value in found.values()), found
+
+
+def test_auto_where_the_model_does_not_fit(live_probe):
+    found = live_probe["fits"]
+    assert found["small"] == "the model does not fit on the card" and found["large"] == ""
+    assert "patched" in found["processor"]
+
+
 def test_refusals_say_what_to_do(live_probe):
     found = live_probe["refused"]
     assert "disconnect the residual" in found["residual"] and "disconnect" in found["residual and schedule"]
@@ -83,6 +122,10 @@ def test_predictions_are_composed_where_adapters_have_passes_of_their_own(live_p
     for name in ("composed", "beside others", "with guidance"):
         assert found[name] < 1e-4, name
     assert found["not the sum of weights"] > 1e-3
+    assert found["cached"] == found["lazily cached"] == 0, "no pass is answered with the result of another"
+    runs, off, off_patched = found["boldly cached"]
+    assert runs % 3 == 0 and 0 < runs < 24, "a step is skipped with all of its passes, or not at all"
+    assert off < 1.1 * off_patched, "skipping costs as much as on a patched model"
     assert found["evaluations"] == 6, "two steps: the model, the style, the content"
     assert found["control"] == [[2, 2, 2], 2]
 

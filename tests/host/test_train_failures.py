@@ -237,7 +237,8 @@ def test_a_finished_run_gets_its_name_in_another_folder(server):
         for _ in range(2):  # the second time it has its name there already
             entry = server.queue(train_graph("sub/placed", {"stop_seconds": 3.0}, seed=17, folder=folder))
             assert "placed.safetensors" in entry["outputs"]["train"]["text"][0]
-        assert [path.name for path in (server.base / place / "sub").glob("*.safetensors")] == ["placed.safetensors"]
+        names = [path.name for path in (server.base / place / "sub").glob("placed*")]
+        assert names == ["placed.safetensors"]
     listed = server.get("/object_info/LoraLoaderModelOnly")["LoraLoaderModelOnly"]["input"]["required"]["lora_name"]
     assert "placed.safetensors" in str(listed)
     assert count_starts(server, "placed") == 1
@@ -562,7 +563,7 @@ def test_a_wrong_question_is_answered_as_one(server, body, kind):
     request = urllib.request.Request(f"{server.url}/qrlora/train/stop", body, {"Content-Type": kind})
     with pytest.raises(urllib.error.HTTPError) as error:
         urllib.request.urlopen(request, timeout=10)
-    assert error.value.code == 400 and "expected" in error.value.read().decode()
+    assert error.value.code == (415 if kind == "text/plain" else 400) and "expected" in error.value.read().decode()
 
 
 def test_a_sample_that_is_none_is_not_an_error_of_the_server(server):

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from demo import server as instance
@@ -130,6 +131,10 @@ def test_training_sees_what_sampling_sees(trained):
     embeds = cache["text.0.embeds"]
     assert embeds.shape == (where.tokens, TEXT_WIDTH) and "text.0.pooled" not in cache
     assert int(embeds.any(dim=1).sum()) == 6 and embeds[-6:].any(dim=1).all()
+    with safe_open(settings["data"], "pt") as file:  # data of one kind of model are not taken for another's
+        assert file.metadata()["qrlora.made_for"].endswith(
+            {"flux2": "Flux2/Flux2", "qwen_image": "QwenImage/Wan21", "z_image": "Lumina2/Flux"}[name]
+        )
 
 
 def test_a_sample_is_served_in_the_colours_of_its_family(trained):

@@ -177,7 +177,8 @@ def use_cache(path: Path, content: bytes) -> None:
         latent, mask = cache.latent(index), cache.mask(index)
         assert tuple(latent.shape) == cache.latent_shape(index)
         flipped = [cache.latent(index, True)] if cache.has_flip(index) else []
-        verbatim([latent, *flipped, *cache.text(cache.items[index].text), *([] if mask is None else [mask])], content)
+        text = [part for part in cache.text(cache.items[index].text) if part is not None]  # some families pool nothing
+        verbatim([latent, *flipped, *text, *([] if mask is None else [mask])], content)
         json.dumps([cache.items[index].caption, cache.items[index].name])
 
 

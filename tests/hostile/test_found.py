@@ -4,6 +4,7 @@ import io
 import json
 import tracemalloc
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -100,6 +101,37 @@ def test_weights_that_are_no_matrix(tmp_path, model, key, shape):
     save_file({**model, key: model[key].reshape(shape)}, tmp_path / "m.safetensors")
     with pytest.raises(TrainError):
         BaseModel(tmp_path / "m.safetensors").targets()
+
+
+@pytest.mark.parametrize(
+    "key,rows",
+    [
+        ("double_blocks.0.img_attn.proj.weight", 0),
+        ("double_blocks.0.img_attn.qkv.weight", 2),
+        ("single_blocks.0.linear1.weight", 4),  # q, k and v had none, and were mixed by ConvRot or trained
+    ],
+)
+def test_a_weight_of_too_few_rows(tmp_path, model, key, rows):
+    weight = model[key].repeat(2, 1)[:rows].clone()
+    save_file({**model, key: weight}, tmp_path / "m.safetensors")
+    with pytest.raises(TrainError, match="does not hold .*: get the file again") as caught:
+        BaseModel(tmp_path / "m.safetensors")
+    assert caught.value.reason == "model"
+
+
+def test_a_large_picture_of_16_bits_takes_no_arrays_of_floats(tmp_path):
+    """It took 24 bytes for a pixel and four seconds for 84 million."""
+    path = tmp_path / "a.tif"
+    levels = np.linspace(0, 65535, 4_000_000).astype(np.uint16).reshape(2000, 2000)
+    Image.fromarray(levels).save(path)
+    tracemalloc.start()  # numpy's arrays are counted, Pillow's are not
+    try:
+        picture = read_picture(path)
+    finally:
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert np.array_equal(np.asarray(picture)[..., 0], np.rint(levels * np.float32(255 / 65535)))
+    assert peak < 13 * levels.size
 
 
 @pytest.mark.parametrize(

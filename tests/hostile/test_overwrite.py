@@ -3,97 +3,111 @@
 In a process of its own: what used to happen was a bus error, which ends the process.
 """
 
+import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PROGRAM = """
-import os, sys, time
-from pathlib import Path
-import qrlora_core as core
-from qrlora_core.basis import open_basis
-from tests.hostile import readers
-from train.errors import TrainError
-from train.model.source import BaseModel
-from train.run import checkpoint
-
-kind, change, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
-good = {reader.name: reader for reader in readers.readers(folder)}
-path = folder / "open.safetensors"
-content = good[kind].samples[0]
-path.write_bytes(content)
-old = time.time() - 100
-os.utime(path, (old, old))
-
-if kind == "adapter":
-    opened = core.open_adapter(path)
-    names, read = list(opened.layers), opened.layer
-elif kind == "residual":
-    opened = core.Residual(path)
-    names, read = list(opened.layers), opened.weight
-elif kind == "basis":
-    opened, _ = open_basis(path)
-    names, read = list(opened), lambda name: opened[name]()
-elif kind == "training cache":
-    opened = core.TrainingCache(path)
-    names, read = [0, 1], opened.latent
-elif kind == "checkpoint":
-    run = folder / "cp"
-    place = run / "checkpoints" / "step-00000004.safetensors"
-    place.parent.mkdir(parents=True)
-    path.replace(place)
-    path = place
-    opened = checkpoint.newest_checkpoint(run)
-    names, read = ["param.", "optimizer."], opened.tensors
-else:
-    opened = BaseModel(path)
-    names, read = [target.name for target in opened.targets()], opened.weight
-
-before = read(names[0])
-if change == "shorter":
-    with path.open("r+b") as file:  # as `cp` does
-        file.truncate(len(content) // 4)
-elif change == "equal size":
-    with path.open("r+b") as file:
-        file.seek(len(content) // 2)
-        file.write(bytes(len(content) - len(content) // 2))
-elif change == "renamed over":
-    other = folder / "other"
-    other.write_bytes(bytes(len(content)))
-    other.replace(path)
-else:
-    path.unlink()
-try:
-    read(names[1])
-    outcome = "read"
-except (core.QRLoRAError, TrainError) as error:
-    assert path.name in str(error), error
-    outcome = "refused"
-if kind == "adapter":
-    again = read(names[0])
-    assert again is before, "what was read is kept"
-print(outcome)
-"""
 KINDS = ("adapter", "residual", "basis", "training cache", "checkpoint", "base model")
 CHANGES = ("shorter", "equal size", "renamed over", "removed")
 
 
+def main(folder):
+    """Every kind through every change; prints what came of each as a line of JSON."""
+    from tests.hostile import readers
+
+    samples = {reader.name: reader.samples[0] for reader in readers.readers(folder)}
+    for kind in KINDS:
+        for change in CHANGES:
+            print(json.dumps([kind, change, one(kind, change, samples[kind], folder / kind / change)]), flush=True)
+
+
+def one(kind, change, content, folder):
+    """What reading says after a change: "refused" by an error that names the file, or "read"."""
+    import qrlora_core as core
+    from train.errors import TrainError
+
+    folder.mkdir(parents=True)
+    path = folder / ("checkpoints/step-00000004.safetensors" if kind == "checkpoint" else "open.safetensors")
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content)
+    old = time.time() - 100
+    os.utime(path, (old, old))
+    names, read = opened(kind, path)
+    before = read(names[0])
+    changed(path, change, len(content))
+    try:
+        read(names[1])
+    except (core.QRLoRAError, TrainError) as error:
+        assert path.name in str(error), error
+        if kind == "adapter":
+            assert read(names[0]) is before, "what was read is kept"
+        return "refused"
+    return "read"
+
+
+def opened(kind, path):
+    """Two things that a file holds, and what reads them."""
+    import qrlora_core as core
+    from qrlora_core.basis import open_basis
+    from train.model.source import BaseModel
+    from train.run import checkpoint
+
+    if kind == "adapter":
+        found = core.open_adapter(path)
+        return list(found.layers), found.layer
+    if kind == "residual":
+        found = core.Residual(path)
+        return list(found.layers), found.weight
+    if kind == "basis":
+        found, _ = open_basis(path)
+        return list(found), lambda name: found[name]()
+    if kind == "training cache":
+        return [0, 1], core.TrainingCache(path).latent
+    if kind == "checkpoint":
+        return ["param.", "optimizer."], checkpoint.newest_checkpoint(path.parents[1]).tensors
+    found = BaseModel(path)
+    return [target.name for target in found.targets()], found.weight
+
+
+def changed(path, change, size):
+    if change == "shorter":
+        with path.open("r+b") as file:  # as `cp` does
+            file.truncate(size // 4)
+    elif change == "equal size":
+        with path.open("r+b") as file:
+            file.seek(size // 2)
+            file.write(bytes(size - size // 2))
+    elif change == "renamed over":
+        other = path.with_name("other")
+        other.write_bytes(bytes(size))
+        other.replace(path)
+    else:
+        path.unlink()
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """(kind, change) -> what came of it, as far as the process got."""
+    command = [sys.executable, "-m", "tests.hostile.test_overwrite", str(tmp_path_factory.mktemp("open"))]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    found = {(kind, change): outcome for kind, change, outcome in map(json.loads, done.stdout.splitlines())}
+    assert done.returncode == 0, f"after {list(found)[-1:]} the process ended: {done.returncode}\n{done.stderr[-2000:]}"
+    return found
+
+
 @pytest.mark.process
+@pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_file_that_changes_while_it_is_open_is_told_and_ends_nothing(tmp_path, kind):
-    processes = {}
-    for change in CHANGES:
-        folder = tmp_path / change
-        folder.mkdir()
-        command = [sys.executable, "-c", PROGRAM, kind, change, str(folder)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT, "env": environment}
-        processes[change] = subprocess.Popen(command, **options)
-    for change, process in processes.items():
-        output, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, f"{change}: ended with {process.returncode}\n{errors[-2000:]}"
-        assert output.strip() == "refused", change
+def test_a_file_that_changes_while_it_is_open_is_told_and_ends_nothing(outcomes, kind, change):
+    assert outcomes[kind, change] == "refused"
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -46,9 +46,10 @@ def install(monkeypatch, base: Path) -> FolderPaths:
     """Put the modules into `sys.modules` until the test ends; the stub of `folder_paths`."""
     modules = {"folder_paths": FolderPaths(base), "server": types.ModuleType("server")}
     modules["server"].PromptServer = types.SimpleNamespace(instance=None)
-    parts = ("model_management", "utils", "model_detection", "sampler_helpers", "samplers")
+    parts = ("cli_args", "model_management", "utils", "model_detection", "sampler_helpers", "samplers")
     for name in ("comfy", *(f"comfy.{part}" for part in parts)):
         modules[name] = types.ModuleType(name)
+    modules["comfy.cli_args"].args = types.SimpleNamespace(enable_cors_header=None)
     management = modules["comfy.model_management"]
     management.InterruptProcessingException = type("InterruptProcessingException", (BaseException,), {})
     management.get_torch_device = lambda: torch.device("cpu")

@@ -12,13 +12,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from demo import in_comfyui
+from demo import in_comfyui, minute
 from demo import story as demo
-from demo.concepts import CONTENT, FIT, MORE, PACK, STYLE, read_picture
+from demo.concepts import ACT, CONTENT, FIT, MORE, PACK, PAIRS, STYLE, SUM, draw_picture, read_picture
+from demo.fused import Fused
 from demo.graph import demo_page, graph
 from demo.judge import Row, experiments, summary, verdict
+from demo.model import patched, sample
+from demo.noise import distances
 from demo.pictures import BARRED, HEART, SUNSET
-from demo.reader import read
+from demo.reader import looks_with, read
+from demo.toy.files import FOLDER
+from qrlora_core import MergeRecipe, merge_acting, merged_adapter, open_adapter
 from qrlora_plots import contact_sheet
 
 
@@ -76,7 +81,9 @@ def test_it_writes_sheet_similarity_and_numbers_and_ends_with_what_it_found(told
     rows = json.loads((told.out / demo.NUMBERS).read_text())
     assert [row["title"] for row in rows] == [one.name for one in experiments()]
     assert all(row["title"] in told.printed for row in rows) and "Neither adapter" in told.printed
+    assert "more --steps may help" in told.printed
     assert Image.open(told.out / demo.SHEET).width > 5 * 160
+    assert Image.open(told.out / demo.BESIDE).height > 4 * 128
     assert Image.open(told.out / demo.SIMILARITY).size == (1600, 2300)
 
 
@@ -188,6 +195,80 @@ def test_the_verdict_needs_both_adapters(content, style, good):
     assert f"{content:.0%}" in summary(rows)
     shown_without = [row._replace(content=0.5) if row.title.endswith("alpha 0, beta 0") else row for row in rows]
     assert not verdict(shown_without)
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return demo.Adapters(*(open_adapter(FOLDER / f"{one.name}.safetensors") for one in (STYLE, CONTENT)))
+
+
+def merged(adapters, alpha, beta, act):
+    return merge_acting(MergeRecipe.of(adapters.style), alpha, MergeRecipe.of(adapters.content), beta, act=act)
+
+
+def test_a_plain_sum_beside_the_weights_is_one_in_the_weights(shipped):
+    model, recipe = demo.load_toy(), merged(shipped, 0.7, -0.4, SUM)
+    prompts, seeds = ["a <c> in <s> style", "a ring in blue plain style"], [1, 2]
+    wanted = sample(patched(model, merged_adapter(recipe)), prompts, seeds, steps=4)
+    found = Fused(model, shipped).sample(recipe, prompts, seeds, steps=4)
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4)
+
+
+def test_each_prompt_of_a_batch_meets_the_adapters_that_it_asks_for(shipped):
+    model = demo.load_toy()
+    fused = Fused(model, shipped)
+    prompts = ["a <c> in <s> style", "a <c> in blue dotted style", "a ring in green checked style"]
+    drawn = fused.sample(merged(shipped, 1, 1, ACT), prompts, [5, 5, 5], steps=4)
+    content = fused.sample(merged(shipped, 0, 1, SUM), prompts, [5, 5, 5], steps=4)
+    none = sample(model, prompts, [5, 5, 5], steps=4)
+    np.testing.assert_allclose(drawn[1], content[1], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(drawn[2], none[2], rtol=0, atol=1e-4)
+    always = fused.sample(merged(shipped, 1, 2, "always, one pass each"), prompts[:1], [5], steps=4)
+    np.testing.assert_allclose(drawn[0], always[0], rtol=0, atol=1e-4)  # content counts twice beside a style
+    assert float((drawn[0] - fused.sample(merged(shipped, 1, 1, SUM), prompts[:1], [5], steps=4)[0]).abs().max()) > 0.1
+
+
+def test_the_sheets_corner_is_its_best_picture(shipped):
+    """By the distance to the drawing of both; from the noise of the demo and of the template."""
+    assert demo.SEED == minute.SEED
+    fused = Fused(demo.load_toy(), shipped)
+    found = {
+        (alpha, beta): fused.sample(merged(shipped, alpha, beta, ACT), [demo.MERGED_PROMPT], [demo.SEED])
+        for alpha in (0.5, 0.75, 1)
+        for beta in (0.25, 0.5, 0.75, 1)
+    }
+    far = {place: float(distances(picture, PAIRS["heart-sunset"].look)) for place, picture in found.items()}
+    assert min(far, key=far.get) == (1, 1), far
+    assert read(found[1, 1]) == [PAIRS["heart-sunset"].look]
+
+
+def test_every_pair_is_drawn_apart_and_read(tmp_path):
+    assert len(PAIRS) == 25 and next(iter(PAIRS.values())) == (STYLE, CONTENT)
+    assert len({pair.content.name for pair in PAIRS.values()}) == len({pair.style.name for pair in PAIRS.values()}) == 5
+    for pair in PAIRS.values():
+        for concept in pair:
+            (seen,) = read(read_picture(draw_picture(concept, tmp_path)), looks_with(pair.look))
+            assert seen == concept.look
+        assert pair.content.words and pair.style.words
+
+
+@pytest.mark.process
+def test_another_pair_is_trained_and_judged(tmp_path, capsys):
+    code = demo.main(["--headless", "--pair", "tee-brown", "--out", str(tmp_path), "--steps", "2", "--pictures", "1"])
+    assert code == 1 and "toy_content_tee" in capsys.readouterr().out
+    for name, look in (
+        ("toy_content_tee", ("tee", "red", "plain")),
+        ("toy_style_brown", ("circle", "brown", "blocks")),
+    ):
+        assert open_adapter(tmp_path / f"{name}.safetensors").metadata["qrlora.steps"] == "2"
+        assert read(read_picture(tmp_path / f"{name}.png"), looks_with(PAIRS["tee-brown"].look)) == [look]
+    assert len(json.loads((tmp_path / demo.NUMBERS).read_text())) == len(experiments())
+
+
+def test_a_pair_that_does_not_exist_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        demo.main(["--pair", "heart"])
+    assert "heart-sunset" in capsys.readouterr().err
 
 
 def test_the_two_concepts_are_what_the_reader_calls_new():

@@ -156,6 +156,56 @@ def test_stopping_in_the_middle_of_a_step_leaves_no_trace(settings, elsewhere, t
     same(tensors(whole), tensors(broken))
 
 
+NO_MEMORY = {
+    "cuda": lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"),
+    "python": MemoryError,
+    "cpu": lambda: RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_MEMORY)
+@pytest.mark.parametrize("where", ["forward", "backward", "update", "sample"])
+def test_memory_that_runs_out_in_mid_step(settings, elsewhere, tmp_path, monkeypatch, kind, where):
+    """Step 2 of 4 fails: step 1 is in a checkpoint unless a parameter may have changed, and the run ends bit-equal."""
+    config = settings(gradient_accumulation=4, sample_every=1, checkpoint_every=0)
+    broken = elsewhere(config)
+    looks = iter(range(1000))
+
+    def fails(real, at):
+        def act(*args, **kwargs):
+            if next(looks) == at:
+                raise NO_MEMORY[kind]()
+            return real(*args, **kwargs)
+
+        return act
+
+    def failing_backward(*args):
+        loss = fit_module_loss(*args)
+        loss.register_hook(fails(lambda gradient: gradient, 6))
+        return loss
+
+    fit_module_loss = fit_module.flow_loss
+    with monkeypatch.context() as patch:
+        if where == "forward":
+            patch.setattr(fit_module, "flow_loss", fails(fit_module.flow_loss, 6))
+        elif where == "backward":
+            patch.setattr(fit_module, "flow_loss", failing_backward)
+        elif where == "update":
+            patch.setattr(torch.nn.utils, "clip_grad_norm_", fails(torch.nn.utils.clip_grad_norm_, 1))
+        else:
+            patch.setattr(fit_module, "sample_latents", fails(fit_module.sample_latents, 0))
+        line, events = command(broken)
+        assert main([str(part) for part in line[3:]]) == 1
+    last = read_events(events)[-1]
+    assert last.kind == "failed" and last.data["reason"] == "memory"
+    assert "memory ran out at rank 8" in last.data["message"] and "offload" in last.data["message"]
+    kept = checkpoint.newest_checkpoint(Path(broken.run_dir))
+    assert (kept.step if kept else 0) == (0 if where == "update" else 1)
+    fit(broken)
+    fit(config)
+    same(tensors(config), tensors(broken))
+
+
 @pytest.mark.parametrize("scheduler", ["constant", "linear"])
 def test_more_steps_continue_a_finished_run(settings, elsewhere, scheduler):
     short = settings(steps=2, scheduler=scheduler)

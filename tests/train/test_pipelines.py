@@ -1,6 +1,7 @@
 """The other families from a shell: encode, fit and sample by their own small pipeline folders, against diffusers' own
 way from pictures to latents and from words to texts."""
 
+import inspect
 import json
 import shutil
 from dataclasses import replace
@@ -18,6 +19,7 @@ from train.cli import main
 from train.config import EncodeConfig, FitConfig, make_config
 from train.data.encode import encode
 from train.errors import TrainError
+from train.model.backbones import BACKBONES
 from train.model.pipeline_folder import open_pipeline
 from train.model.source import BaseModel
 from train.run.fit import fit
@@ -194,3 +196,16 @@ def test_an_old_diffusers_is_named(family):
     with pytest.raises(TrainError, match="has no OfTomorrowPipeline, .* -m pip install --upgrade diffusers") as caught:
         folder.load("parts", torch.float32)
     assert caught.value.reason == "library"
+
+
+@pytest.mark.parametrize("backbone", BACKBONES, ids=lambda backbone: backbone.family)
+def test_every_pipeline_is_called_as_it_takes_it(backbone):
+    """Also those whose text encoders are not small enough for a test: names of arguments are diffusers' own."""
+    for name in backbone.pipeline.classes.values():
+        kind = getattr(diffusers, name)
+        inspect.signature(kind.encode_prompt).bind(None, "a dog", device=None, max_sequence_length=300)
+        arguments = {"prompt": "a dog", "num_inference_steps": 2, "width": 64, "height": 64, "generator": None}
+        for guidance in (0.0, 3.5):
+            inspect.signature(kind.__call__).bind(None, **arguments, **backbone.pipeline.guidance(guidance))
+        assert hasattr(diffusers, backbone.pipeline.vae_class)
+        assert set(backbone.pipeline.encoders) <= set(inspect.signature(kind.__init__).parameters)

@@ -108,12 +108,16 @@ def _eight_bits(picture: Image.Image, is_png: bool) -> Image.Image:
     A PNG and the modes I;16* have 16 bits, however dark they are. Of other integers and of floating point the largest
     value tells the scale: up to 1, 255 or 65535.
     """
-    levels = np.asarray(picture, dtype=np.float32)
-    largest = float(levels.max(initial=0.0))
-    if not np.isfinite(levels).all() or largest > 65535:
+    levels = np.asarray(picture)
+    largest = float(levels.max(initial=0))
+    if not np.isfinite(largest) or largest > 65535 or (levels.dtype.kind == "f" and not np.isfinite(levels).all()):
         raise ValueError(f"its greys reach {largest:g}, expected numbers up to 65535")
     if picture.mode.startswith("I;16") or (is_png and picture.mode == "I") or largest > 255:
         scale = 255.0 / 65535.0
     else:
         scale = 255.0 if picture.mode == "F" and largest <= 1.0 else 1.0
-    return Image.fromarray(np.rint(levels.clip(min=0.0) * scale).astype(np.uint8))
+    if levels.dtype.kind == "f":
+        return Image.fromarray(np.rint(levels.clip(min=0.0) * scale).astype(np.uint8))
+    # whole numbers are looked up: no array of floats for a hundred million pixels
+    table = np.rint(np.arange(65536, dtype=np.float32) * scale).clip(max=255).astype(np.uint8)
+    return Image.fromarray(table[levels if levels.dtype.kind == "u" else np.maximum(levels, 0)])

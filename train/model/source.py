@@ -200,6 +200,10 @@ def _parts(
         if not shape or is_beside_a_weight(plain):
             continue
         named = [StoredRows(plain, 0, shape[0])] if native else backbone.stored_rows(plain, shape[0])
+        counts = [rows for _, _, rows in named]
+        if named and (sum(counts) != shape[0] or 0 in (*counts, *shape)):
+            parts_text = f"the rows of {len(named)} layers" if len(named) > 1 else "a layer"
+            raise TrainError("model", f"{title}: {key} of shape {shape} does not hold {parts_text}: get the file again")
         quantization = None
         if plain.endswith(".weight") and named:
             layer = key.removesuffix(".weight")

@@ -2,8 +2,8 @@
 
 import math
 import os
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from qrlora_core.writing import write_tensors
 
 from ..config import FitConfig
 from ..data.batches import generator_of
-from ..errors import TrainError
+from ..errors import TrainError, is_out_of_memory
 from ..events import EventWriter
 from .checkpoint import BASIS, OPTIMIZER, PARAMETER, basis_sketch, newest_checkpoint, save_checkpoint
 from .flow import flow_loss, sample_latents
@@ -67,29 +67,27 @@ def train(state: TrainingState) -> None:
     config, reporter = state.config, state.reporter
     reporter.start_steps(state.done, config.steps)
     while state.done < config.steps:
-        try:
+        with _keeping_what_is_done(state):
             _agree_to_go_on(state)
-            loss = step(state)
-        except Stopped:
-            state.optimizer.zero_grad(set_to_none=True)  # a step that was not finished leaves no trace
-            if state.done:
-                checkpoint(state)
-            raise
+            loss = gradients(state)
+        update(state)
         state.done += 1
         reporter.step(state.done, config.steps, loss, state.scheduler.get_last_lr()[0])
-        if _due(state.done, config.validate_every):
-            reporter.emit("validation", step=state.done, loss=validation_loss(state))
+        with _keeping_what_is_done(state):
+            if _due(state.done, config.validate_every):
+                reporter.emit("validation", step=state.done, loss=validation_loss(state))
         if _due(state.done, config.checkpoint_every) or state.done == config.steps:
             checkpoint(state)
         if _due(state.done, config.sample_every):
-            sample(state)
+            with _keeping_what_is_done(state):
+                sample(state)
 
 
-def step(state: TrainingState) -> float:
-    """One optimizer step; its mean loss over all processes.
+def gradients(state: TrainingState) -> float:
+    """The gradients of one optimizer step; its mean loss over all processes. No parameter is changed.
 
     Raises:
-        TrainError: reason "loss", when the loss is not finite; nothing was changed then.
+        TrainError: reason "loss", when the loss is not finite.
     """
     config, accelerator = state.config, state.accelerator
     samplers = [(state.sampler, 1.0)]
@@ -115,16 +113,20 @@ def step(state: TrainingState) -> float:
             f"the loss of step {state.done + 1} is {mean}: training has diverged. "
             f"{f'{kept.path.name} is kept. ' if kept else ''}Try a lower learning_rate, or precision bf16 or fp32",
         )
+    return mean
+
+
+def update(state: TrainingState) -> None:
+    """One optimizer step along these gradients."""
     state.scaler.unscale_(state.optimizer)
-    if config.max_grad_norm:
-        torch.nn.utils.clip_grad_norm_(state.parameters.values(), config.max_grad_norm)
+    if state.config.max_grad_norm:
+        torch.nn.utils.clip_grad_norm_(state.parameters.values(), state.config.max_grad_norm)
     state.scaler.step(state.optimizer)
     state.scaler.update()
     for layer in state.layers.values():
         layer.constrain()
     state.scheduler.step()
     state.optimizer.zero_grad(set_to_none=True)
-    return mean
 
 
 @torch.no_grad()
@@ -200,6 +202,21 @@ def _stopped(state: TrainingState | None, run_dir: Path) -> dict[str, Any]:
     kept = newest_checkpoint(run_dir)
     done = state.done if state is not None else kept.step if kept else 0
     return {"step": done, "checkpoint": f"checkpoints/{kept.path.name}" if kept else ""}
+
+
+@contextmanager
+def _keeping_what_is_done(state: TrainingState) -> Iterator[None]:
+    """Between two updates: when the run is stopped, or memory ends, the steps so far go into a checkpoint."""
+    try:
+        yield
+    except (Stopped, Exception) as error:
+        # memory ends in one process of several, and the others would wait for it
+        alone = state.accelerator.num_processes == 1
+        if isinstance(error, Stopped) or (alone and is_out_of_memory(error)):
+            state.optimizer.zero_grad(set_to_none=True)  # a step that was not finished leaves no trace
+            if state.done:
+                checkpoint(state)
+        raise
 
 
 def _agree_to_go_on(state: TrainingState) -> None:

@@ -129,6 +129,23 @@ class SaveConditioning(io.ComfyNode):
         return io.NodeOutput(ui={"text": [output]})
 
 
+class Anything(io.ComfyNode):
+    """What switches and reroutes of other packs do: a text, from a socket that says nothing."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="QRLoRATestAny",
+            category="QR-LoRA/test",
+            inputs=[io.String.Input("what")],
+            outputs=[io.AnyType.Output()],
+        )
+
+    @classmethod
+    def execute(cls, what):
+        return io.NodeOutput(what)
+
+
 class Stacker(io.ComfyNode):
     """What LoRA stackers do: entries of their own behind those that come in."""
 
@@ -230,7 +247,8 @@ class SaveLatents(io.ComfyNode):
 
 class TestExtension(ComfyExtension):
     async def get_node_list(self):
-        return [Conditioning, Forward, SaveConditioning, Stacker, ApplyStack, LoadRandomClip, SaveLatents]
+        ours = [Conditioning, Forward, SaveConditioning, Anything, Stacker, ApplyStack]
+        return [*ours, LoadRandomClip, SaveLatents]
 
 
 async def comfy_entrypoint():
