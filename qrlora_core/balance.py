@@ -1,42 +1,55 @@
 """How much of two adapters survives when both act, against how far other prompts drift: by the model's predictions.
 
-With v a prediction (velocity), 0 the model alone, i an adapter alone at full strength, and `both` a merge:
+With v a prediction (velocity), 0 the model alone, i an adapter alone at full strength, and `both` a merge, at the same
+latents, noise levels and prompts:
 
-    e_i = v_i - v_0            on the prompt that asks for adapter i only
-    e = v_both - v_0           on the prompt that asks for both
-    survival_i = <e, e_i> / |e_i|^2
-    drift = |v_both - v_0| / (|e_style| + |e_content|)    on the prompt that asks for neither
+    e_i = v_i - v_0,  e = v_both - v_0          on the prompt that asks for both
+    survival_i = <e, e_i> / |e_i|^2             1: all that the adapter does alone, in its direction
+    purity_i = <e, e_i> / (|e| |e_i|)           1: nothing else beside it
+    drift = |v_both - v_0| / (|e_style| + |e_content|)    its numerator on a prompt that asks for neither
 
-over all points of a path together. Survival is 1 where the merge does all that the adapter does alone in its direction.
-No picture is made and no reader asked; docs/fusion.md says how far the numbers agree with what a reader sees.
+over all points of a sampling path together. Everything follows from inner products, so no prediction has to be kept.
+No picture is made and nobody reads one; docs/fusion.md says how far these numbers agree with what a reader sees.
 """
 
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .acts import ACTS
+from .acts import ACTS, Act
 from .gate import DOUBLED, holds, without
 
 Asked = Literal["both", "style", "content", "none"]
 ASKED: tuple[Asked, ...] = ("both", "style", "content", "none")
-SCHEMA, VERSION = "qr-lora/balance", 1
+Prompts = Mapping[Asked, str]
 
 
 class Trial(NamedTuple):
-    """Factors of style and content that the model is asked with; `own_pass`: each in a pass of its own."""
+    """Factors of style and content that the model is asked with."""
 
     alpha: float
     beta: float
-    own_pass: bool = False
 
 
-BASE = Trial(0.0, 0.0)
-ALONE = (Trial(1.0, 0.0, True), Trial(0.0, 1.0, True))
+STYLE_ALONE, CONTENT_ALONE, BOTH_FULLY = Trial(1.0, 0.0), Trial(0.0, 1.0), Trial(1.0, 1.0)
+
+# whose pull, its trial alone, that of the adapter which is asked for, and where
+_GUESTS: tuple[tuple[str, Trial, Trial, Asked], ...] = (
+    ("style", STYLE_ALONE, CONTENT_ALONE, "content"),
+    ("content", CONTENT_ALONE, STYLE_ALONE, "style"),
+)
+
+
+class Products(NamedTuple):
+    """Inner products of what a trial changes on a prompt with what each adapter changes alone, and with itself."""
+
+    style: float = 0.0
+    content: float = 0.0
+    own: float = 0.0
 
 
 class Point(NamedTuple):
@@ -44,11 +57,24 @@ class Point(NamedTuple):
 
     Attributes:
         level: of the noise, see `Schedule`: 1 to 0.
-        predictions: trial and what the prompt asks for -> velocity.
+        base: what the prompt asks for -> squared norm of the model's own prediction.
+        effects: trial and what the prompt asks for -> inner products. Those of `needed` have to be there.
     """
 
     level: float
-    predictions: Mapping[tuple[Trial, Asked], Tensor]
+    base: Mapping[Asked, float]
+    effects: Mapping[tuple[Trial, Asked], Products]
+
+    def effect(self, trial: Trial, asked: Asked) -> Products:
+        """That of a trial; without any strength nothing changes."""
+        return self.effects[trial, asked] if any(trial) else Products()
+
+    def composed(self, alpha: float, beta: float, asked: Asked) -> Products:
+        """That of predictions that are added, `alpha e_style + beta e_content`, see `passes`."""
+        style, content = self.effects[STYLE_ALONE, asked], self.effects[CONTENT_ALONE, asked]
+        ss, sc, cc = style.own, style.content, content.own
+        own = alpha * alpha * ss + 2 * alpha * beta * sc + beta * beta * cc
+        return Products(alpha * ss + beta * sc, alpha * sc + beta * cc, own)
 
 
 class Cell(NamedTuple):
@@ -56,9 +82,10 @@ class Cell(NamedTuple):
 
     Attributes:
         act, alpha, beta, switch: as Merge has them; no switch where there is nothing to switch.
-        style, content: survival; None where the adapter has no effect alone.
-        style_cosine, content_cosine: of the merge's effect and the adapter's own.
+        style, content: survival; None where the adapter changes nothing alone.
+        style_purity, content_purity: see above.
         drift: see above; by the prompt it is 0 by construction.
+        moved: what drifts, relative to the model's own prediction.
     """
 
     act: str
@@ -67,144 +94,116 @@ class Cell(NamedTuple):
     switch: float | None
     style: float | None
     content: float | None
-    style_cosine: float | None
-    content_cosine: float | None
+    style_purity: float | None
+    content_purity: float | None
     drift: float
+    moved: float
 
-    @property
-    def shown(self) -> float:
-        """What survives of the adapter that is worse off; more than all of it counts as all."""
-        return min((min(one, 1.0) for one in (self.style, self.content) if one is not None), default=0.0)
+
+def products(effect: Tensor, style: Tensor, content: Tensor) -> Products:
+    """Inner products of a change of the prediction with those of the adapters alone; all of one shape."""
+    one, *others = (tensor.flatten().double() for tensor in (effect, style, content))
+    return Products(*(float(torch.dot(one, other)) for other in (*others, one)))
 
 
 def four_prompts(prompt: str, style: Sequence[str], content: Sequence[str]) -> dict[Asked, str]:
-    """The prompt that asks for both adapters, and what is left of it without the triggers of one and of both.
+    """The prompt that asks for both adapters, and what asks for one of them and for neither.
 
-    A trigger that the prompt lacks altogether is put before it, as QR-LoRA Prompt does.
+    Args:
+        prompt: "" makes prompts of the triggers. A trigger that it lacks altogether is put before it, as QR-LoRA
+            Prompt does; the other prompts are what is left of it without triggers.
+        style, content: triggers.
     """
+    if not prompt.strip():
+        subject, manner = (words[0] if words else "" for words in (content, style))
+        in_style = f" in {manner} style" if manner else ""
+        thing = f"a {subject}" if subject else "a picture"
+        alone = f"a picture of a {subject}" if subject else "a picture"
+        return {"both": thing + in_style, "style": "a picture" + in_style, "content": alone, "none": "a picture"}
     missing = [words[0] for words in (style, content) if words and not any(holds(prompt, word) for word in words)]
     both = " ".join([*dict.fromkeys(missing), prompt])
-    only_style = [word for word in style if word not in content]
-    only_content = [word for word in content if word not in style]
     return {
         "both": both,
-        "style": without(both, only_content),
-        "content": without(both, only_style),
+        "style": without(both, [word for word in content if word not in style]),
+        "content": without(both, [word for word in style if word not in content]),
         "none": without(both, [*style, *content]),
     }
 
 
-def questions(alphas: Sequence[float], betas: Sequence[float], acts: Iterable[str]) -> dict[Trial, tuple[Asked, ...]]:
-    """What the model has to be asked at each point, trial by trial."""
-    found: dict[Trial, tuple[Asked, ...]] = {
-        BASE: ASKED,
-        ALONE[0]: ("both", "style", "none"),
-        ALONE[1]: ("both", "content", "none"),
-    }
+def needed(alphas: Sequence[float], betas: Sequence[float], acts: Iterable[str]) -> dict[Trial, tuple[Asked, ...]]:
+    """What the model has to be asked at each point besides its own predictions: trial -> prompts."""
     ways = [ACTS[act] for act in acts]
+    found: dict[Trial, set[Asked]] = {trial: set(ASKED) for trial in (STYLE_ALONE, CONTENT_ALONE, BOTH_FULLY)}
+
+    def ask(pairs: Iterable[tuple[float, float]], prompts: Iterable[Asked]) -> None:
+        for pair in pairs:
+            if any(pair):
+                found.setdefault(Trial(*pair), set()).update(prompts)
+
     if any(not way.one_pass_each and not way.content_first for way in ways):
-        found |= {Trial(*pair): ("both", "none") for pair in itertools.product(alphas, betas) if any(pair)}
+        free = any(not way.one_pass_each and not way.by_prompt for way in ways)
+        ask(itertools.product(alphas, betas), ("both", "none") if free else ("both",))
     if any(way.content_first for way in ways):
-        lonely = [Trial(alpha, 0.0) for alpha in alphas] + [Trial(0.0, beta) for beta in betas]
-        found |= {trial: ("both",) for trial in lonely if trial not in found}
-    return found
+        ask([(alpha, 0.0) for alpha in alphas] + [(0.0, beta) for beta in betas], ("both",))
+    return {trial: tuple(asked for asked in ASKED if asked in prompts) for trial, prompts in found.items()}
 
 
 def cells(points: Sequence[Point], alphas: Sequence[float], betas: Sequence[float], acts: Iterable[str]) -> list[Cell]:
     """Every setting of a grid, measured.
 
     Args:
-        points: with the answers to `questions`.
+        points: with the answers to `needed`.
         alphas, betas: factors of style and content.
         acts: names of ACTS; each is tried with the whole grid, and content first with a switch between any two points.
     """
-    own = [[_effect(point, trial, side) for point in points] for trial, side in zip(ALONE, ("style", "content"))]
     levels = [point.level for point in points]
     between = [round((high + low) / 2, 2) for high, low in itertools.pairwise(levels)]
-    found = []
-    for act in acts:
-        switches = [one for one in between if 0.01 <= one <= 0.99] if ACTS[act].content_first else [None]
-        for alpha, beta, switch in itertools.product(alphas, betas, switches):
-            merged = [_merged(point, act, alpha, beta, switch, "both") for point in points]
-            drift = 0.0
-            if not ACTS[act].by_prompt:
-                size = sum(math.sqrt(_dot(one, one)) for one in own)
-                moved = [_merged(point, act, alpha, beta, switch, "none") for point in points]
-                drift = math.sqrt(_dot(moved, moved)) / size if size else 0.0
-            (style, style_cosine), (content, content_cosine) = (_survival(merged, one) for one in own)
-            found.append(Cell(act, alpha, beta, switch, style, content, style_cosine, content_cosine, drift))
-    return found
+    return [
+        _cell(points, act, alpha, beta, switch)
+        for act in acts
+        for alpha, beta in itertools.product(alphas, betas)
+        for switch in ([one for one in between if 0.01 <= one <= 0.99] if ACTS[act].content_first else [None])
+    ]
 
 
-def frontier(measured: Sequence[Cell]) -> list[Cell]:
-    """The settings that no other one beats in both numbers, by rising drift."""
-    best: list[Cell] = []
-    for cell in sorted(measured, key=lambda one: (one.drift, *_preference(one))):
-        if not best or cell.shown > best[-1].shown + _EQUAL:
-            best.append(cell)
-    return best
+def pulls(points: Sequence[Point]) -> tuple[float | None, float | None]:
+    """How much of its own effect each adapter has where only the other one is asked for, both fully on and no gate.
 
-
-def proposal(measured: Sequence[Cell], most_drift: float) -> Cell:
-    """The setting that shows most within a limit of drift; the one that drifts least where none keeps to it.
-
-    Among equals it is the one whose factors are nearest to 1.
+    Returns:
+        Of the style on prompts for the content, and of the content on prompts for the style; None without an effect.
     """
-    within = [cell for cell in measured if cell.drift <= most_drift]
-    if not within:
-        return min(measured, key=lambda cell: (cell.drift, *_preference(cell)))
-    return min(within, key=_preference)
+    found: list[float | None] = []
+    for field, own, other, asked in _GUESTS:
+        size = _sum(point.effects[own, asked] for point in points).own
+        extra = sum(getattr(point.effects[BOTH_FULLY, asked], field) for point in points)
+        extra -= sum(getattr(point.effects[other, asked], field) for point in points)
+        found.append(extra / size if size else None)
+    return found[0], found[1]
 
 
-def as_json(
-    measured: Sequence[Cell], proposed: Cell, prompts: Mapping[Asked, str], levels: Sequence[float]
-) -> dict[str, Any]:
-    """Everything as plain JSON, which is also what is drawn."""
-    best = frontier(measured)
-    return {
-        "schema": SCHEMA,
-        "version": VERSION,
-        "prompts": dict(prompts),
-        "noise_levels": list(levels),
-        "proposed": measured.index(proposed),
-        "cells": [{**cell._asdict(), "shown": cell.shown, "frontier": cell in best} for cell in measured],
-    }
-
-
-_EQUAL = 1e-3
-
-
-def _preference(cell: Cell) -> tuple[float, float]:
-    return -round(cell.shown / _EQUAL), abs(cell.alpha - 1) + abs(cell.beta - 1)
-
-
-def _effect(point: Point, trial: Trial, asked: Asked) -> Tensor:
-    """How a trial differs from the model alone on one prompt."""
-    if trial == BASE:
-        return torch.zeros_like(point.predictions[BASE, asked])
-    return point.predictions[trial, asked] - point.predictions[BASE, asked]
-
-
-def _merged(point: Point, act: str, alpha: float, beta: float, switch: float | None, asked: Asked) -> Tensor:
-    """What a merge changes on a prompt that it acts on."""
+def _cell(points: Sequence[Point], act: str, alpha: float, beta: float, switch: float | None) -> Cell:
     way = ACTS[act]
+    merged = _sum(_effect(point, way, alpha, beta, switch, "both") for point in points)
+    alone = [_sum(point.effects[trial, "both"] for point in points).own for trial in (STYLE_ALONE, CONTENT_ALONE)]
+    drift = moved = 0.0
+    if not way.by_prompt:
+        change = math.sqrt(_sum(_effect(point, way, alpha, beta, switch, "none") for point in points).own)
+        size, base = sum(map(math.sqrt, alone)), math.sqrt(sum(point.base["none"] for point in points))
+        drift, moved = (change / whole if whole else 0.0 for whole in (size, base))
+    survival = [along / own if own else None for along, own in zip(merged, alone)]
+    purity = [along / math.sqrt(own * merged.own or 1.0) if own else None for along, own in zip(merged, alone)]
+    return Cell(act, alpha, beta, switch, survival[0], survival[1], purity[0], purity[1], drift, moved)
+
+
+def _effect(point: Point, way: Act, alpha: float, beta: float, switch: float | None, asked: Asked) -> Products:
+    """What a merge changes on a prompt that it acts on."""
     if way.one_pass_each:
-        content = beta * (DOUBLED if way.by_prompt else 1.0)
-        return alpha * _effect(point, ALONE[0], asked) + content * _effect(point, ALONE[1], asked)
+        return point.composed(alpha, beta * (DOUBLED if way.by_prompt else 1.0), asked)
     if switch is not None:
-        pair = (0.0, beta) if point.level > switch else (alpha, 0.0)
-        return _effect(point, Trial(*pair), asked)
-    return _effect(point, Trial(alpha, beta), asked)
+        return point.effect(Trial(0.0, beta) if point.level > switch else Trial(alpha, 0.0), asked)
+    return point.effect(Trial(alpha, beta), asked)
 
 
-def _survival(merged: Sequence[Tensor], own: Sequence[Tensor]) -> tuple[float | None, float | None]:
-    """Projection of a merge's effect on an adapter's own, and their cosine; (None, None) without an effect."""
-    size, made = _dot(own, own), _dot(merged, merged)
-    if not size:
-        return None, None
-    along = _dot(merged, own)
-    return along / size, along / math.sqrt(size * made) if made else 0.0
-
-
-def _dot(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
-    return sum(float(torch.dot(a.flatten().double(), b.flatten().double())) for a, b in zip(one, other))
+def _sum(parts: Iterable[Products]) -> Products:
+    rows = list(parts)
+    return Products(*map(sum, zip(*rows))) if rows else Products()

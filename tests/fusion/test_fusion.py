@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks.fusion import protocol
+from benchmarks.fusion import balance, protocol
 from benchmarks.fusion.fusions import ON, Fusion, Stage, content_first, fixed, half_then_full
 from benchmarks.fusion.learn import RECIPES, Paths, Recipe, _Step, learn
 from benchmarks.fusion.live import Live, Pair, encoded
@@ -17,7 +17,7 @@ from benchmarks.fusion.store import Study, concept_of
 from demo.model import load_toy
 from demo.pictures import COLOURS, SHAPES, TEXTURES, Look
 from demo.toy.features import words
-from qrlora_core import Adapter, AdapterLayer, decompose
+from qrlora_core import ACTS, Adapter, AdapterLayer, cells, decompose
 
 UNIT = CHECK[0]
 
@@ -204,3 +204,27 @@ def test_picture_and_results(tmp_path):
 
     stored = json.loads(save(tmp_path, CHECK[:3], {"one": rows}, {"date": "today"}).read_text())
     assert stored["results"]["one"][CHECK[2].name]["h"] == 0.9 and stored["version"] == protocol.VERSION
+
+
+def test_balance_measures_what_the_node_measures(tmp_path):
+    """Untrained adapters for a few steps: their own survival is 1, a setting is sampled as Merge would act."""
+    study = Study(tmp_path, 6, adapter_steps=2)
+    points = balance.measured(study, UNIT, 1)
+    assert [round(point.level, 3) for point in points] == [1, 0.667, 0.333]
+    (alone,) = cells(points, [1.0], [0.0], ["always, one pass each"])
+    assert alone.style == pytest.approx(1) and alone.style_purity == pytest.approx(1)
+    for cell in cells(points, [0.8], [1.2], ACTS):
+        fusion = balance.fusion_of(cell)
+        assert fusion.gate == ACTS[cell.act].by_prompt and fusion.separate == ACTS[cell.act].one_pass_each
+    passes = balance.fusion_of(cells(points, [0.8], [1.2], ["by prompt, one pass each"])[0])
+    assert passes.both == (Stage(0, 2.4, 0.8),) and passes.style == (Stage(0.75, 0, 0.4), Stage(0, 0, 0.8))
+    first = balance.fusion_of(cells(points, [0.8], [1.2], ["by prompt, content first"])[0])
+    assert first.both[0] == Stage(0.83, 1.2, 0) and first.both[-1] == Stage(0, 0, 0.8)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "wanted"),
+    [([1, 2, 3], [10, 20, 40], 1.0), ([1, 2, 3], [3, 2, 1], -1.0), ([1, 1, 2, 2], [5, 6, 7, 7], 0.9428)],
+)
+def test_ranks(one, other, wanted):
+    assert balance.rank_correlation(one, other) == pytest.approx(wanted, abs=1e-3)
