@@ -132,12 +132,16 @@ def hook_text(recipe: MergeRecipe, strength: float, hooks: int) -> str:
 
 def sweep_text(cells: Sequence[SweepCell], act: str = "always") -> str:
     """How many pictures, and of what; how both act, where it is not a plain sum."""
-    alphas, betas = (dict.fromkeys(values) for values in zip(*((cell.alpha, cell.beta) for cell in cells)))
+    alphas, betas, schedules = (
+        dict.fromkeys(values) for values in zip(*((cell.alpha, cell.beta, cell.schedule) for cell in cells))
+    )
+    lists = [alphas, betas, *([schedules] if any(schedules) else [])]
     return "\n".join(
         [
-            f"{len(alphas)} x {len(betas)} = {len(cells)} pictures",
+            f"{' x '.join(str(len(values)) for values in lists)} = {len(cells)} pictures",
             "alpha " + ", ".join(f"{value:.10g}" for value in alphas),
             "beta " + ", ".join(f"{value:.10g}" for value in betas),
+            *(["schedules " + " / ".join(schedules)] if any(schedules) else []),
             *([act] if act != "always" else []),
         ]
     )

@@ -50,7 +50,7 @@ from .products import LayerSum, Product, layer_sum, term_products
 from .recipe import NOTHING, MergeRecipe, Term
 from .residual import Residual, match_residual, storage_tolerance, value_dtype, write_residual
 from .save import save_adapter
-from .schedule import PRESETS, Schedule, content_first, parse_schedule
+from .schedule import PRESETS, Schedule, SchedulePair, content_first, parse_schedule, parse_schedule_pairs
 from .similarity import similarity_report
 from .similarity_schema import SimilarityReport
 from .storage import TensorFile, model_fingerprint
@@ -107,6 +107,7 @@ __all__ = [
     "QRLoRAError",
     "Residual",
     "Schedule",
+    "SchedulePair",
     "SettingError",
     "SimilarityReport",
     "SweepCell",
@@ -164,6 +165,7 @@ __all__ = [
     "parse_ranges",
     "parse_scales",
     "parse_schedule",
+    "parse_schedule_pairs",
     "preset_names",
     "preset_scale",
     "products",

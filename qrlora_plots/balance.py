@@ -103,7 +103,7 @@ def _frontiers(axes: "Axes", report: Report) -> None:
 
 def place(cell: Report) -> float:
     """Where a setting stands from left to right."""
-    return float(STRIPS.get(cell["act"], cell["drift"]))
+    return STRIPS[cell["act"]] if cell["act"] in STRIPS else float(cell["drift"])
 
 
 def _grid(axes: "Axes", cells: Sequence[Report], chosen: Report, key: str, title: str) -> None:

@@ -66,7 +66,7 @@ class Page:
 
     def load(self, workflow: dict[str, Any]) -> None:
         """Put a workflow in the place of the open one; without an id it gets a new one, as a new tab does."""
-        self.js("return app.loadGraphData(arguments[0])", {"id": str(uuid.uuid4()), **workflow})
+        self.js("return app.loadGraphData(arguments[0]).then(() => null)", {"id": str(uuid.uuid4()), **workflow})
         self.wait(
             "return app.canvas.graph === app.graph && app.graph.nodes.length === arguments[0]",
             90,
@@ -78,7 +78,7 @@ class Page:
         address = f"/api/workflow_templates/qr-lora/{urllib.parse.quote(name)}.json"
         self.js(
             "return fetch(arguments[0]).then((answer) => answer.json())"
-            ".then((workflow) => app.loadGraphData(workflow, true, true, arguments[1]))",
+            ".then((workflow) => app.loadGraphData(workflow, true, true, arguments[1])).then(() => null)",
             address,
             name,
         )

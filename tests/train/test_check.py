@@ -18,7 +18,7 @@ from qrlora_core import Basis, EncodedText, flux_targets
 from tests.train.tiny import sparse_flux
 from train import check as module
 from train.check import check, dry_run, readable
-from train.config import FitConfig, make_config
+from train.config import FitConfig
 from train.errors import TrainError
 from train.model.backbones.flux import FLUX
 from train.model.layer import inject
@@ -31,6 +31,7 @@ from train.run.estimate import (
     require_memory,
 )
 from train.run.flow import velocity
+from train.settings import make_config
 
 ROOT = Path(__file__).resolve().parents[2]
 

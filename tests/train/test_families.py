@@ -15,7 +15,7 @@ from torch.func import functional_call
 from qrlora_core import EncodedText, TrainingCache, decompose, open_adapter
 from tests.train.families import FAMILIES, TEXT_WIDTH, save_data, save_single_file
 from tests.train.test_fit import StopAt, same, tensors
-from train.config import FitConfig, make_config
+from train.config import FitConfig
 from train.data.batches import Sampler
 from train.errors import TrainError
 from train.events import EventWriter
@@ -30,6 +30,7 @@ from train.run.prepare import prepare
 from train.run.processes import make_accelerator
 from train.run.reporter import Reporter
 from train.run.stop import Stopped, StopWatch
+from train.settings import make_config
 
 HOST, HOST_PYTHON = os.environ.get("COMFYUI_PATH"), os.environ.get("COMFYUI_PYTHON")
 CPU = torch.device("cpu")

@@ -20,7 +20,7 @@ from demo.small_flux import GOLDEN
 from qrlora_core import PathError, WeightError, open_adapter, writing
 from tests.train.conftest import base_settings, small_cache
 from train.cli import main
-from train.config import FitConfig, as_table, make_config
+from train.config import FitConfig, as_table
 from train.errors import TrainError
 from train.events import EventWriter, parse, read_events
 from train.model.source import BaseModel
@@ -30,6 +30,7 @@ from train.run.fit import fit
 from train.run.lock import held_run_folder
 from train.run.processes import make_accelerator
 from train.run.stop import Stopped, StopWatch
+from train.settings import make_config
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -16,13 +16,14 @@ from qrlora_core import TrainingCache, bucket_size, open_adapter
 from tests.train import tiny
 from tests.train.tiny_families import PIPELINES, save_pipeline
 from train.cli import main
-from train.config import EncodeConfig, FitConfig, make_config
+from train.config import EncodeConfig, FitConfig
 from train.data.encode import encode
 from train.errors import TrainError
 from train.model.backbones import BACKBONES
 from train.model.pipeline_folder import open_pipeline
 from train.model.source import BaseModel
 from train.run.fit import fit
+from train.settings import make_config
 
 
 @pytest.fixture(scope="module", params=PIPELINES)
