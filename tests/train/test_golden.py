@@ -10,7 +10,7 @@ from train.config import FitConfig
 from train.model.layer import inject, trained_parameters
 from train.model.source import BaseModel
 from train.model.transformer import load_transformer
-from train.run.flow import weighted_mse
+from train.run.denoise import weighted_mse
 from train.run.optim import make_optimizer
 from train.settings import make_config
 
