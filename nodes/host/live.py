@@ -150,6 +150,17 @@ def live_clone(model: ModelPatcher, recipe: MergeRecipe, places: Mapping[str, We
     return clone
 
 
+def set_factors(clone: Any, recipe: MergeRecipe) -> None:
+    """Let a live clone add the same adapters by other factors from the next evaluation of the model on.
+
+    Args:
+        clone: of `live_clone`, and of no other clone.
+        recipe: all that it adds, terms in the same order, earlier nodes' ones first.
+    """
+    state: LiveState = clone.get_attachment(KEY)
+    state.recipe, state.reader = recipe, StepReader(recipe.terms)
+
+
 class _Steps:
     """Wraps each evaluation of the model: the table of factors is set before it, and cleared after it."""
 
