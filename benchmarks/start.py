@@ -17,12 +17,13 @@ import torch
 from benchmarks.common import machine
 from benchmarks.flux import RandomSource
 from qrlora_core import CacheItem, EncodedPicture, EncodedText, save_cache
-from train.config import FitConfig, make_config
+from train.config import FitConfig
 from train.events import EventWriter
 from train.run.prepare import prepare
 from train.run.processes import make_accelerator
 from train.run.reporter import Reporter
 from train.run.stop import StopWatch
+from train.settings import make_config
 
 
 def main() -> None:

@@ -26,13 +26,14 @@ from torch import Tensor, nn
 from benchmarks.common import machine
 from benchmarks.flux import RandomSource
 from qrlora_core import Basis, EncodedText, LayerTarget
-from train.config import FitConfig, make_config
+from train.config import FitConfig
 from train.data.batches import Batch
 from train.model.backbones.flux import FLUX
 from train.model.layer import inject
 from train.model.transformer import DTYPES, load_transformer
-from train.run.flow import flow_loss
+from train.run.denoise import denoising_loss
 from train.run.optim import make_optimizer
+from train.settings import make_config
 
 Restore = Callable[[], None]
 
@@ -145,7 +146,7 @@ def measure(args: argparse.Namespace) -> None:
 
 
 def step(model: Any, batch: Batch, config: FitConfig, optimizer: Any, device: torch.device, dtype: torch.dtype) -> None:
-    flow_loss(model, FLUX, batch, config, device, dtype).backward()  # type: ignore[no-untyped-call]
+    denoising_loss(model, FLUX, batch, config, device, dtype).backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     if device.type == "cuda":

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 PACK = Path(__file__).resolve().parents[1]
 GOLDEN = PACK / "tests" / "golden"
+FRONTEND = "COMFYUI_FRONTEND"  # the folder `static` of a comfyui-frontend-package, where it is not to be the host's own
 HOW_TO = "no ComfyUI found: set COMFYUI_PATH to its folder (and COMFYUI_PYTHON to its interpreter)"
 
 
@@ -116,6 +117,8 @@ class Server:
         self.url, self.base, self.log = f"http://127.0.0.1:{port}", base, log or base / "server.log"
         command = [interpreter(host), "main.py", "--cpu", "--disable-api-nodes", "--base-directory", str(base)]
         command += ["--listen", "127.0.0.1", "--port", str(port), "--database-url", "sqlite:///:memory:", *arguments]
+        if frontend := os.environ.get(FRONTEND):
+            command += ["--front-end-root", frontend]
         with self.log.open("w") as file:
             self.process = subprocess.Popen(
                 command, cwd=host, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, **(environment or {})}

@@ -25,8 +25,8 @@ class ScaleSweep(Node):
         return sockets.schema(
             "QRLoRAScaleSweep",
             "\u0394R Scale Sweep",
-            "Merges two adapters with every pair of an alpha and a beta. Connect delta_r to Apply QR-LoRA: ComfyUI "
-            "then samples once for each pair. \u0394R Contact Sheet shows all pictures as one.",
+            "Merges two adapters with every pair of an alpha and a beta, and with every schedule. Connect delta_r to "
+            "Apply QR-LoRA: ComfyUI then samples once for each. \u0394R Contact Sheet shows all pictures as one.",
             inputs=[
                 sockets.delta_r_input("delta_r_style", "The style adapter (or any first one)."),
                 _list_input("alphas", "0.6, 0.8, 1.0", "style"),
@@ -40,6 +40,15 @@ class ScaleSweep(Node):
                     optional=True,
                     tooltip="How the two act in each merge, as in Merge \u0394R. By prompt, triggers are those that "
                     "the files state; encode the prompt with QR-LoRA Prompt.",
+                ),
+                io.String.Input(
+                    "schedules",
+                    default="",
+                    multiline=True,
+                    optional=True,
+                    tooltip="Empty: constant strengths. Otherwise one schedule in each line, each tried with every "
+                    "pair: 'constant', 'content first 0.5', 'fade in', 'style: late', 'style: late | content: early', "
+                    "'0: 1, 0.5: 0'.",
                 ),
             ],
             outputs=[
@@ -63,8 +72,9 @@ class ScaleSweep(Node):
         delta_r_style: MergeRecipe = NOTHING,
         delta_r_content: MergeRecipe = NOTHING,
         act: str = "always",
+        schedules: str = "",
     ) -> io.NodeOutput:
-        cells = sweep(delta_r_style, alphas, delta_r_content, betas, on_basis_mismatch, act)
+        cells = sweep(delta_r_style, alphas, delta_r_content, betas, on_basis_mismatch, act, schedules)
         title = f"alpha: {_names(delta_r_style)}; beta: {_names(delta_r_content)}"
         return io.NodeOutput(
             [cell.recipe for cell in cells],
@@ -199,17 +209,20 @@ def _collected(nodes: list[dict[str, Any]], keys: tuple[str, ...]) -> list[Any]:
     return sorted(dict.fromkeys(found), key=str)
 
 
-def _values(label: str) -> dict[str, float]:
-    """{"alpha": 0.6, "beta": 1.0} of "alpha=0.6, beta=1"; empty for other labels."""
-    found = {}
+def _values(label: str) -> dict[str, float | str]:
+    """{"alpha": 0.6, "beta": 1.0, "schedule": "late"} of "alpha=0.6, beta=1, schedule=late"; empty for other labels."""
+    found: dict[str, float | str] = {}
     for part in label.split(","):
-        name, _, value = part.partition("=")
+        name, _, value = (word.strip() for word in part.partition("="))
+        if name == "schedule" and value:
+            found[name] = value
+            continue
         try:
             number = float(value)
         except ValueError:
             return {}
         if math.isfinite(number):
-            found[name.strip()] = number
+            found[name] = number
     return found
 
 

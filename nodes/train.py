@@ -140,9 +140,8 @@ def _inputs() -> list[Any]:
         io.Combo.Input(
             "model_name",
             options=folders.model_names(),
-            tooltip="The model to train on (FLUX.1, FLUX.2, Qwen-Image, Z-Image): a safetensors file in "
-            "models/diffusion_models or models/checkpoints "
-            "(fp32, fp16, bf16 or fp8; no GGUF).",
+            tooltip="The model to train on (FLUX.1, FLUX.2, Qwen-Image, Z-Image, Krea 2, SD3.5, SDXL): a safetensors "
+            "file in models/diffusion_models or models/checkpoints (fp32, fp16, bf16 or fp8; no GGUF).",
         ),
         io.Clip.Input("clip", tooltip="The text encoders that the prompt is encoded with, as for sampling."),
         io.Vae.Input("vae", tooltip="The VAE that belongs to the model, as for sampling."),

@@ -7,7 +7,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..train.config import FitConfig, choices
+from ..train.config import FitConfig
+from ..train.settings import choices
 from . import sockets
 from .arrivals import Node
 

@@ -1,6 +1,8 @@
 """A strength over the sampling, as data: points on a line from the first step to the last, or over sigma."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -23,6 +25,8 @@ PRESETS = {
 MAX_POINTS = 100
 _LONGEST = 4000
 _POINT = re.compile(r"([^:]{1,40}):([^:]{1,40})")
+_CONTENT_FIRST = re.compile(r"content first(?: ([-+.\w]{1,40}))?", re.IGNORECASE)
+_SIDE = re.compile(r"(?:(style|content)\s*:\s*)?(.*)", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +115,70 @@ def content_first(switch: float = 0.5) -> tuple[Schedule, Schedule]:
     style = Schedule(((1.0, 0.0), (switch, 0.0), (switch, 1.0), (0.0, 1.0)), "sigma")
     content = Schedule(((1.0, 1.0), (switch, 1.0), (switch, 0.0), (0.0, 0.0)), "sigma")
     return style, content
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulePair:
+    """A schedule for each side of a merge, as one line of a list says it; None: that side is constant."""
+
+    label: str
+    style: Schedule | None
+    content: Schedule | None
+
+
+def parse_schedule_pairs(text: str, what: str = "schedules") -> tuple[SchedulePair, ...]:
+    """Read a list of schedules, one in each line; what occurs twice counts once.
+
+    A line is a preset ("fade in", "constant"), points ("0: 1, 0.5: 0", over sigma as "sigma 1: 1, 0.5: 0"), or
+    "content first", also with its sigma ("content first 0.4"). Both sides follow it, or the one that it names:
+    "style: late", "style: late | content: early".
+
+    Raises:
+        SettingError: nothing is there, or a line cannot be read; the message shows it.
+    """
+    if len(text) > _LONGEST:
+        raise SettingError(f"{what}: {len(text)} letters are too many; write one schedule in each line")
+    lines = dict.fromkeys(" ".join(line.split()) for line in text.splitlines() if line.strip())
+    if not lines:
+        raise SettingError(f"{what} is empty; write one in each line, as in 'content first' or 'style: late'")
+    return tuple(_pair(line, f"{what}: {line!r:.80}") for line in lines)
+
+
+def _pair(line: str, where: str) -> SchedulePair:
+    label = line.replace(",", ";")  # a comma would end it in the label of a picture
+    switched = _CONTENT_FIRST.fullmatch(line)
+    if switched:
+        with _told_where(where):
+            style, content = content_first(parse_factor(switched[1], where) if switched[1] else 0.5)
+        return SchedulePair(label, style, content)
+    sides: dict[str, Schedule | None] = {}
+    for part in line.split("|"):
+        side, written = _SIDE.fullmatch(part.strip()).groups()  # type: ignore[union-attr]  # it matches anything
+        name = (side or "both").lower()
+        if name in sides or (len(sides) == 1 and "both" in (name, *sides)):
+            raise SettingError(f"{where} says one side twice; write 'style: late | content: early'")
+        sides[name] = _named(written, where)
+    return SchedulePair(label, sides.get("style", sides.get("both")), sides.get("content", sides.get("both")))
+
+
+def _named(text: str, where: str) -> Schedule | None:
+    """A preset or points; None where they are 1 throughout."""
+    preset = PRESETS.get(text.lower())
+    over: Over = "sigma" if preset is None and text.lower().startswith("sigma ") else "steps"
+    if preset is None and not any(letter.isdigit() for letter in text):
+        raise SettingError(f"{where}: there is no schedule {text!r}; use one of {', '.join(PRESETS)}, or points")
+    with _told_where(where):
+        schedule = parse_schedule(preset or (text[len("sigma ") :] if over == "sigma" else text), over)
+    return None if schedule.constant == 1 else schedule
+
+
+@contextmanager
+def _told_where(where: str) -> Iterator[None]:
+    """Errors within name the line of the list."""
+    try:
+        yield
+    except SettingError as error:
+        raise SettingError(f"{where}: {str(error).removeprefix(where + ': ').removeprefix('schedule: ')}") from None
 
 
 def _sigma(text: str, part: str) -> float:

@@ -1,4 +1,4 @@
-"""Grids of alpha and beta: a few numbers written by a person, and one merge for every pair of them."""
+"""Grids of alpha, beta and schedules: lists written by a person, and one merge for every combination of them."""
 
 from decimal import Decimal
 from typing import NamedTuple
@@ -8,18 +8,20 @@ from .blocks import parse_decimal, require_short, shortened
 from .errors import SettingError
 from .merge import OnMismatch
 from .recipe import MergeRecipe
+from .schedule import Schedule, SchedulePair, parse_schedule_pairs
 from .written import split_numbers
 
 MAX_COMBINATIONS = 100
 
 
 class SweepCell(NamedTuple):
-    """One pair of a grid: its factors, its label ("alpha=0.6, beta=1") and the merge."""
+    """One picture of a grid: its factors, its label ("alpha=0.6, beta=1"), the merge, and its schedule's line."""
 
     alpha: float
     beta: float
     label: str
     recipe: MergeRecipe
+    schedule: str = ""
 
 
 def parse_scales(text: str, what: str) -> tuple[float, ...]:
@@ -53,36 +55,45 @@ def sweep(
     betas: str,
     on_basis_mismatch: OnMismatch = "stack",
     act: str = "always",
+    schedules: str = "",
 ) -> tuple[SweepCell, ...]:
-    """Every pair of an alpha and a beta, all betas of the first alpha first.
+    """Every combination of an alpha, a beta and a schedule; schedules change fastest, alphas slowest.
 
     Args:
         style, content: what to merge.
         alphas, betas: see `parse_scales`.
         on_basis_mismatch: see `merge`.
         act: how both act, see `merge_acting`.
+        schedules: see `parse_schedule_pairs`; empty: constant strengths, and no schedule in the labels.
 
     Raises:
-        SettingError: a list cannot be read, there are more than MAX_COMBINATIONS pairs, or `act` is no such way.
+        SettingError: a list cannot be read, there are more than MAX_COMBINATIONS pictures, or `act` is no such way.
         BasisMismatchError, TargetError: see `merge`.
     """
     rows, columns = parse_scales(alphas, "alphas"), parse_scales(betas, "betas")
-    if len(rows) * len(columns) > MAX_COMBINATIONS:
+    pairs = parse_schedule_pairs(schedules) if schedules.strip() else (SchedulePair("", None, None),)
+    count = len(rows) * len(columns) * len(pairs)
+    if count > MAX_COMBINATIONS:
+        listed = f"{len(rows)} alphas x {len(columns)} betas" + (f" x {len(pairs)} schedules" if schedules else "")
         raise SettingError(
-            f"{len(rows)} alphas x {len(columns)} betas are {len(rows) * len(columns)} pictures, more than "
-            f"{MAX_COMBINATIONS}; make the lists shorter, or run them in parts"
+            f"{listed} are {count} pictures, more than {MAX_COMBINATIONS}; make the lists shorter, or run them in parts"
         )
 
-    def cell(alpha: float, beta: float) -> SweepCell:
-        merged = merge_acting(style, alpha, content, beta, act=act, on_basis_mismatch=on_basis_mismatch)
-        return SweepCell(alpha, beta, cell_label(alpha, beta), merged)
+    def cell(alpha: float, beta: float, pair: SchedulePair) -> SweepCell:
+        sides = (_scheduled(style, pair.style), alpha, _scheduled(content, pair.content), beta)
+        merged = merge_acting(*sides, act=act, on_basis_mismatch=on_basis_mismatch)
+        return SweepCell(alpha, beta, cell_label(alpha, beta, pair.label), merged, pair.label)
 
-    return tuple(cell(alpha, beta) for alpha in rows for beta in columns)
+    return tuple(cell(alpha, beta, pair) for alpha in rows for beta in columns for pair in pairs)
 
 
-def cell_label(alpha: float, beta: float) -> str:
+def cell_label(alpha: float, beta: float, schedule: str = "") -> str:
     """The label of one picture, which a contact sheet reads its axes from."""
-    return f"alpha={alpha:.10g}, beta={beta:.10g}"
+    return f"alpha={alpha:.10g}, beta={beta:.10g}" + (f", schedule={schedule}" if schedule else "")
+
+
+def _scheduled(recipe: MergeRecipe, schedule: Schedule | None) -> MergeRecipe:
+    return recipe if schedule is None else recipe.scheduled(schedule)
 
 
 def _expanded(part: str, what: str) -> list[Decimal]:

@@ -83,14 +83,21 @@ def label_axes(
 ) -> tuple[tuple[tuple[int, int], ...], tuple[str, ...], tuple[str, ...]] | None:
     """Read labels as the two axes of a grid.
 
+    Where labels name more than two things, those that are the same on every picture are left out; of what then is
+    left, the last stands in the columns and all others in the rows.
+
     Returns:
         (row, column) of each label, the row labels and the column labels, in order of appearance; None when the labels
         are no grid.
     """
-    pairs = [pair for label in labels if (pair := _pair(label))]
-    found = [tuple(f"{name} = {value}" for name, value in pair) for pair in pairs]
-    if len(found) != len(labels) or len({tuple(name for name, _ in pair) for pair in pairs}) != 1:
+    named = [parts for label in labels if (parts := _named_values(label))]
+    if len(named) != len(labels) or len({tuple(name for name, _ in parts) for parts in named}) != 1:
         return None
+    kept = _axes(named)
+    found = [
+        tuple(", ".join(f"{parts[index][0]} = {parts[index][1]}" for index in side) for side in (kept[:-1], kept[-1:]))
+        for parts in named
+    ]
     rows, columns = (tuple(dict.fromkeys(pair[side] for pair in found)) for side in (0, 1))
     places = tuple((rows.index(row), columns.index(column)) for row, column in found)
     if len(set(places)) != len(places) or len(places) != len(rows) * len(columns):
@@ -98,13 +105,21 @@ def label_axes(
     return places, rows, columns
 
 
-def _pair(label: str) -> tuple[tuple[str, str], tuple[str, str]] | None:
-    """((name, value), (name, value)) of "name=value, name=value"; None for any other text."""
-    parts = [tuple(word.strip() for word in part.split("=")) for part in label.split(",", 2)]
-    if len(parts) != 2 or any(len(part) != 2 or not all(part) for part in parts):
+def _axes(named: list[tuple[tuple[str, str], ...]]) -> list[int]:
+    """Which of the named values make the axes, at least two of them."""
+    axes = list(range(len(named[0])))
+    for index in list(axes):
+        if len(axes) > 2 and len({parts[index] for parts in named}) == 1:
+            axes.remove(index)
+    return axes
+
+
+def _named_values(label: str) -> tuple[tuple[str, str], ...] | None:
+    """((name, value), ...) of "name=value, name=value" with two or three of them; None for any other text."""
+    parts = [tuple(word.strip() for word in part.split("=")) for part in label.split(",", 3)]
+    if len(parts) not in (2, 3) or any(len(part) != 2 or not all(part) for part in parts):
         return None
-    (name, value), (other, second) = parts
-    return (name, value), (other, second)
+    return tuple((name, value) for name, value in parts)
 
 
 def _draw(pictures: Sequence[Image.Image], labels: Sequence[str], grid: _Grid, title: str) -> ContactSheet:

@@ -43,6 +43,7 @@ HOST_ROOMS = {
 # what the nodes may import of trainer and demo, and what those may import besides the standard library and each other
 FOR_NODES = {
     "train.config": set(),
+    "train.settings": set(),
     "train.events": set(),
     "train.data.captions": set(),
     "train.data.pictures": {"numpy", "PIL"},

@@ -6,7 +6,8 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from .config import AUTO, EncodeConfig, FitConfig, choices, may_be_auto, plain_type
+from .config import EncodeConfig, FitConfig
+from .settings import AUTO, choices, may_be_auto, plain_type
 
 _MISMATCH = (
     "when the two were trained on different bases: stack is exact and adds the ranks; align keeps the style's basis "

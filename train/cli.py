@@ -15,9 +15,10 @@ from types import MappingProxyType
 from typing import Any
 
 from .arguments import make_parser
-from .config import ConfigError, EncodeConfig, FitConfig, load_settings, make_config
+from .config import EncodeConfig, FitConfig
 from .events import EventWriter
 from .imports import quiet_imports, quietly_imported
+from .settings import ConfigError, load_settings, make_config
 
 DONE, FAILED, USAGE, STOPPED = 0, 1, 2, 3
 

@@ -15,7 +15,7 @@ for (const [name, color] of Object.entries({ DELTA_R: "#1FBFA8", RESIDUAL: "#B07
 }
 // Those that report, which have their box from the start: what a run shows must not make a node grow.
 const REPORTS = [
-  ...["Apply", "BlockScale", "ContactSheet", "CreateHook", "ExportLoRA", "LoadDeltaR", "LoadResidual", "Merge"],
+  ...["Apply", "Balance", "BlockScale", "ContactSheet", "CreateHook", "ExportLoRA", "LoadDeltaR", "LoadResidual", "Merge"],
   ...["FromLoRAStack", "LoadLoRA", "Prompt", "SaveDeltaR", "SaveResidual", "ScaleSweep", "Schedule", "Similarity", "ToyAdapter"],
 ].map((name) => `QRLoRA${name}`);
 

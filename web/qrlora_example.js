@@ -32,6 +32,7 @@ function show(node) {
     getMaxHeight: () => HEIGHT + 2 * MARGIN,
   });
   widget.serialize = false;
+  widget.label = translated("Example"); // what the page's list of parameters calls it
 }
 
 function remove(node) {

@@ -92,6 +92,7 @@ function attach(node, presets) {
     getMaxHeight: () => HEIGHT + 2 * MARGIN,
   });
   widget.serialize = false;
+  widget.label = translated("Curve"); // what the page's list of parameters calls it
   const redraw = () => draw(svg, points(node, presets));
   for (const one of node.widgets) {
     if (!["preset", "points", "over", "switch"].includes(one.name)) continue;

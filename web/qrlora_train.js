@@ -136,6 +136,7 @@ function panel(node) {
     getMinHeight: () => HEIGHT + 2 * MARGIN, // no more is ever asked for, so nothing that is shown moves the graph
   });
   widget.serialize = false;
+  widget.label = translated("Training"); // what the page's list of parameters calls it
   widget.qrloraPanel = made;
   made.element.addEventListener("wheel", (event) => zoom(event, made), { passive: false });
   for (const kind of ["Down", "Move", "Up"]) {

@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import comfy.model_base
 import comfy.model_detection
 import comfy.sampler_helpers
 import comfy.samplers
@@ -17,6 +18,7 @@ from ...qrlora_core import EncodedText, QRLoRAError, TensorFile
 log = logging.getLogger(__name__)
 
 _CPU = torch.device("cpu")
+_SIZE_WIDTH = 256  # of each of the six numbers of a picture's size
 _NOISE_SIDE = 8  # latent pixels; what the host makes of a text does not depend on it
 
 
@@ -36,6 +38,8 @@ class BaseFormat:
     def __init__(self, model: Any) -> None:
         self._model, self._latents = model, model.latent_format
         self.name = f"{type(model.model_config).__name__}/{type(self._latents).__name__}"
+        # SDXL's pooled text is followed by the size of a picture, which the trainer says itself
+        self._added = 6 * _SIZE_WIDTH if isinstance(model, comfy.model_base.SDXL) else 0
         self.channels: int | None = getattr(self._latents, "latent_channels", None)
         self.has_frames: bool = getattr(self._latents, "latent_dimensions", 2) == 3
 
@@ -54,7 +58,15 @@ class BaseFormat:
 
         Args:
             conditioning: as CLIP Text Encode makes it, with a batch of one.
+
+        Raises:
+            BaseModelError: the host makes no tokens of it, or it lacks the pooled output that the model takes.
         """
+        if self._added and conditioning[1].get("pooled_output") is None:
+            raise BaseModelError(
+                "these text encoders give no pooled output, which this model takes. Load the text encoders of this "
+                "very model, with its type in their loader"
+            )
         noise = torch.zeros(1, self.channels or 1, *([1] if self.has_frames else []), _NOISE_SIDE, _NOISE_SIDE)
         conditions = comfy.sampler_helpers.convert_cond([conditioning])
         (seen,) = comfy.samplers.encode_model_conds(self._model.extra_conds, conditions, noise, _CPU, "positive")
@@ -64,7 +76,9 @@ class BaseFormat:
             raise BaseModelError(f"ComfyUI gives this model no tokens of a text, but {', '.join(parts) or 'nothing'}")
         if mask is not None and mask.shape[:2] == embeds.shape[:2]:
             embeds = embeds * (mask != 0)[..., None].to(embeds)
-        plain = EncodedText(embeds[0], None if pooled is None else pooled.reshape(-1))
+        if pooled is not None:
+            pooled = pooled.reshape(-1)[: pooled.numel() - self._added]
+        plain = EncodedText(embeds[0], pooled)
         return plain.map(lambda tensor: tensor.detach().cpu().clone())
 
     def colors(self, latents: Tensor) -> Tensor | None:

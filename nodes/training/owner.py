@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ...train.config import ConfigError, load_settings
+from ...train.settings import ConfigError, load_settings
 
 PACK = Path(__file__).resolve().parents[2]
 START = PACK / "train" / "start.py"

@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from ...qrlora_core import PathError, contained_path, model_fingerprint
-from ...train.config import TRAJECTORY_VERSION, EncodeConfig, FitConfig, make_config
+from ...train.config import TRAJECTORY_VERSION, EncodeConfig, FitConfig
 from ...train.data.captions import DatasetError, caption_warnings, with_trigger
+from ...train.settings import make_config
 from ..host import folders
 from ..host.protocols import Clip, Vae
 from ..train_options import TrainOptions

@@ -1,6 +1,7 @@
 """Model families: one file each, data only (`record.py` says what), and `lookup.py`, which finds layers in them."""
 
 from .flux import DOUBLE_TARGETS, FLUX, SINGLE_TARGETS, flux_targets
+from .krea2 import KREA2
 from .lookup import (
     FAMILIES,
     OTHER,
@@ -20,12 +21,17 @@ from .lookup import (
     published_layers,
 )
 from .record import BlockKind, Family, Layer, Preset
+from .sd3 import SD3
+from .sdxl import SDXL
 
 __all__ = [
     "DOUBLE_TARGETS",
     "FAMILIES",
     "FLUX",
+    "KREA2",
     "OTHER",
+    "SD3",
+    "SDXL",
     "SINGLE_TARGETS",
     "BlockKind",
     "Family",

@@ -1,6 +1,7 @@
 """Lists of alpha and beta as a person writes them, and the grid they make."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -99,7 +100,70 @@ def test_a_grid_that_acts_as_a_merge_does():
         core.sweep(of(style), "1", of(content), "1", act="sometimes")
 
 
+def test_a_grid_of_schedules():
+    style, content = make(1), make(2)
+    lines = "constant\n content first 0.4 \n\nstyle: Late | content: 0: 1, 0.5: 0\nFade in\nconstant"
+    cells = core.sweep(of(style), "0.5, 1", of(content), "1", schedules=lines)
+    labels = ["constant", "content first 0.4", "style: Late | content: 0: 1; 0.5: 0", "Fade in"]
+    assert [cell.label for cell in cells] == [
+        f"alpha={a}, beta=1, schedule={one}" for a in ("0.5", "1") for one in labels
+    ]
+    assert [cell.schedule for cell in cells] == labels * 2
+    factors = [
+        [[term.strength * (term.schedules[0].factor(place) if term.schedules else 1) for place in (0.1, 0.9)]
+         for term in cell.recipe.terms]
+        for cell in cells[:4]
+    ]  # fmt: skip
+    assert factors[0] == [[0.5, 0.5], [1, 1]]
+    assert factors[2] == [[0, 0.5], [pytest.approx(0.8), 0]]
+    assert factors[3] == [[pytest.approx(0.05), pytest.approx(0.45)], [pytest.approx(0.1), pytest.approx(0.9)]]
+    sigmas = [[term.schedules[0].factor(sigma) for sigma in (0.9, 0.41, 0.39)] for term in cells[1].recipe.terms]
+    assert [str(term.schedules[0])[:5] for term in cells[1].recipe.terms] == ["sigma"] * 2
+    assert sigmas == [[0, 0, 1], [1, 1, 0]]
+
+
+def test_schedules_over_sigma_and_for_one_side():
+    (pair,) = core.parse_schedule_pairs("content: sigma 1: 1, 0.5: 0")
+    assert pair.style is None and pair.content == core.parse_schedule("1: 1, 0.5: 0", "sigma")
+    assert core.parse_schedule_pairs("0.2: 0.5")[0].style.constant == 0.5  # one factor throughout is a strength
+
+
+@pytest.mark.parametrize(
+    "text,words",
+    [
+        ("", "schedules is empty"),
+        ("fade", "there is no schedule 'fade'; use one of constant, early"),
+        ("style: late | style: early", "one side twice"),
+        ("late | style: early", "one side twice"),
+        ("style: late\n0: 1, 0.5", "'0: 1, 0.5': '0.5' is not a point"),
+        ("content first 1.4", "is 1.4; use a sigma between 0 and 1"),
+        ("content first soon", "'soon' is not a number"),
+        ("style:", "there is no schedule ''"),
+        ("0: 9", "out of range"),
+        ("x" * 5000, "too many"),
+    ],
+)
+def test_bad_schedules_are_shown(text, words):
+    with pytest.raises(core.SettingError, match="schedule") as caught:
+        core.parse_schedule_pairs(text)
+    assert words in str(caught.value)
+
+
+@given(st.text(st.sampled_from("0123456789.:,;| \nabcfilmnorstuye"), max_size=60))
+def test_any_list_of_schedules_is_read_or_refused(text):
+    try:
+        pairs = core.parse_schedule_pairs(text)
+    except core.SettingError:
+        return
+    for pair in pairs:
+        assert "," not in pair.label
+        for side in (pair.style, pair.content):
+            assert side is None or math.isfinite(side.factor(0.5))
+
+
 def test_too_many_pictures():
+    with pytest.raises(core.SettingError, match="6 alphas x 6 betas x 3 schedules are 108 pictures"):
+        core.sweep(of(make(1)), "0:1:0.2", of(make(2)), "0:1:0.2", schedules="late\nearly\nconstant")
     with pytest.raises(core.SettingError, match="11 alphas x 11 betas are 121 pictures, more than 100"):
         core.sweep(of(make(1)), "0:1:0.1", of(make(2)), "0:1:0.1")
 

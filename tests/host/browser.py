@@ -68,7 +68,7 @@ class Page:
         """Put a workflow in the place of the open one; without an id it gets a new one, as a new tab does."""
         workflow = {"id": str(uuid.uuid4()), **workflow}
         for _ in range(3):  # on a busy machine the front end brings its last tab back after ours was loaded
-            self.js("return app.loadGraphData(arguments[0])", workflow)
+            self.js("return app.loadGraphData(arguments[0]).then(() => null)", workflow)
             self.wait(
                 "return app.canvas.graph === app.graph && app.graph.nodes.length === arguments[0]",
                 90,
@@ -83,7 +83,7 @@ class Page:
         address = f"/api/workflow_templates/qr-lora/{urllib.parse.quote(name)}.json"
         self.js(
             "return fetch(arguments[0]).then((answer) => answer.json())"
-            ".then((workflow) => app.loadGraphData(workflow, true, true, arguments[1]))",
+            ".then((workflow) => app.loadGraphData(workflow, true, true, arguments[1])).then(() => null)",
             address,
             name,
         )

@@ -72,6 +72,23 @@ def watch_rectangles(page):
     )
 
 
+def show_parameters(page):
+    """Open the panel at the right, where our elements are parameters too, and the last of them in view."""
+    page.js("app.canvas.selectNode(app.graph.nodes.find((node) => node.type === 'QRLoRATrain'))")
+    shown = "document.querySelector('[data-testid=properties-panel]')"
+    if not page.js(f"return !!{shown}"):
+        page.js("document.querySelector('button[aria-label*=\"properties panel\" i]').click()")
+    page.wait(f"return !!{shown}")
+    page.js(f"{shown}.querySelector('[data-testid=panel-tab-parameters]').click()")
+    page.js(f"for (const part of {shown}.querySelectorAll('*')) part.scrollTop = 1e6")
+
+
+def panel_share(page):
+    """The width of the training panel as a part of its node's."""
+    node = "app.graph.nodes.find((node) => node.type === 'QRLoRATrain')"
+    return page.js(f"return {PANEL}.getBoundingClientRect().width / ({node}.size[0] * app.canvas.ds.scale)")
+
+
 @pytest.mark.parametrize("side_panel", [None, "node-library"], ids=["alone", "side-panel"])
 @pytest.mark.parametrize("vue", [False, True], ids=["classic", "vue"])
 def test_a_training_with_samples_moves_no_node(server, page, vue, side_panel):
@@ -81,13 +98,17 @@ def test_a_training_with_samples_moves_no_node(server, page, vue, side_panel):
     page.js("app.extensionManager.sidebarTab.activeSidebarTabId = arguments[0]", side_panel)
     page.js("app.canvas.ds.scale = 0.55; app.canvas.ds.offset = [700, 60]; app.canvas.setDirty(true, true)")
     page.wait(f"return {PANEL}?.dataset.state === 'idle'")
+    if side_panel:
+        show_parameters(page)
     before = settled(page)
+    assert panel_share(page) > 0.9, "the panel at the right took the training panel's place"
     watch_rectangles(page)
     assert page.js("return app.queuePrompt(0, 1)")
     page.wait(f"return {PANEL}.querySelectorAll('a').length >= 2", 120)
     page.wait(f"return {PANEL}.dataset.state === 'finished'", 120)
     page.wait("return Object.keys(app.nodeOutputs).length >= 4", 60)  # the previews have their pictures
     assert settled(page) == before
+    assert panel_share(page) > 0.9
     seen = [json.loads(text) for text in page.js("return [...window.qrloraSeen]")]
     assert all(one == before for one in seen), "a node moved and came back"
     saved = page.js("return app.graph.serialize()")

@@ -25,9 +25,9 @@ def similarity(fixed_scale=True):
     return graph
 
 
-def picture(server, entry, name):
-    """The first picture that a node saved."""
-    saved = entry["outputs"][name]["images"][0]
+def picture(server, entry, name, index=0):
+    """One of the pictures that a node saved."""
+    saved = entry["outputs"][name]["images"][index]
     folder = server.base / saved["type"] if saved["type"] != "output" else server.base / "output"
     image = Image.open(folder / saved["subfolder"] / saved["filename"])
     image.load()
@@ -118,6 +118,30 @@ def written(words, size):
     paper = Image.new("RGB", (40 * len(words), 4 * size), text.PAPER)
     ImageDraw.Draw(paper).text((size, size), words, fill=text.INK, font=text.font_for(words, size))
     return inked(paper)
+
+
+def test_a_sweep_over_schedules(server):
+    """One picture for each line; a constant one is the plain merge, and a late content differs from an early one."""
+    graph = sweep_graph("1", "1")
+    graph["4"]["inputs"]["schedules"] = "constant\ncontent: early\ncontent: late"
+    entry = server.queue(graph)
+    text = entry["outputs"]["4"]["text"][0]
+    assert text == "1 x 1 x 3 = 3 pictures\nalpha 1\nbeta 1\nschedules constant / content: early / content: late"
+    sheet = picture(server, entry, "sheet")
+    recipe = json.loads(sheet.info["qr_lora_contact_sheet"])
+    assert recipe["columns"] == [f"schedule = {one}" for one in ("constant", "content: early", "content: late")]
+    assert recipe["cells"][1]["values"] == {"alpha": 1, "beta": 1, "schedule": "content: early"}
+    shown = [picture(server, entry, "11", index).tobytes() for index in range(3)]
+    assert len(set(shown)) == 3
+    plain = server.queue(sweep_graph("1", "1"))
+    assert picture(server, plain, "11").tobytes() == shown[0]
+
+
+def test_a_schedule_that_cannot_be_read_is_an_error_on_the_node(server):
+    graph = sweep_graph("1", "1")
+    graph["4"]["inputs"]["schedules"] = "constant\nlatest"
+    with pytest.raises(WorkflowError, match="there is no schedule 'latest'"):
+        server.queue(graph)
 
 
 def test_sweep_and_contact_sheet(server):

@@ -1,4 +1,4 @@
-"""Pictures to picture for FLUX.2, Qwen-Image and Z-Image on the real server with the real trainer: encode, train,
+"""Pictures to picture for every family but FLUX.1 on the real server with the real trainer: encode, train,
 apply, sample. Small random models; VAEs with random weights in their real layouts; text encoders, which are models of
 billions of weights, are stood in for by random vectors of the right width.
 """
@@ -37,6 +37,8 @@ class InHost:
     channels: int
     factor: int
     tokens: int = 6  # words of the prompt
+    width: int = TEXT_WIDTH  # of their vectors
+    pooled: int = TEXT_WIDTH
     frames: bool = False
 
 
@@ -45,6 +47,21 @@ GRAPHS = {
     "flux2": InHost("flux2-vae.safetensors", "EmptyFlux2LatentImage", 128, 16, tokens=512),
     "qwen_image": InHost("qwen_image_vae.safetensors", "EmptySD3LatentImage", 16, 8, frames=True),
     "z_image": InHost("ae.safetensors", "EmptySD3LatentImage", 16, 8),
+    "sd3": InHost("ae.safetensors", "EmptySD3LatentImage", 16, 8),
+    "krea2": InHost("qwen_image_vae.safetensors", "EmptySD3LatentImage", 16, 8, width=640, frames=True),
+    "sdxl": InHost("sdxl_vae.safetensors", "EmptyLatentImage", 4, 8, width=2048, pooled=1280),
+    "flux": InHost("ae.safetensors", "EmptySD3LatentImage", 16, 8),
+}
+
+
+MADE_FOR = {
+    "flux2": "Flux2/Flux2",
+    "qwen_image": "QwenImage/Wan21",
+    "z_image": "Lumina2/Flux",
+    "sd3": "SD3/SD3",
+    "krea2": "Krea2/Wan21",
+    "sdxl": "Segmind_Vega/SDXL",  # which differs from SDXL in the number of its blocks only
+    "flux": "FluxInpaint/Flux",
 }
 
 
@@ -61,18 +78,19 @@ def add_families(server):
     if (vaes / GRAPHS["qwen_image"].vae).is_file():
         return
     write_vae(vaes / GRAPHS["flux2"].vae, channels=32, statistics=True)
+    write_vae(vaes / GRAPHS["sdxl"].vae, channels=4)
     script = Path(__file__).with_name("write_video_vae.py")
     command = [instance.interpreter(HOST), script, HOST, vaes / GRAPHS["qwen_image"].vae]
     subprocess.run(command, check=True, capture_output=True, timeout=120)
     for name, small in FAMILIES.items():
-        larger = replace(small, arguments=small.arguments | small.host_size)
+        larger = replace(small, arguments=small.arguments | small.host_size | small.file_size)
         save_single_file(larger, server.base / "models" / "diffusion_models" / f"{name}.safetensors")
 
 
 def family_graph(name, output, **inputs):
     """A training alone."""
     graph = train_graph(output, {"sample_every": 3}, vae=GRAPHS[name].vae, model_name=f"{name}.safetensors", **inputs)
-    graph["clip"] = node("QRLoRATestClip", width=TEXT_WIDTH, pooled=True)
+    graph["clip"] = node("QRLoRATestClip", width=GRAPHS[name].width, pooled=True, pooled_width=GRAPHS[name].pooled)
     return graph
 
 
@@ -136,12 +154,12 @@ def test_training_sees_what_sampling_sees(trained):
     assert (stock["stored"].dim() == 5) == where.frames
     assert torch.equal(cache["latent.0"], stock["seen"].reshape(cache["latent.0"].shape))
     embeds = cache["text.0.embeds"]
-    assert embeds.shape == (where.tokens, TEXT_WIDTH) and "text.0.pooled" not in cache
+    assert embeds.shape == (where.tokens, where.width)
+    assert ("text.0.pooled" in cache) == bool(FAMILIES[name].pooled)
+    assert "text.0.pooled" not in cache or cache["text.0.pooled"].shape == (where.pooled,)
     assert int(embeds.any(dim=1).sum()) == 6 and embeds[-6:].any(dim=1).all()
     with safe_open(settings["data"], "pt") as file:  # data of one kind of model are not taken for another's
-        assert file.metadata()["qrlora.made_for"].endswith(
-            {"flux2": "Flux2/Flux2", "qwen_image": "QwenImage/Wan21", "z_image": "Lumina2/Flux"}[name]
-        )
+        assert file.metadata()["qrlora.made_for"].endswith(MADE_FOR[name])
 
 
 def test_a_sample_is_served_in_the_colours_of_its_family(trained):
@@ -157,6 +175,8 @@ def test_a_sample_is_served_in_the_colours_of_its_family(trained):
 WRONG = {
     ("flux2", "ae.safetensors"): r"latents of shape \(1, 16, 8, 8\); FLUX.2 takes 128 channels without frames",
     ("qwen_image", "ae.safetensors"): r"Qwen-Image takes 16 channels and a dimension for frames",
+    ("krea2", "ae.safetensors"): r"Krea 2 takes 16 channels and a dimension for frames",
+    ("sdxl", "ae.safetensors"): r"SDXL takes 4 channels without frames",
     (
         "z_image",
         "qwen_image_vae.safetensors",
@@ -176,11 +196,20 @@ def test_a_vae_of_another_model_is_refused(models, name, vae):
 @pytest.mark.parametrize("name", GRAPHS)
 def test_text_encoders_of_another_model_are_refused(models, name):
     graph = family_graph(name, f"wrong clip {name}", steps=3)
-    graph["clip"] = node("QRLoRATestClip", width=TEXT_WIDTH + 1, pooled=False)
+    width, takes_pooled = GRAPHS[name].width, bool(FAMILIES[name].pooled)
+    graph["clip"] = node("QRLoRATestClip", width=width + 1, pooled=takes_pooled, pooled_width=GRAPHS[name].pooled)
     with pytest.raises(WorkflowError) as error:
         models.queue(graph)
     text = training.text_of(error)
-    assert f"the texts have widths {TEXT_WIDTH + 1} (embeds); " in text and f"takes {TEXT_WIDTH} (embeds)" in text
+    assert f"the texts have widths {width + 1} (embeds)" in text and f"takes {width} (embeds)" in text
+
+
+def test_text_encoders_without_a_pooled_output_are_refused(models):
+    graph = family_graph("sdxl", "no pooled text", steps=3)
+    graph["clip"] = node("QRLoRATestClip", width=GRAPHS["sdxl"].width, pooled=False)
+    with pytest.raises(WorkflowError) as error:
+        models.queue(graph)
+    assert "these text encoders give no pooled output" in training.text_of(error)
 
 
 def test_a_file_that_the_host_cannot_tell_is_refused(models):

@@ -11,9 +11,10 @@ from demo.server import PACK
 from demo.small_flux import GOLDEN, golden_flux, golden_output, golden_tensors
 from qrlora_core import Basis, open_adapter
 from tests.train.conftest import small_cache
-from train.config import FitConfig, make_config
+from train.config import FitConfig
 from train.model.layer import inject
 from train.run.fit import fit
+from train.settings import make_config
 
 WORKFLOW = json.loads((PACK / "tests" / "workflows" / "merge_api.json").read_text(encoding="utf-8"))
 

@@ -25,12 +25,13 @@ from qrlora_core.writing import header_bytes, verify_checksum
 from tests.core.test_merge import NAMES, make
 from tests.nodes.pack import load
 from train import events
-from train.config import EncodeConfig, FitConfig, as_table, load_settings, make_config
+from train.config import EncodeConfig, FitConfig, as_table
 from train.data.captions import caption_of
 from train.data.pictures import read_picture
 from train.model.basis import _opened as opened_basis
 from train.model.source import BaseModel
 from train.run import checkpoint
+from train.settings import load_settings, make_config
 
 from . import mutate
 

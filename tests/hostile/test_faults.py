@@ -62,7 +62,7 @@ import sys
 from pathlib import Path
 import qrlora_core as core
 from tests.core.test_merge import make
-from train.config import load_settings
+from train.settings import load_settings
 from train.data.captions import caption_of
 from train.events import EventWriter, read_events
 folder = Path(sys.argv[1])

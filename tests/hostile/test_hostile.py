@@ -11,8 +11,8 @@ import pytest
 
 import qrlora_core as core
 from tests.hostile import campaign, mutate, readers
-from train.config import ConfigError
 from train.data.captions import DatasetError
+from train.settings import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 CASES = 5000

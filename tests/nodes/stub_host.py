@@ -46,7 +46,7 @@ def install(monkeypatch, base: Path) -> FolderPaths:
     """Put the modules into `sys.modules` until the test ends; the stub of `folder_paths`."""
     modules = {"folder_paths": FolderPaths(base), "server": types.ModuleType("server")}
     modules["server"].PromptServer = types.SimpleNamespace(instance=None)
-    parts = ("cli_args", "model_management", "utils", "model_detection", "sampler_helpers", "samplers")
+    parts = ("cli_args", "model_management", "utils", "model_base", "model_detection", "sampler_helpers", "samplers")
     for name in ("comfy", *(f"comfy.{part}" for part in parts)):
         modules[name] = types.ModuleType(name)
     modules["comfy.cli_args"].args = types.SimpleNamespace(enable_cors_header=None)

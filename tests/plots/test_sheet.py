@@ -66,6 +66,21 @@ def test_axis_labels_are_readable_at_any_size(size):
         assert header.tobytes() == written(("alpha = -0.25", "alpha = 1")[cell.row], letters).tobytes()
 
 
+def test_a_third_axis_joins_the_rows_and_what_is_the_same_everywhere_is_left_out():
+    names = ("late", "0: 1; 0.5: 0")
+    cells = [f"alpha={a}, beta={b}, schedule={name}" for a in (0, 1) for b in (0.5, 1) for name in names]
+    places, rows, columns = label_axes(cells)
+    assert rows == ("alpha = 0, beta = 0.5", "alpha = 0, beta = 1", "alpha = 1, beta = 0.5", "alpha = 1, beta = 1")
+    assert columns == ("schedule = late", "schedule = 0: 1; 0.5: 0")
+    assert places == tuple((row, column) for row in range(4) for column in range(2))
+    _, rows, columns = label_axes([f"alpha={a}, beta=1, schedule={name}" for a in (0, 1) for name in names])
+    assert rows == ("alpha = 0", "alpha = 1") and columns[0] == "schedule = late"
+    _, rows, columns = label_axes([f"alpha=1, beta=1, schedule={name}" for name in names])
+    assert rows == ("beta = 1",) and len(columns) == 2
+    assert label_axes(cells[:-1]) is None
+    assert label_axes(["alpha=1, beta=1, schedule=late, act=always"]) is None
+
+
 @pytest.mark.parametrize(
     "labels",
     [
@@ -155,9 +170,9 @@ def test_any_text_fits_or_is_as_short_as_it_gets(words, size, width):
 
 @given(st.text(st.sampled_from("=, ab1\n"), max_size=12))
 def test_pairs_are_read_as_by_the_words_of_the_docstring(label):
-    halves = label.split(",")
-    is_pair = len(halves) == 2 and all(
-        half.count("=") == 1 and all(word.strip() for word in half.split("=")) for half in halves
+    parts = label.split(",")
+    is_pair = len(parts) in (2, 3) and all(
+        part.count("=") == 1 and all(word.strip() for word in part.split("=")) for part in parts
     )
     assert (label_axes([label]) is not None) == is_pair
 

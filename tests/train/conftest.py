@@ -10,7 +10,8 @@ import torch
 
 from demo.small_flux import GOLDEN
 from qrlora_core import CacheItem, EncodedPicture, EncodedText, save_cache
-from train.config import FitConfig, make_config
+from train.config import FitConfig
+from train.settings import make_config
 
 
 @pytest.fixture(scope="package", autouse=True)

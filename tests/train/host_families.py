@@ -28,7 +28,8 @@ cpu = torch.device("cpu")
 config = getattr(comfy.supported_models, work["class"])(work["config"])
 config.set_inference_dtype(torch.float32, None)
 model = config.get_model({}, "", device=cpu)
-missing, unexpected = model.diffusion_model.load_state_dict(load_file(work["model"]), strict=False)
+state = config.process_unet_state_dict(load_file(work["model"]))
+missing, unexpected = model.diffusion_model.load_state_dict(state, strict=False)
 assert not missing and not unexpected, (missing, unexpected)
 patcher = ModelPatcher(model, load_device=cpu, offload_device=cpu)
 given = load_file(work["inputs"])
@@ -39,8 +40,18 @@ def output(patcher):
     patcher.patch_model(device_to=cpu)
     try:
         with torch.no_grad():
+            height, width = (8 * side for side in given["latents"].shape[2:])
+            size = {"height": height, "width": width}
+            more = {"y": model.encode_adm(pooled_output=given["pooled"], **size)} if "pooled" in given else {}
+            more |= {"guidance": torch.ones(1)} if work["guided"] else {}
+            beside = model.concat_cond(noise=latents, device=cpu)
+            seen = latents if beside is None else torch.cat([latents, beside], dim=1)
             found = patcher.model.diffusion_model(
-                latents, given["sigmas"], context=given["embeds"], num_tokens=given["embeds"].shape[1]
+                seen,
+                given["sigmas"] * work["steps"],
+                context=given["embeds"],
+                num_tokens=given["embeds"].shape[1],
+                **more,
             )
     finally:
         patcher.unpatch_model(cpu)

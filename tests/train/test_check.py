@@ -18,11 +18,12 @@ from qrlora_core import Basis, EncodedText, flux_targets
 from tests.train.tiny import sparse_flux
 from train import check as module
 from train.check import check, dry_run, readable
-from train.config import FitConfig, make_config
+from train.config import FitConfig
 from train.errors import TrainError
 from train.model.backbones.flux import FLUX
 from train.model.layer import inject
 from train.model.source import BaseModel
+from train.run.denoise import prediction
 from train.run.estimate import (
     Available,
     MemoryPlan,
@@ -30,7 +31,7 @@ from train.run.estimate import (
     out_of_memory,
     require_memory,
 )
-from train.run.flow import velocity
+from train.settings import make_config
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -85,7 +86,7 @@ def test_a_good_machine(settings):
         ({"model": "missing.safetensors"}, "missing.safetensors' does not exist", "a model of FLUX.1, FLUX.2"),
         (
             {"model": str(GOLDEN / "official_style.safetensors")},
-            "not a FLUX.1, FLUX.2, Qwen-Image or Z-Image transformer",
+            "not a FLUX.1, FLUX.2, Qwen-Image, Z-Image, Krea 2, SD3.5 or SDXL transformer",
             "a model of FLUX.1, FLUX.2",
         ),
         ({"targets": ["attn.to_w"]}, "matches no layer", "targets"),
@@ -315,7 +316,7 @@ def kept_bytes(double, single, heads, tokens, text, dtype, checkpointing=False, 
     side = 2 * math.isqrt(tokens)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         latents, encoded = torch.randn(1, 16, side, side), EncodedText(torch.randn(1, text, 64), torch.randn(1, 64))
-        out = velocity(model, FLUX, latents, torch.tensor([0.5]), encoded, 1.0, torch.device("cpu"), dtype)
+        out = prediction(model, FLUX, latents, torch.tensor([0.5]), encoded, 1.0, torch.device("cpu"), dtype)
     assert out.requires_grad
     return sum(size for size, _ in seen.values())
 

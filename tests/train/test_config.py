@@ -6,7 +6,8 @@ from dataclasses import MISSING, fields
 
 import pytest
 
-from train.config import ConfigError, EncodeConfig, FitConfig, as_table, choices, load_settings, make_config, plain_type
+from train.config import EncodeConfig, FitConfig, as_table
+from train.settings import ConfigError, choices, load_settings, make_config, plain_type
 
 FIT = {"model": "m", "data": "d", "run_dir": "r"}
 ENCODE = {"pipeline": "p", "pictures": ["a"], "output": "o", "instance_prompt": "x"}

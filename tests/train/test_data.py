@@ -12,7 +12,7 @@ from qrlora_core import CacheItem, EncodedPicture, EncodedText, TrainingCache, s
 from tests.train.conftest import small_cache
 from train.data.batches import Sampler, drawn_sigma
 from train.model.backbones.flux import FLUX
-from train.run.flow import flow_loss, loss_weights, sample_latents, shifted, weighted_mse
+from train.run.denoise import denoising_loss, loss_weights, sample_latents, shifted, weighted_mse
 
 
 @pytest.fixture
@@ -150,7 +150,7 @@ def test_samples_follow_the_schedule_of_diffusers():
         def forward(self, hidden_states, **_):
             return (hidden_states,)
 
-        config = type("Config", (), {"guidance_embeds": False})
+        config = type("Config", (), {"guidance_embeds": False, "in_channels": 64})
 
     noise = torch.randn(1, 16, 8, 8)
     text = EncodedText(torch.zeros(1, 2, 4), torch.zeros(1, 4))
@@ -168,6 +168,7 @@ class Fixed(torch.nn.Module):
 
     class config:
         guidance_embeds = True
+        in_channels = 64
 
     def __init__(self, packed):
         super().__init__()
@@ -185,7 +186,7 @@ def test_loss_of_a_known_prediction(cache, settings):
     batch = sampler.batch(1)
     height, width = batch.latents.shape[2:]
     model = Fixed(torch.zeros(1, height * width // 4, 64))
-    loss = flow_loss(model, FLUX, batch, config, torch.device("cpu"), torch.float32)
+    loss = denoising_loss(model, FLUX, batch, config, torch.device("cpu"), torch.float32)
     error = (batch.noise - batch.latents).square() * batch.mask[:, None] / batch.mask.mean()
     assert float(loss) == pytest.approx(float(error.mean()), rel=1e-5)
     assert float(model.seen["guidance"][0]) == 2.5 and torch.equal(model.seen["timestep"], batch.sigmas)
@@ -193,7 +194,7 @@ def test_loss_of_a_known_prediction(cache, settings):
     shown = FluxPipeline._unpack_latents(model.seen["hidden_states"], height, width, 1)
     assert torch.allclose(shown, mixed, atol=1e-6)
     perfect = Fixed(FluxPipeline._pack_latents(batch.noise - batch.latents, 1, 16, height, width))
-    assert float(flow_loss(perfect, FLUX, batch, config, torch.device("cpu"), torch.float32)) < 1e-12
+    assert float(denoising_loss(perfect, FLUX, batch, config, torch.device("cpu"), torch.float32)) < 1e-12
 
 
 @pytest.mark.parametrize("weighting", ["sigma_sqrt", "cosmap"])
@@ -204,7 +205,7 @@ def test_loss_weighting(cache, settings, weighting):
     model = Fixed(torch.zeros(1, batch.latents[0, 0].numel() // 4, 64))
     weight = sigma**-2 if weighting == "sigma_sqrt" else 2 / (math.pi * (1 - 2 * sigma + 2 * sigma**2))
     plain = float(weighted_mse(torch.zeros_like(batch.latents), batch.noise - batch.latents))
-    loss = flow_loss(model, FLUX, batch, config, torch.device("cpu"), torch.float32)
+    loss = denoising_loss(model, FLUX, batch, config, torch.device("cpu"), torch.float32)
     assert float(loss) == pytest.approx(weight * plain, rel=1e-4)
 
 
@@ -216,7 +217,22 @@ def test_positions_and_patches_are_those_of_the_pipeline():
     assert torch.equal(inputs["hidden_states"], FluxPipeline._pack_latents(latents, 2, 16, 4, 6))
     expected = FluxPipeline._prepare_latent_image_ids(2, 2, 3, torch.device("cpu"), torch.float32)
     assert torch.equal(inputs["img_ids"], expected)
-    assert torch.equal(FLUX.velocity((inputs["hidden_states"],), latents.shape), latents)
+    assert torch.equal(FLUX.prediction((inputs["hidden_states"],), latents.shape), latents)
     # token 4 is row 1, column 1; its numbers are a 2x2 patch of every channel
     assert inputs["img_ids"][4].tolist() == [0, 1, 1]
     assert torch.equal(inputs["hidden_states"][1, 4].reshape(16, 2, 2), latents[1, :, 2:4, 2:4])
+
+
+def test_fill_sees_nothing_kept_and_all_of_it_painted():
+    """In the order of diffusers' own pipeline: latents, then what is kept, then a mask of 8x8 pixels for each."""
+    latents, text = torch.randn(1, 16, 4, 6), EncodedText(torch.zeros(1, 3, 8), torch.zeros(1, 8))
+    model = Fixed(None)
+    model.config.in_channels = 384
+    try:
+        seen = FLUX.inputs(model, latents, torch.ones(1), text, 1.0)["hidden_states"]
+    finally:
+        model.config.in_channels = 64
+    kept = torch.full_like(latents, -0.1159 * 0.3611)
+    expected = torch.cat([FluxPipeline._pack_latents(part, 1, 16, 4, 6) for part in (latents, kept)], dim=-1)
+    assert seen.shape == (1, 6, 384) and bool((seen[..., 128:] == 1).all())
+    assert torch.allclose(seen[..., :128], expected)

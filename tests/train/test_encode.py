@@ -8,10 +8,11 @@ from PIL import Image, ImageOps
 
 from qrlora_core import EncodedText, TrainingCache, bucket_size
 from tests.train import tiny
-from train.config import ConfigError, EncodeConfig, make_config
+from train.config import EncodeConfig
 from train.data import encode as module
 from train.data.encode import encode
 from train.errors import TrainError
+from train.settings import ConfigError, make_config
 
 NO_TEXT = EncodedText(torch.zeros(1, 1), torch.zeros(1))
 

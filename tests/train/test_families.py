@@ -13,23 +13,25 @@ from safetensors.torch import load_file, save_file
 from torch.func import functional_call
 
 from qrlora_core import EncodedText, TrainingCache, decompose, open_adapter
-from tests.train.families import FAMILIES, TEXT_WIDTH, save_data, save_single_file
+from tests.train.families import FAMILIES, save_data, save_single_file
 from tests.train.test_fit import StopAt, same, tensors
-from train.config import FitConfig, make_config
+from train.config import FitConfig
 from train.data.batches import Sampler
 from train.errors import TrainError
 from train.events import EventWriter
+from train.model.backbones.sdxl import kept_of_blocks
 from train.model.layer import inject, trained_parameters
 from train.model.source import BaseModel
 from train.model.transformer import load_transformer
+from train.run.denoise import denoising_loss, prediction
 from train.run.fit import fit, train
-from train.run.flow import flow_loss, velocity
 from train.run.lock import held_run_folder
 from train.run.output import save
 from train.run.prepare import prepare
 from train.run.processes import make_accelerator
 from train.run.reporter import Reporter
 from train.run.stop import Stopped, StopWatch
+from train.settings import make_config
 
 HOST, HOST_PYTHON = os.environ.get("COMFYUI_PATH"), os.environ.get("COMFYUI_PYTHON")
 CPU = torch.device("cpu")
@@ -40,7 +42,8 @@ def family(request, tmp_path_factory):
     """Name, recipe, and a folder with `model.safetensors` (ComfyUI's layout) and `data.safetensors`."""
     folder = tmp_path_factory.mktemp(request.param)
     save_single_file(FAMILIES[request.param], folder / "model.safetensors")
-    save_data(folder / "data.safetensors", FAMILIES[request.param].channels)
+    small = FAMILIES[request.param]
+    save_data(folder / "data.safetensors", small.channels, small.pooled, small.text_width)
     return request.param, FAMILIES[request.param], folder
 
 
@@ -67,7 +70,7 @@ def test_both_layouts_and_prefixes_give_equal_tensors(family, tmp_path):
     source, state = BaseModel(folder / "model.safetensors"), small.model().state_dict()
     assert source.backbone.family == name and len(source.targets()) == small.layers
     assert source.specs.keys() == state.keys()
-    small.model().save_pretrained(tmp_path / "transformer", max_shard_size="300KB")
+    small.model().save_pretrained(tmp_path / small.network, max_shard_size="300KB")
     save_single_file(small, tmp_path / "prefixed.safetensors", prefix="model.diffusion_model.")
     for other in (BaseModel(tmp_path), BaseModel(tmp_path / "prefixed.safetensors")):
         assert other.config == source.config and other.targets() == source.targets()
@@ -87,7 +90,7 @@ def test_the_gradient_is_that_of_plain_autograd(family):
     model = load_transformer(source, "fp32", "fp32")
     layers = inject(model, targets, bases.__getitem__, "delta_r", 0.5, start_of=lambda target: starts[target.name])
     model.enable_gradient_checkpointing()
-    loss = flow_loss(model.train(), source.backbone, batch, config, CPU, torch.float32)
+    loss = denoising_loss(model.train(), source.backbone, batch, config, CPU, torch.float32)
     loss.backward()
     ours = {name.removesuffix(".delta_r"): p.grad for name, p in trained_parameters(layers).items()}
 
@@ -101,7 +104,7 @@ def test_the_gradient_is_that_of_plain_autograd(family):
         def forward(self, **inputs):
             return functional_call(plain, weights, kwargs=inputs)
 
-    reference = flow_loss(Whole(), source.backbone, batch, config, CPU, torch.float32)
+    reference = denoising_loss(Whole(), source.backbone, batch, config, CPU, torch.float32)
     reference.backward()
     assert float(loss) == pytest.approx(float(reference), rel=1e-5)
     # what only changes the text after the last block has no gradient; everything else has
@@ -128,19 +131,21 @@ def test_an_interrupted_training_ends_bit_equal(family, tmp_path):
 
 def test_texts_of_a_batch_may_have_other_lengths(family):
     """What fills up the shorter text does not change the prediction for it."""
-    name, _, folder = family
-    if name == "flux2":
+    name, small, folder = family
+    if name in ("flux", "flux2", "sd3"):
         pytest.skip("it has no mask: its texts come from their encoder in one length")
     source = BaseModel(folder / "model.safetensors")
     model, generator = load_transformer(source, "fp32", "fp32").eval(), torch.Generator().manual_seed(5)
-    latents, embeds = torch.randn(2, 16, 4, 4, generator=generator), torch.randn(2, 40, TEXT_WIDTH, generator=generator)
+    latents = torch.randn(2, small.channels, 4, 4, generator=generator)
+    embeds = torch.randn(2, 40, small.text_width, generator=generator)
     embeds[1, 5:] = 0
+    pooled = torch.randn(2, small.pooled, generator=generator) if small.pooled else None
     sigmas = torch.tensor([0.3, 0.6])
     with torch.no_grad():
-        both = velocity(model, source.backbone, latents, sigmas, EncodedText(embeds, None), 1.0, CPU, torch.float32)
-        short = EncodedText(embeds[1:, :5], None)
-        alone = velocity(model, source.backbone, latents[1:], sigmas[1:], short, 1.0, CPU, torch.float32)
-    assert torch.allclose(both[1:], alone, atol=1e-5)
+        both = prediction(model, source.backbone, latents, sigmas, EncodedText(embeds, pooled), 1.0, CPU, torch.float32)
+        short = EncodedText(embeds[1:, :5], None if pooled is None else pooled[1:])
+        alone = prediction(model, source.backbone, latents[1:], sigmas[1:], short, 1.0, CPU, torch.float32)
+    assert float((both[1:] - alone).abs().max()) < 5e-5
 
 
 @pytest.mark.process
@@ -162,13 +167,15 @@ def test_what_was_trained_is_what_comfyui_applies(family, tmp_path):
     given = {
         "latents": torch.randn(1, small.channels, 8, 4, generator=generator),
         "sigmas": torch.tensor([0.4]),
-        "embeds": torch.randn(1, 7, TEXT_WIDTH, generator=generator),
+        "embeds": torch.randn(1, 7, small.text_width, generator=generator),
     }
-    text = EncodedText(given["embeds"], None)
+    if small.pooled:
+        given["pooled"] = torch.randn(1, small.pooled, generator=generator)
+    text = EncodedText(given["embeds"], given.get("pooled"))
 
     def output(model):
         with torch.no_grad():
-            return velocity(
+            return prediction(
                 model.eval(), state.backbone, given["latents"], given["sigmas"], text, 1.0, CPU, torch.float32
             )
 
@@ -177,6 +184,8 @@ def test_what_was_trained_is_what_comfyui_applies(family, tmp_path):
         "class": small.host[0],
         "config": small.host[1] | small.host_size,
         "frames": small.frames,
+        "steps": small.steps,
+        "guided": small.guided,
         "adapter": str(adapter),
     }
     work |= {"model": str(folder / "model.safetensors"), "inputs": str(tmp_path / "inputs.safetensors")}
@@ -222,7 +231,35 @@ COUNTED = {
     ("flux2", "single_transformer_blocks"): "num_single_layers",
     ("qwen_image", "transformer_blocks"): "num_layers",
     ("z_image", "layers"): "n_layers",
+    ("sd3", "transformer_blocks"): "num_layers",
+    ("krea2", "transformer_blocks"): "num_layers",
 }
+
+
+def kept_by_autograd(small, path, side, text, checkpointing):
+    """Bytes that are kept between forward and backward, and the model's source."""
+    save_single_file(small, path)
+    source = BaseModel(path)
+    model = load_transformer(source, "fp32", "fp32")
+    inject(model, source.targets(), lambda layer: decompose(source.weight(layer), 4), "delta_r", 1.0)
+    if checkpointing:
+        model.enable_gradient_checkpointing()
+    held = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    seen = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in held:
+            seen[storage.data_ptr()] = (storage.nbytes(), tensor)  # the tensor, so that no address comes twice
+        return tensor
+
+    pooled = torch.randn(1, small.pooled) if small.pooled else None
+    encoded = EncodedText(torch.randn(1, text, small.text_width), pooled)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        latents, sigma = torch.randn(1, small.channels, side, side), torch.tensor([0.5])
+        out = prediction(model.train(), source.backbone, latents, sigma, encoded, 1.0, CPU, torch.float32)
+    assert out.requires_grad
+    return sum(size for size, _ in seen.values()), source
 
 
 @pytest.mark.parametrize("name, blocks", COUNTED)
@@ -233,29 +270,22 @@ def test_activations_are_those_that_autograd_keeps(name, blocks, checkpointing, 
 
     def kept(count):
         more = replace(small, arguments=small.arguments | {argument: count})
-        save_single_file(more, tmp_path / f"{count}.safetensors")
-        source = BaseModel(tmp_path / f"{count}.safetensors")
-        model = load_transformer(source, "fp32", "fp32")
-        inject(model, source.targets(), lambda layer: decompose(source.weight(layer), 4), "delta_r", 1.0)
-        if checkpointing:
-            model.enable_gradient_checkpointing()
-        held = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-        seen = {}
-
-        def pack(tensor):
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in held:
-                seen[storage.data_ptr()] = (storage.nbytes(), tensor)  # the tensor, so that no address comes twice
-            return tensor
-
-        encoded = EncodedText(torch.randn(1, text, TEXT_WIDTH), None)
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            latents, sigma = torch.randn(1, small.channels, side, side), torch.tensor([0.5])
-            out = velocity(model.train(), source.backbone, latents, sigma, encoded, 1.0, CPU, torch.float32)
-        assert out.requires_grad
-        return sum(size for size, _ in seen.values()), source
+        return kept_by_autograd(more, tmp_path / f"{count}.safetensors", side, text, checkpointing)
 
     (less, _), (more, source) = kept(2), kept(3)
     unit = (source.backbone.tokens(side, side) + text) * source.facts.hidden * 4
     expected = 1.0 if checkpointing else source.backbone.activation_counts[blocks]
     assert (more - less) / unit == pytest.approx(expected, rel=0.25)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("widths, depths", [((64, 64, 128), (1, 1, 2)), ((64, 128, 128), (1, 2, 3))])
+def test_activations_of_a_u_net(checkpointing, widths, depths, tmp_path):
+    """All of them: they are no multiple of anything."""
+    changes = {"block_out_channels": widths, "transformer_layers_per_block": depths}
+    changes["attention_head_dim"] = tuple(width // 64 for width in widths)
+    small = replace(FAMILIES["sdxl"], arguments=FAMILIES["sdxl"].arguments | changes)
+    kept, source = kept_by_autograd(small, tmp_path / "model.safetensors", 32, 77, checkpointing)
+    whole, recomputed = kept_of_blocks(source.specs, 32, 32, 77)
+    assert kept / 4 == pytest.approx(sum(recomputed if checkpointing else whole), rel=0.1)
+    assert source.backbone.activations(source.specs, 32, 32, 77, True) == sum(recomputed) + max(whole)

@@ -20,7 +20,7 @@ from demo.small_flux import GOLDEN
 from qrlora_core import PathError, WeightError, open_adapter, writing
 from tests.train.conftest import base_settings, small_cache
 from train.cli import main
-from train.config import FitConfig, as_table, make_config
+from train.config import FitConfig, as_table
 from train.errors import TrainError
 from train.events import EventWriter, parse, read_events
 from train.model.source import BaseModel
@@ -30,6 +30,7 @@ from train.run.fit import fit
 from train.run.lock import held_run_folder
 from train.run.processes import make_accelerator
 from train.run.stop import Stopped, StopWatch
+from train.settings import make_config
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -137,19 +138,19 @@ def test_stopping_in_the_middle_of_a_step_leaves_no_trace(settings, elsewhere, t
     fit(whole)
     broken = elsewhere(whole)
     watch, looks = StopWatch(), iter(range(1000))
-    real = fit_module.flow_loss
+    real = fit_module.denoising_loss
 
     def loss(*args):
         if next(looks) == 6:  # the third of four passes of the second step
             watch.ask()
         return real(*args)
 
-    fit_module.flow_loss = loss
+    fit_module.denoising_loss = loss
     try:
         with pytest.raises(Stopped):
             fit(broken, EventWriter.open(str(tmp_path / "e.jsonl")), watch)
     finally:
-        fit_module.flow_loss = real
+        fit_module.denoising_loss = real
     last = read_events(tmp_path / "e.jsonl")[-1]
     assert last.kind == "stopped" and last.data == {"step": 1, "checkpoint": "checkpoints/step-00000001.safetensors"}
     fit(broken)
@@ -184,12 +185,12 @@ def test_memory_that_runs_out_in_mid_step(settings, elsewhere, tmp_path, monkeyp
         loss.register_hook(fails(lambda gradient: gradient, 6))
         return loss
 
-    fit_module_loss = fit_module.flow_loss
+    fit_module_loss = fit_module.denoising_loss
     with monkeypatch.context() as patch:
         if where == "forward":
-            patch.setattr(fit_module, "flow_loss", fails(fit_module.flow_loss, 6))
+            patch.setattr(fit_module, "denoising_loss", fails(fit_module.denoising_loss, 6))
         elif where == "backward":
-            patch.setattr(fit_module, "flow_loss", failing_backward)
+            patch.setattr(fit_module, "denoising_loss", failing_backward)
         elif where == "update":
             patch.setattr(torch.nn.utils, "clip_grad_norm_", fails(torch.nn.utils.clip_grad_norm_, 1))
         else:
@@ -563,8 +564,8 @@ def test_a_version_of_the_pack_does_not_abandon_a_run(settings, monkeypatch):
 
 def test_a_loss_that_is_not_finite_stops(settings, monkeypatch):
     config = settings(steps=6, checkpoint_every=2)
-    real, calls = fit_module.flow_loss, iter(range(1000))
-    monkeypatch.setattr(fit_module, "flow_loss", lambda *a: real(*a) * (float("nan") if next(calls) >= 7 else 1))
+    real, calls = fit_module.denoising_loss, iter(range(1000))
+    monkeypatch.setattr(fit_module, "denoising_loss", lambda *a: real(*a) * (float("nan") if next(calls) >= 7 else 1))
     with pytest.raises(TrainError, match="loss of step 4 is nan.*step-00000002.safetensors is kept") as caught:
         fit(config)
     assert caught.value.reason == "loss"
@@ -622,7 +623,7 @@ def test_published_format_and_half_precision(settings, elsewhere):
         (
             {"model": str(GOLDEN / "official_style.safetensors")},
             TrainError,
-            "is not a FLUX.1, FLUX.2, Qwen-Image or Z-Image transformer",
+            "is not a FLUX.1, FLUX.2, Qwen-Image, Z-Image, Krea 2, SD3.5 or SDXL transformer",
         ),
         ({"data": "nowhere.safetensors"}, TrainError, "does not exist; `python -m train encode`"),
         ({"data": str(GOLDEN / "tensors.safetensors")}, TrainError, "is not a training cache"),
@@ -668,7 +669,7 @@ def test_exit_codes_and_the_failed_event(settings, tmp_path, capsys, monkeypatch
     def out_of_memory(*args):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(fit_module, "flow_loss", out_of_memory)
+    monkeypatch.setattr(fit_module, "denoising_loss", out_of_memory)
     assert main([*[str(part) for part in line[3:]], "--run-dir", str(tmp_path / "oom")]) == 1
     last = parse(events.read_text().splitlines()[-1])
     assert last.data["reason"] == "memory" and "offload" in last.data["message"]

@@ -6,12 +6,13 @@ from safetensors.torch import load_file
 
 from demo.small_flux import GOLDEN, base_weights, golden_tensors, own_weight
 from qrlora_core import Basis, flux_targets, open_adapter
-from train.config import FitConfig, make_config
+from train.config import FitConfig
 from train.model.layer import inject, trained_parameters
 from train.model.source import BaseModel
 from train.model.transformer import load_transformer
-from train.run.flow import weighted_mse
+from train.run.denoise import weighted_mse
 from train.run.optim import make_optimizer
+from train.settings import make_config
 
 METHODS = {"style": "delta_r_triangular", "content": "delta_r", "qr": "qr"}
 TARGETS = flux_targets(1, 1, 128)

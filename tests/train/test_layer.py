@@ -8,9 +8,10 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 from qrlora_core import LayerTarget, decompose
-from train.config import FitConfig, make_config
+from train.config import FitConfig
 from train.model.layer import QRLinear, inject, trained_parameters
 from train.run.optim import make_optimizer
+from train.settings import make_config
 
 OUT, IN, RANK, SCALING = 24, 20, 6, 0.5
 

@@ -11,7 +11,7 @@ from train.model.backbones.flux import FLUX
 from train.model.layer import inject, trained_parameters
 from train.model.source import BaseModel
 from train.model.transformer import DTYPES, _waiting_blocks, load_transformer
-from train.run.flow import velocity
+from train.run.denoise import prediction
 
 SOURCE = BaseModel(GOLDEN / "base_bfl.safetensors")
 # bounds of the largest difference to float32 in the output, and of the relative error of the gradients; the dtype in
@@ -33,7 +33,7 @@ def forward(model, dtype=torch.float32):
     golden = golden_tensors()
     embeds, pooled = golden["input.encoder_hidden_states"][:1], golden["input.pooled_projections"][:1]
     text = EncodedText(embeds, pooled)
-    return velocity(model, FLUX, latents, torch.tensor([0.4]), text, 1.0, torch.device("cpu"), dtype)
+    return prediction(model, FLUX, latents, torch.tensor([0.4]), text, 1.0, torch.device("cpu"), dtype)
 
 
 def adapted(storage, precision):

@@ -14,15 +14,17 @@ from PIL import Image, ImageOps
 
 from qrlora_core import TrainingCache, bucket_size, open_adapter
 from tests.train import tiny
+from tests.train.families import FAMILIES
 from tests.train.tiny_families import PIPELINES, save_pipeline
 from train.cli import main
-from train.config import EncodeConfig, FitConfig, make_config
+from train.config import EncodeConfig, FitConfig
 from train.data.encode import encode
 from train.errors import TrainError
 from train.model.backbones import BACKBONES
 from train.model.pipeline_folder import open_pipeline
 from train.model.source import BaseModel
 from train.run.fit import fit
+from train.settings import make_config
 
 
 @pytest.fixture(scope="module", params=PIPELINES)
@@ -52,16 +54,22 @@ def pipeline_of(name, folder):
     return getattr(diffusers, PIPELINES[name].class_name).from_pretrained(folder)
 
 
+def network(name, pipeline):
+    return getattr(pipeline, FAMILIES[name].network)
+
+
 @torch.no_grad()
 def own_latents(name, pipeline, pixels):
     """By the functions that diffusers' own pipelines encode pictures with."""
-    if name == "z_image":
+    if name in ("z_image", "sd3", "sdxl"):
         latents = pipeline.vae.encode(pixels).latent_dist.mode()
-        return (latents - pipeline.vae.config.shift_factor) * pipeline.vae.config.scaling_factor
+        return (latents - (pipeline.vae.config.shift_factor or 0)) * pipeline.vae.config.scaling_factor
     if name == "flux2":
         return pipeline._encode_vae_image(pixels, None)
-    kind = diffusers.QwenImageImg2ImgPipeline
-    mode = kind._encode_vae_image(kind(**pipeline.components), pixels.unsqueeze(2), torch.Generator().manual_seed(0))
+    kind = diffusers.QwenImageImg2ImgPipeline  # whose VAE Krea 2 has
+    mode = kind._encode_vae_image(
+        kind(None, pipeline.vae, None, None, None), pixels.unsqueeze(2), torch.Generator().manual_seed(0)
+    )
     return mode.squeeze(2)
 
 
@@ -80,13 +88,18 @@ def test_latents_and_texts_are_those_of_the_pipeline(family, tmp_path, monkeypat
     assert cache.mask(0).shape == cache.latent_shape(0)[1:]
 
     def own_text(text):
-        more = {"do_classifier_free_guidance": False} if name == "z_image" else {}
+        more = {} if name == "sdxl" else {"max_sequence_length": 300}
+        more |= {"do_classifier_free_guidance": False} if name in ("z_image", "sd3", "sdxl") else {}
+        more |= {"prompt_2": None, "prompt_3": None} if name == "sd3" else {}
         with torch.no_grad():
-            return pipeline.encode_prompt(text, max_sequence_length=300, **more)[0][0]
+            given = pipeline.encode_prompt(text, **more)
+        embeds = given[0][0][given[1][0]].flatten(1) if name == "krea2" else given[0][0]
+        return embeds, given[2][0] if PIPELINES[name].pooled else None
 
     for index, text in ((cache.items[0].text, "a photo of a <c> dog"), (cache.empty_text, "")):
-        assert torch.equal(cache.text(index).embeds, own_text(text)) and cache.text(index).pooled is None
-        assert cache.text(index).embeds.shape[1] == PIPELINES[name].text_width
+        (embeds, pooled), found = own_text(text), cache.text(index)
+        assert torch.equal(found.embeds, embeds) and found.embeds.shape[1] == PIPELINES[name].text_width
+        assert (found.pooled is None and pooled is None) or torch.equal(found.pooled, pooled)
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +133,7 @@ def test_what_was_encoded_and_trained_is_drawn(family, trained, tmp_path):
     with torch.no_grad():
         for layer in adapter.layers:
             up, down, alpha = adapter.update(layer)
-            pipeline.transformer.get_submodule(layer).weight += alpha / up.shape[1] * (up.float() @ down.float())
+            network(name, pipeline).get_submodule(layer).weight += alpha / up.shape[1] * (up.float() @ down.float())
     patched = drawn()
     for beta, expected in ((0, base), (1, patched)):
         found = np.asarray(Image.open(tmp_path / f"prompt0_seed0_alpha0_beta{beta}.png")).astype(int)
@@ -145,19 +158,20 @@ def refused(folder, tmp_path):
 
 
 def test_a_vae_of_another_family_is_refused(family, tmp_path):
-    name, folder = family
-    other = "AutoencoderKLQwenImage" if name != "qwen_image" else "AutoencoderKL"
+    folder = family[1]
+    backbone = open_pipeline(folder).backbone
+    own = backbone.pipeline.vae_class
+    other = "AutoencoderKL" if own == "AutoencoderKLQwenImage" else "AutoencoderKLQwenImage"
     folder = copy(folder, tmp_path / "mixed")
     rename_class(folder / "vae" / "config.json", other)
-    backbone = open_pipeline(family[1]).backbone
     text = refused(folder, tmp_path)
     assert f"is of {backbone.title}, whose VAE is {backbone.pipeline.vae_class}" in text and other in text
 
 
 def test_a_transformer_of_another_family_is_refused(family, tmp_path):
     folder = copy(family[1], tmp_path / "mixed")
-    rename_class(folder / "transformer" / "config.json", "SD3Transformer2DModel")
-    assert "SD3Transformer2DModel, of another model" in refused(folder, tmp_path)
+    rename_class(folder / FAMILIES[family[0]].network / "config.json", "PixArtTransformer2DModel")
+    assert "PixArtTransformer2DModel, of another model" in refused(folder, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -203,7 +217,9 @@ def test_every_pipeline_is_called_as_it_takes_it(backbone):
     """Also those whose text encoders are not small enough for a test: names of arguments are diffusers' own."""
     for name in backbone.pipeline.classes.values():
         kind = getattr(diffusers, name)
-        inspect.signature(kind.encode_prompt).bind(None, "a dog", device=None, max_sequence_length=300)
+        more = {} if backbone.family == "sdxl" else {"max_sequence_length": 300}
+        more |= {"prompt_2": None, "prompt_3": None} if backbone.family == "sd3" else {}
+        inspect.signature(kind.encode_prompt).bind(None, "a dog", device=None, **more)
         arguments = {"prompt": "a dog", "num_inference_steps": 2, "width": 64, "height": 64, "generator": None}
         for guidance in (0.0, 3.5):
             inspect.signature(kind.__call__).bind(None, **arguments, **backbone.pipeline.guidance(guidance))

@@ -1,6 +1,7 @@
 """Pictures over alpha x beta, against a pipeline whose weights were patched by hand."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from qrlora_core import (
 from tests.train import tiny
 from train.cli import main
 from train.errors import TrainError
-from train.model.pipeline_folder import PipelineFolder
+from train.model.pipeline_folder import PipelineFolder, open_pipeline
 from train.model.source import BaseModel
 from train.run.sample import LiveAdapter
 
@@ -237,3 +238,15 @@ def test_live_adapter_refuses_a_model_without_the_layer(live):
     far = Adapter.from_tensors("far", {"single_transformer_blocks.7.attn.to_q": layer}, 4.0)
     with pytest.raises(TrainError, match=r"has no single_transformer_blocks\.7\.attn\.to_q"):
         adapters.set(MergeRecipe.of(far))
+
+
+def test_a_folder_of_fill_is_not_drawn_with(folder, strong, tmp_path, caplog):
+    """Its pipeline takes a picture and a mask. What `encode` needs of it is loaded as FLUX.1's is."""
+    fill = tmp_path / "fill"
+    shutil.copytree(folder, fill)
+    index = json.loads((fill / "model_index.json").read_text())
+    (fill / "model_index.json").write_text(json.dumps(index | {"_class_name": "FluxFillPipeline"}))
+    assert open_pipeline(fill).class_name == "FluxPipeline"
+    assert run(fill, tmp_path / "out", "--style", strong[0]) == 1
+    assert "FluxFillPipeline, which draws into a picture and its mask" in caplog.text
+    assert not (tmp_path / "out").exists()

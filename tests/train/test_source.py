@@ -110,8 +110,8 @@ def test_scaled_fp8_under_diffusers_names(tmp_path):
     assert model.targets() == BaseModel(SINGLE).targets()
 
 
-def fill(path):
-    saved(path, {"img_in.weight": torch.ones(128, 384)})
+def canny(path):
+    saved(path, {"img_in.weight": torch.ones(128, 128)})
 
 
 def chroma(path):
@@ -134,8 +134,8 @@ def truncated(path):
 
 REFUSED = {
     "sd.safetensors": (
-        plain({"model.diffusion_model.input_blocks.0.0.weight": torch.ones(4, 4)}),
-        "is not a FLUX.1.* transformer but a Stable Diffusion 1, 2 or XL model",
+        plain({"model.diffusion_model.input_blocks.9.0.op.weight": torch.ones(4, 4)}),
+        "is not a FLUX.1.* transformer but a Stable Diffusion 1 or 2 model, or SDXL's refiner",
     ),
     "lora.safetensors": (
         plain({"lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight": torch.ones(4, 4)}),
@@ -147,7 +147,7 @@ REFUSED = {
     ),
     "empty.safetensors": (plain({}), "begins with nothing"),
     "chroma.safetensors": (chroma, r"but Chroma.*Use FLUX\.1-dev"),
-    "fill.safetensors": (fill, r"takes 384 channels.*Train on FLUX\.1-dev"),
+    "canny.safetensors": (canny, r"takes 128 channels.*a Depth or Canny variant.*Train on FLUX\.1-dev"),
     "nvfp4.safetensors": (nvfp4, "img_attn.qkv is stored as uint8, and nothing says how.*Use the bf16 or fp8"),
     "svdq.safetensors": (plain({"transformer_blocks.0.qkv_proj.qweight": torch.ones(4)}), "but one packed by SVDQuant"),
     "cut.safetensors": (truncated, r"cut\.safetensors is not a readable.*truncated"),

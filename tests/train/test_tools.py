@@ -222,7 +222,7 @@ def test_basis_is_the_file_that_fit_looks_for(tmp_path):
         (("export", "--adapter", GOLDEN / "official_residual_fp16.safetensors"), "residual"),
         (
             ("export", "--adapter", STYLE, "--format", "published", "--model", STYLE),
-            "not a FLUX.1, FLUX.2, Qwen-Image or Z-Image transformer",
+            "not a FLUX.1, FLUX.2, Qwen-Image, Z-Image, Krea 2, SD3.5 or SDXL transformer",
         ),
     ],
 )

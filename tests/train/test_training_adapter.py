@@ -17,8 +17,8 @@ from train.model.layer import inject, trained_parameters
 from train.model.source import BaseModel
 from train.model.training_adapter import TrainingAdapter
 from train.model.transformer import load_transformer
+from train.run.denoise import denoising_loss
 from train.run.fit import fit
-from train.run.flow import flow_loss
 from train.run.stop import Stopped
 
 CPU = torch.device("cpu")
@@ -48,7 +48,7 @@ def loss_and_gradients(source, config, batch, prepare):
     targets = source.targets()
     layers = inject(model, targets, lambda name: decompose(source.weight(name), 4), "delta_r", 1.0)
     prepare(model, layers)
-    loss = flow_loss(model.train(), source.backbone, batch, config, CPU, torch.float32)
+    loss = denoising_loss(model.train(), source.backbone, batch, config, CPU, torch.float32)
     loss.backward()
     return loss.detach(), {name: parameter.grad for name, parameter in trained_parameters(layers).items()}
 

@@ -18,7 +18,7 @@ WIDTH = 64  # of the golden transformer's text and pooled inputs
 TOKENS = 24
 
 
-def small_vae() -> AutoencoderKL:
+def small_vae(channels: int = 16, scale: float = 0.3611, shift: float | None = 0.1159) -> AutoencoderKL:
     """An autoencoder of 16 channels with one shift and one scale, as several families have it."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -26,35 +26,40 @@ def small_vae() -> AutoencoderKL:
         block_out_channels=(4, 4, 8, 8),
         layers_per_block=1,
         norm_num_groups=2,
-        latent_channels=16,
-        scaling_factor=0.3611,
-        shift_factor=0.1159,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
+        latent_channels=channels,
+        scaling_factor=scale,
+        shift_factor=shift,
+        use_quant_conv=shift is None,
+        use_post_quant_conv=shift is None,
     )
 
 
-def save_pipeline(folder: Path) -> Path:
-    """Write the folder: the golden transformer in fp32, and a VAE, CLIP and T5 that fit it."""
-    torch.manual_seed(0)
-    vae = small_vae()
+def clip_tokenizer() -> CLIPTokenizer:
+    """Letters, alone and at the end of a word."""
     letters = [chr(code) for code in range(33, 127)]
     ends = [f"{letter}</w>" for letter in letters]
     words = [*letters, *ends, "<|startoftext|>", "<|endoftext|>"]
-    clip_tokenizer = CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=77)
-    clip = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(words),
-            hidden_size=WIDTH,
-            intermediate_size=WIDTH,
-            projection_dim=WIDTH,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            bos_token_id=words.index("<|startoftext|>"),
-            eos_token_id=words.index("<|endoftext|>"),
-            pad_token_id=words.index("<|endoftext|>"),
-        )
+    return CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=77)
+
+
+def clip_config(tokenizer: CLIPTokenizer, width: int, layers: int = 1) -> CLIPTextConfig:
+    """Of a text encoder whose output, pooled and projected, is as wide as it is itself."""
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=width,
+        projection_dim=width,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
     )
+
+
+def t5_parts(width: int) -> tuple[T5EncoderModel, T5TokenizerFast]:
+    """Text encoder and tokenizer."""
+    letters = [chr(code) for code in range(33, 127)]
     pieces = [
         ("<pad>", 0.0),
         ("</s>", 0.0),
@@ -62,14 +67,23 @@ def save_pipeline(folder: Path) -> Path:
         ("\u2581", -2.0),
         *((letter, -3.0) for letter in letters),
     ]
-    t5_tokenizer = T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=512)
-    t5 = T5EncoderModel(T5Config(vocab_size=len(pieces), d_model=WIDTH, d_kv=16, d_ff=32, num_layers=1, num_heads=2))
+    tokenizer = T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=512)
+    config = T5Config(vocab_size=len(pieces), d_model=width, d_kv=16, d_ff=32, num_layers=1, num_heads=2)
+    return T5EncoderModel(config).eval(), tokenizer
+
+
+def save_pipeline(folder: Path) -> Path:
+    """Write the folder: the golden transformer in fp32, and a VAE, CLIP and T5 that fit it."""
+    torch.manual_seed(0)
+    vae, tokenizer = small_vae(), clip_tokenizer()
+    clip = CLIPTextModel(clip_config(tokenizer, WIDTH)).eval()
+    t5, t5_tokenizer = t5_parts(WIDTH)
     pipeline = FluxPipeline(
         FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
         vae,
-        clip.eval(),
-        clip_tokenizer,
-        t5.eval(),
+        clip,
+        tokenizer,
+        t5,
         t5_tokenizer,
         golden_flux(),
     )

@@ -138,7 +138,7 @@ def _encode_texts(
 ) -> list[EncodedText]:
     family = folder.backbone.pipeline
     what, dtype = "text encoders and tokenizers", DTYPES[config.precision]
-    pipeline = folder.load(what, dtype, device, transformer=None, vae=None)
+    pipeline = folder.load(what, dtype, device, **{family.network: None, "vae": None})
     for part, encoder in family.encoders.items():
         _require_vocabulary(pipeline, part, encoder)
     encoded = []
@@ -152,6 +152,8 @@ def _encode_texts(
 
 def _require_vocabulary(pipeline: Any, part: str, encoder: str) -> None:
     """Raise TrainError for an empty tokenizer: transformers makes one where files are missing."""
+    if getattr(pipeline, encoder) is None:  # the folder does without it on purpose, as SD3.5's may without T5
+        return
     tokenizer, config = getattr(pipeline, part), getattr(pipeline, encoder).config
     words = len(getattr(tokenizer, "tokenizer", tokenizer))  # a processor for pictures, too, has one inside
     expected = getattr(config, "text_config", config).vocab_size

@@ -22,11 +22,13 @@ class PipelineFolder:
         path: of the folder.
         backbone: the family.
         class_name: of diffusers' pipeline that it is loaded by.
+        own_class: of diffusers' pipeline that it was saved by.
     """
 
     path: Path
     backbone: Backbone
     class_name: str
+    own_class: str
 
     def load(self, what: str, dtype: torch.dtype, device: torch.device | None = None, **without: None) -> Any:
         """The pipeline, without the parts that are named with None, and where one is named, on a device.
@@ -88,7 +90,7 @@ def open_pipeline(path: Path) -> PipelineFolder:
             f"the pipeline folder {path.name!r} is of a {str(name)[:80]}, expected one of {', '.join(known)}",
         )
     backbone, loaded = known[name]
-    for part, wanted in (("transformer", backbone.model_class), ("VAE", backbone.pipeline.vae_class)):
+    for part, wanted in ((backbone.pipeline.network, backbone.model_class), ("VAE", backbone.pipeline.vae_class)):
         config = path / part.lower() / "config.json"
         found = (
             _table(config, f"the pipeline folder's {part}").get("_class_name", wanted) if config.is_file() else wanted
@@ -99,7 +101,7 @@ def open_pipeline(path: Path) -> PipelineFolder:
                 f"the pipeline folder {path.name!r} is of {backbone.title}, whose {part} is {wanted}; the one in it is "
                 f"{str(found)[:80]}, of another model",
             )
-    return PipelineFolder(path, backbone, loaded)
+    return PipelineFolder(path, backbone, loaded, str(name))
 
 
 def load_part(load: Callable[[], Any], what: str) -> Any:

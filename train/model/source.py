@@ -2,7 +2,9 @@
 
 import functools
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,13 +31,16 @@ _LARGEST_SETTING = 1 << 20  # of a number in config.json
 
 
 class Part(NamedTuple):
-    """Where one parameter lies: a key, rows of it, whether its halves change places, and how it is quantised."""
+    """Where one parameter lies: a key, rows of it, whether its halves change places, how it is quantised, and whether
+    it is stored as one row.
+    """
 
     key: str
     shape: tuple[int, ...]
     start: int = 0
     swap: bool = False
     quantization: Quantization | None = None
+    folded: bool = False
 
 
 class BaseModel:
@@ -43,7 +48,7 @@ class BaseModel:
 
     Attributes:
         path: the file or folder.
-        backbone: its family.
+        backbone: its family, with this model's own `process`.
         specs: diffusers' parameter name -> shape, and the dtype that `tensor` gives.
         formats: in which its weights are stored.
         facts: what the shapes tell.
@@ -70,6 +75,9 @@ class BaseModel:
             tensors = {key: file.tensor(key).numpy().tobytes() for key in file.other if is_config(key)}
             configs |= quantization_configs(file.metadata, tensors, file.path.name)
         self.backbone, prefix, native = _recognised(stored, self.path.name)
+        if self.backbone.process_of is not None:
+            keys = {key.removeprefix(prefix) for key in stored}
+            self.backbone = replace(self.backbone, process=self.backbone.process_of(keys, self.path))
         self._parts = _parts(self.backbone, prefix, native, stored, configs, self.path.name)
         self._rows = {part.key: stored[part.key].shape[0] for part in self._parts.values()}
         self.specs = {
@@ -83,7 +91,9 @@ class BaseModel:
             }
         )
         self.facts = _facts(self.backbone, self.specs, self.path.name)
-        self.blocks = {name: count_blocks(self.specs, name) for name in self.backbone.block_lists}
+        uneven = self.backbone.uneven
+        counts = {name: count_blocks(self.specs, name, uneven) for name in self.backbone.block_lists}
+        self.blocks = {name: count for name, count in counts.items() if count}
         self.config = _config(self)
 
     @functools.cached_property
@@ -94,14 +104,15 @@ class BaseModel:
     def tensor(self, name: str) -> Tensor:
         """One parameter: in the file's dtype, or in float32 where it is stored quantised."""
         part = self._parts[name]
-        file, rows = self._file_of[part.key], part.shape[0]
+        file = self._file_of[part.key]
+        rows = math.prod(part.shape) if part.folded else part.shape[0]
         tensor = file.rows(part.key, part.start, rows)
         if part.quantization is not None:
             scales = tuple(self._file_of[key].tensor(key) for key in part.quantization.scales)
             tensor = dequantized(part.quantization, tensor, scales, part.start, self._rows[part.key])
         if part.swap:  # ComfyUI has shift before scale, diffusers scale before shift
             tensor = torch.cat(tensor.chunk(2)[::-1])
-        return tensor
+        return tensor.reshape(part.shape) if part.folded else tensor
 
     def stored_dtype(self, name: str) -> torch.dtype | None:
         """The floating dtype that a parameter is stored in, None for 4- and 8-bit formats with scales."""
@@ -211,9 +222,20 @@ def _parts(
             quantization = quantization_of(layer, siblings[layer], config, title)
             shape = logical_shape(quantization, shape)
         for name, start, rows in named:
-            swap = not native and name in backbone.swapped
-            parts[name] = Part(key, (rows, *shape[1:]), start, swap, quantization)
-    return parts
+            fold = backbone.folded.get(name.rpartition(".")[2], 0) if len(shape) == 1 else 0
+            if fold and rows % fold:
+                raise TrainError("model", f"{title}: {key} of {rows} numbers is no table of {fold} rows")
+            held = (fold, rows // fold) if fold else (rows, *shape[1:])
+            parts[name] = Part(key, held, start, False, quantization, bool(fold))
+    swapped = () if native else (*backbone.swapped, *_in_last_block(backbone, parts))
+    return parts | {name: parts[name]._replace(swap=True) for name in swapped if name in parts}
+
+
+def _in_last_block(backbone: Backbone, names: Iterable[str]) -> list[str]:
+    """Parameters of the last block whose halves change places."""
+    numbers = [block.rpartition(".")[2] for name in names if (block := backbone.block_of(name))]
+    last = max((int(number) for number in numbers if number.isdecimal()), default=0)
+    return [f"{backbone.block_lists[0]}.{last}.{suffix}" for suffix in backbone.swapped_in_last]
 
 
 def _siblings(keys: Iterable[str], stored: Mapping[str, TensorSpec]) -> dict[str, dict[str, TensorSpec]]:
@@ -279,7 +301,7 @@ def _located(path: Path) -> Path:
                 "Use the bf16 or fp8 safetensors file of this model, or its diffusers folder",
             )
         return path
-    for folder in (path / "transformer", path):
+    for folder in (path / "transformer", path / "unet", path):
         if folder.is_dir() and any(folder.glob("*.safetensors")):
             return folder
     state = "holds no safetensors file" if path.is_dir() else "does not exist"

@@ -14,6 +14,7 @@ from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from diffusers.hooks import apply_group_offloading, apply_layerwise_casting
 from diffusers.quantizers import DiffusersAutoQuantizer
+from torch import nn
 
 from ..config import Precision, Storage
 from ..errors import TrainError
@@ -60,7 +61,7 @@ def load_transformer(
     if expected - source.specs.keys():
         missing = sorted(expected - source.specs.keys())
         raise TrainError("model", f"{source.path.name} lacks {len(missing)} tensors: {', '.join(missing[:3])}")
-    outside = [name for name, _ in model.named_children() if name not in backbone.block_lists]
+    outside = _outside(model, tuple(source.blocks))
     quantizer = _quantizer(storage, compute, device, outside)
     if quantizer is not None:
         quantizer.preprocess_model(model, device_map=None, keep_in_fp32_modules=[])
@@ -77,7 +78,7 @@ def load_transformer(
         on_progress(done, len(expected))
     model.requires_grad_(False)
     if casts:
-        for block in (block for name in backbone.block_lists for block in getattr(model, name)):
+        for block in (block for name in source.blocks for block in model.get_submodule(name).children()):
             # an empty tuple, not None: None would cast the block as a whole, later adapters with it
             apply_layerwise_casting(block, DTYPES[storage], compute, skip_modules_pattern=())
     for name in waiting:
@@ -132,6 +133,18 @@ def _model_class(backbone: Backbone) -> Any:
             "library",
             f"diffusers {diffusers.__version__} does not know {backbone.title}; {install_hint('--upgrade diffusers')}",
         ) from error
+
+
+def _outside(model: nn.Module, blocks: tuple[str, ...], path: str = "") -> list[str]:
+    """The largest modules that hold none of these lists of blocks, and are none of them."""
+    found: list[str] = []
+    for name, child in model.named_children():
+        name = f"{path}{name}"
+        if any(one.startswith(f"{name}.") for one in blocks):
+            found += _outside(child, blocks, f"{name}.")
+        elif name not in blocks:
+            found.append(name)
+    return found
 
 
 def _waiting_blocks(blocks: Mapping[str, int], offload: float) -> set[str]:

@@ -230,6 +230,9 @@ def _activations(config: FitConfig, plan: MemoryPlan, source: BaseModel, shape: 
     tokens = config.batch_size * (source.backbone.tokens(height, width) + text)
     bytes_each = tokens * source.facts.hidden * DTYPES[config.precision].itemsize
     counts, blocks = source.backbone.activation_counts, source.blocks
+    if source.backbone.activations is not None:
+        numbers = source.backbone.activations(source.specs, height, width, text, plan.gradient_checkpointing)
+        return int(config.batch_size * numbers * DTYPES[config.precision].itemsize + bytes_each * _WORKING)
     if plan.gradient_checkpointing:  # a block that is recomputed keeps its input only
         kept = sum(blocks.values()) + max(counts.values())
     else:

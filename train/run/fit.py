@@ -18,7 +18,7 @@ from ..data.batches import generator_of
 from ..errors import TrainError, is_out_of_memory
 from ..events import EventWriter
 from .checkpoint import BASIS, OPTIMIZER, PARAMETER, basis_sketch, newest_checkpoint, save_checkpoint
-from .flow import flow_loss, sample_latents
+from .denoise import denoising_loss, sample_latents
 from .lock import held_run_folder
 from .optim import optimizer_state
 from .output import save
@@ -101,7 +101,7 @@ def gradients(state: TrainingState) -> float:
         part = state.done * config.gradient_accumulation + index
         number = part * accelerator.num_processes + accelerator.process_index
         for sampler, weight in samplers:
-            loss = flow_loss(state.model, state.backbone, sampler.batch(number), config, state.device, state.dtype)
+            loss = denoising_loss(state.model, state.backbone, sampler.batch(number), config, state.device, state.dtype)
             loss = loss * (weight / config.gradient_accumulation)
             state.scaler.scale(loss).backward()
             total += loss.detach()
@@ -134,7 +134,7 @@ def validation_loss(state: TrainingState) -> float:
     """Mean loss over draws that are the same at every step: fixed pictures, noise, and sigma spread over 0 to 1."""
     config, draws = state.config, state.config.validation_draws
     losses = [
-        flow_loss(state.model, state.backbone, state.sampler.fixed(draw, draws), config, state.device, state.dtype)
+        denoising_loss(state.model, state.backbone, state.sampler.fixed(draw, draws), config, state.device, state.dtype)
         for draw in range(draws)
     ]
     return float(torch.stack(losses).mean())

@@ -15,6 +15,7 @@ from qrlora_core import FileFormatError, LayerTarget, TensorFile, TrainingCache,
 from ..config import TRAJECTORY_VERSION, FitConfig, as_table
 from ..data.batches import Sampler, generator_of
 from ..errors import TrainError
+from ..model.backbones import FLOW
 from ..model.basis import BasisOf, cached_basis
 from ..model.layer import QRLinear, inject, parameter_shapes, trained_parameters
 from ..model.source import BaseModel
@@ -193,6 +194,12 @@ def _check_data(sampler: Sampler, source: BaseModel, cache: TrainingCache) -> No
                 f"the texts have widths {widths}, {source.backbone.title} takes {facts.text_widths}: encode them with "
                 "its own text encoders",
             )
+    if sampler.config.loss_weighting != "none" and source.backbone.process is not FLOW:
+        raise TrainError(
+            "settings",
+            f"loss_weighting {sampler.config.loss_weighting} is for flow matching; {source.backbone.title} predicts "
+            f"{source.backbone.process.name}. Set it to none",
+        )
     if sampler.config.caption_dropout and cache.empty_text is None:
         raise TrainError("data", "caption_dropout needs the empty caption in the cache; write the cache again")
 

@@ -10,10 +10,11 @@ from torch import nn
 
 from qrlora_core import LayerTarget
 
-from ..config import AUTO, FitConfig, Storage
+from ..config import FitConfig, Storage
 from ..errors import TrainError
 from ..model.basis import BasisOf
 from ..model.transformer import BITS
+from ..settings import AUTO
 from .checkpoint import BASIS, OPTIMIZER, PARAMETER, Checkpoint, basis_sketch, newest_checkpoint
 from .optim import restore_optimizer
 

@@ -40,8 +40,11 @@ def sample(args: argparse.Namespace) -> None:
     device = chosen_device(args.device)
     folder = open_pipeline(args.pipeline)
     family = folder.backbone
+    if folder.own_class in family.pipeline.undrawable:
+        reason = family.pipeline.undrawable[folder.own_class]
+        raise TrainError("model", f"{args.pipeline.name!r} is of a {folder.own_class}, which {reason}")
     source = BaseModel(args.pipeline)
-    if source.backbone is not family:
+    if source.backbone.family != family.family:
         raise TrainError(
             "model",
             f"the pipeline folder {args.pipeline.name!r} is of {family.title}, the transformer in it of "
@@ -52,7 +55,7 @@ def sample(args: argparse.Namespace) -> None:
         require_layers(source, recipe.adapters[0].targets if recipe else ())
     args.output.mkdir(parents=True, exist_ok=True)
     pipeline = folder.load("parts", DTYPES[args.precision])
-    live = LiveAdapter(pipeline.transformer, source, device)
+    live = LiveAdapter(getattr(pipeline, family.pipeline.network), source, device)
     # offloading moves whole components and comes after the new layers, which then move with them
     live.set(_recipe(style, 1.0, content, 1.0))
     if args.offload and device.type != "cpu":

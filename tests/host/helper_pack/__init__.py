@@ -210,8 +210,8 @@ class ApplyStack(io.ComfyNode):
 class RandomClip:
     """Prompts -> a random vector for each word, as wide as a text encoder of billions of weights would give it."""
 
-    def __init__(self, width, pooled):
-        self.width, self.pooled = width, pooled
+    def __init__(self, width, pooled, pooled_width):
+        self.width, self.pooled, self.pooled_width = width, pooled, pooled_width
         cpu = torch.device("cpu")
         self.patcher = ModelPatcher(torch.nn.Linear(1, width), load_device=cpu, offload_device=cpu)
 
@@ -223,7 +223,8 @@ class RandomClip:
         rows = [torch.randn(self.width, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         embeds = torch.stack(rows)[None]
         # some encoders of these families have both, of use to no model of theirs
-        details = {"pooled_output": embeds.mean(dim=1)} if self.pooled else {"pooled_output": None}
+        pooled = embeds.mean(dim=1)[:, : self.pooled_width or self.width]
+        details = {"pooled_output": pooled if self.pooled else None}
         return [[embeds, details | {"attention_mask": torch.ones(embeds.shape[:2], dtype=torch.long)}]]
 
 
@@ -233,13 +234,17 @@ class LoadRandomClip(io.ComfyNode):
         return io.Schema(
             node_id="QRLoRATestClip",
             category="QR-LoRA/test",
-            inputs=[io.Int.Input("width", max=100_000), io.Boolean.Input("pooled", default=False)],
+            inputs=[
+                io.Int.Input("width", max=100_000),
+                io.Boolean.Input("pooled", default=False),
+                io.Int.Input("pooled_width", default=0, max=100_000, optional=True),
+            ],
             outputs=[io.Clip.Output()],
         )
 
     @classmethod
-    def execute(cls, width, pooled):
-        return io.NodeOutput(RandomClip(width, pooled))
+    def execute(cls, width, pooled, pooled_width=0):
+        return io.NodeOutput(RandomClip(width, pooled, pooled_width))
 
 
 class SaveLatents(io.ComfyNode):

@@ -5,16 +5,20 @@ from collections.abc import Iterable
 from .backbone import Backbone, ModelFacts, StoredRows, count_blocks, packed, unpacked
 from .flux import FLUX
 from .flux2 import FLUX2
+from .krea2 import KREA2
 from .pipeline import Pipeline
+from .process import FLOW
 from .qwen_image import QWEN_IMAGE
+from .sd3 import SD3
+from .sdxl import SDXL
 from .z_image import Z_IMAGE
 
-BACKBONES = (FLUX, FLUX2, QWEN_IMAGE, Z_IMAGE)
+BACKBONES = (FLUX, FLUX2, QWEN_IMAGE, Z_IMAGE, KREA2, SD3, SDXL)
 # keys that tell a model which is often taken for one of these
 _OTHERS = {
     "distilled_guidance_layer.in_proj.weight": "Chroma",
-    "input_blocks.0.0.weight": "a Stable Diffusion 1, 2 or XL model",
-    "joint_blocks.0.x_block.attn.qkv.weight": "Stable Diffusion 3",
+    "input_blocks.9.0.op.weight": "a Stable Diffusion 1 or 2 model, or SDXL's refiner",
+    "down_blocks.3.resnets.0.conv1.weight": "a Stable Diffusion 1 or 2 model, or SDXL's refiner",
     "lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight": "a LoRA",
     "transformer.transformer_blocks.0.attn.to_q.lora_A.weight": "a LoRA or an adapter",
 }
@@ -46,6 +50,7 @@ def foreign(keys: Iterable[str]) -> str:
 
 __all__ = [
     "BACKBONES",
+    "FLOW",
     "FLUX",
     "PREFIXES",
     "Backbone",

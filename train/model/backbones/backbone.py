@@ -4,8 +4,9 @@
 what its transformer is called with, and what it gives back.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from qrlora_core.storage import TensorSpec
 
 from ...errors import TrainError
 from .pipeline import Pipeline
+from .process import FLOW, Process
 
 Specs = Mapping[str, TensorSpec]
 
@@ -55,20 +57,27 @@ class Backbone:
         model_class: of diffusers.
         file_mark: a key that ComfyUI's files of the family have and no other's; "" when they use diffusers' names.
         folder_mark: a key that diffusers' folders of the family have and no other's.
-        block_lists: the model's lists of blocks, in network order.
+        block_lists: where the model's lists of blocks lie, in network order; a model need not have all of them.
         activation_counts: for each of them what autograd keeps of a block, in multiples of tokens * hidden size.
+        activations: (specs, height and width of the latents, tokens of the text, whether blocks are recomputed) -> how
+            many numbers autograd keeps for a picture, where that is no multiple of tokens * hidden size.
         default_layers: for each of them which layers are adapted unless others are named.
         stored_rows: a key of ComfyUI's files, without prefix, and its number of rows -> diffusers' parameters; nothing
             for a key that is no parameter.
         swapped: diffusers' parameters whose halves change places (shift and scale).
+        swapped_in_last: the same of the last block of the first list, without its name.
+        folded: ending of diffusers' parameters that ComfyUI keeps as one row -> how many rows they are.
+        uneven: whether blocks of one list have other layers than each other.
         facts: reads specs by diffusers' names, with the title of the file for messages.
         patch: side of the square of latent pixels that makes a token.
         stated: arguments that shapes do not tell; a folder's config.json has its say on them.
         inputs: (model, latents, sigmas, text, guidance) -> arguments of the transformer. Latents are (batch, channels,
             height, width), sigmas (batch,), the text's tensors have a batch dimension; all on the model's device, in
             its dtype but for the sigmas.
-        velocity: (what the transformer gave, latents' shape) -> the velocity from picture to noise, of that shape.
+        prediction: (what the transformer gave, latents' shape) -> what `process` says that it predicts, of that shape.
         shift: tokens of a picture -> factor by which sampling moves sigmas towards noise.
+        process: what noise is to it, and what it predicts.
+        process_of: (keys of a file or folder, its path) -> the same of that model, where models of the family differ.
         pipeline: how its diffusers pipelines encode and draw.
         text_fields: of an EncodedText, what the transformer takes.
     """
@@ -80,18 +89,24 @@ class Backbone:
     file_mark: str
     folder_mark: str
     block_lists: tuple[str, ...]
-    activation_counts: Mapping[str, float]
     default_layers: Mapping[str, tuple[str, ...]]
     stored_rows: Callable[[str, int], Sequence[StoredRows]]
     facts: Callable[[Specs, str], ModelFacts]
     inputs: Callable[[Any, Tensor, Tensor, EncodedText, float], dict[str, Any]]
-    velocity: Callable[[Any, torch.Size], Tensor]
+    prediction: Callable[[Any, torch.Size], Tensor]
     shift: Callable[[int], float]
     pipeline: Pipeline
     text_fields: tuple[str, ...] = ("embeds",)
     swapped: frozenset[str] = frozenset()
+    swapped_in_last: tuple[str, ...] = ()
+    activation_counts: Mapping[str, float] = field(default_factory=dict)
+    activations: Callable[[Specs, int, int, int, bool], float] | None = None
+    folded: Mapping[str, int] = field(default_factory=dict)
+    uneven: bool = False
     stated: tuple[str, ...] = ()
     patch: int = 2
+    process: Process = FLOW
+    process_of: Callable[[Collection[str], Path], Process] | None = None
 
     def tokens(self, height: int, width: int) -> int:
         """How many tokens latents of this size are."""
@@ -99,13 +114,16 @@ class Backbone:
 
     def block_of(self, name: str) -> str:
         """`transformer_blocks.3` of `transformer_blocks.3.attn.to_q.weight`; "" outside of the blocks."""
-        parts = name.split(".", 2)
-        return f"{parts[0]}.{parts[1]}" if len(parts) == 3 and parts[0] in self.block_lists else ""
+        for blocks in self.block_lists:
+            if name.startswith(f"{blocks}."):
+                number, inside, _ = name.removeprefix(f"{blocks}.").partition(".")
+                return f"{blocks}.{number}" if inside else ""
+        return ""
 
     def is_default(self, layer: str) -> bool:
         """Whether a layer is adapted unless others are named."""
-        kind, _, suffix = layer.split(".", 2)
-        return suffix in self.default_layers.get(kind, ())
+        block = self.block_of(layer)
+        return layer.removeprefix(f"{block}.") in self.default_layers.get(block.rpartition(".")[0], ())
 
 
 def packed(latents: Tensor) -> Tensor:
@@ -122,23 +140,25 @@ def unpacked(tokens: Tensor, shape: torch.Size) -> Tensor:
     return patches.permute(0, 3, 1, 4, 2, 5).reshape(shape)
 
 
-def count_blocks(specs: Specs, blocks: str) -> int:
+def count_blocks(specs: Specs, blocks: str, uneven: bool = False) -> int:
     """Number of blocks in a list, once it is sure that none is missing and that each has all of its tensors.
+
+    Of `uneven` ones only the first; loading the model compares the rest.
 
     Raises:
         TrainError: reason "model", naming what is missing.
     """
     held: dict[int, set[str]] = {}
     for name in specs:
-        kind, _, tail = name.partition(".")
-        number, _, suffix = tail.partition(".")
-        if kind == blocks and number.isdecimal() and len(number) < 5:
-            held.setdefault(int(number), set()).add(suffix)
+        if name.startswith(f"{blocks}."):
+            number, _, suffix = name.removeprefix(f"{blocks}.").partition(".")
+            if number.isdecimal() and len(number) < 5:
+                held.setdefault(int(number), set()).add(suffix)
     if set(held) != set(range(len(held))):
         raise TrainError("model", f"{blocks} are numbered {sorted(held)}: some are missing")
     whole = set().union(*held.values())
     for block, suffixes in held.items():
-        if suffixes != whole:
+        if suffixes != whole and not uneven:
             lacking = f"{blocks}.{block}.{min(whole - suffixes)}"
             raise TrainError("model", f"{lacking} is missing: the file is not complete")
     return len(held)

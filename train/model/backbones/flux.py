@@ -1,4 +1,4 @@
-"""FLUX.1: dev, schnell, Krea, Kontext and fine-tunes of them. The only file of the trainer that knows their names."""
+"""FLUX.1: dev, schnell, Krea, Kontext, Fill and fine-tunes. The only file of the trainer that knows their names."""
 
 import math
 from typing import Any
@@ -15,6 +15,9 @@ from .backbone import Backbone, ModelFacts, Specs, StoredRows, count_blocks, pac
 from .pipeline import Pipeline, shifted_and_scaled
 
 _ADVICE = "Use FLUX.1-dev, -schnell or a fine-tune of them"
+# A Fill model takes so many times the channels: latents, latents of what is kept, and a mask of 8x8 pixels for each
+_FILL = 6
+_NOTHING_KEPT = (0 - 0.1159) * 0.3611  # latents of zeros in the model's space: less the shift, times the scale
 _PLAIN = {
     "img_in": "x_embedder",
     "txt_in": "context_embedder",
@@ -73,11 +76,11 @@ def facts(specs: Specs, title: str) -> ModelFacts:
     head = shape("transformer_blocks.0.attn.norm_q.weight")[0]
     out_channels = shape("proj_out.weight")[0]
     texts = (shape("context_embedder.weight")[1], shape("time_text_embed.text_embedder.linear_1.weight")[1])
-    if channels != out_channels:
+    if channels not in (out_channels, _FILL * out_channels):
         raise TrainError(
             "model",
-            f"{title} takes {channels} channels and gives {out_channels}: a Fill, Depth or Canny variant with extra "
-            "inputs. Train on FLUX.1-dev, -schnell or a fine-tune of them",
+            f"{title} takes {channels} channels and gives {out_channels}: a Depth or Canny variant, which takes "
+            "a control picture besides. Train on FLUX.1-dev, -schnell, -Fill or a fine-tune of them",
         )
     if hidden % head:
         raise TrainError("model", f"{title} has heads of {head} in {hidden}; FLUX.1 has heads of 128")
@@ -94,16 +97,24 @@ def facts(specs: Specs, title: str) -> ModelFacts:
         "guidance_embeds": "time_text_embed.guidance_embedder.linear_1.weight" in specs,
         "axes_dims_rope": [16, 56, 56],
     }
-    return ModelFacts(arguments, hidden, channels // 4, texts)
+    return ModelFacts(arguments, hidden, out_channels // 4, texts)
 
 
 def inputs(model: Any, latents: Tensor, sigmas: Tensor, text: EncodedText, guidance: float) -> dict[str, Any]:
-    """Latents packed in 2x2 patches, positions, sigma as time; guidance where the model is distilled with it."""
+    """Latents packed in 2x2 patches, positions, sigma as time; guidance where the model is distilled with it.
+
+    A Fill model also takes what is kept of a picture, and a mask of what is painted: here all of it is painted and
+    nothing kept, as ComfyUI samples it where no picture is given.
+    """
     batch, _, height, width = latents.shape
+    tokens = packed(latents)
+    if model.config.in_channels > tokens.shape[-1]:
+        kept, mask = torch.full_like(tokens, _NOTHING_KEPT), torch.ones_like(tokens)
+        tokens = torch.cat([tokens, kept, *[mask] * (_FILL - 2)], dim=-1)
     rows, columns = torch.meshgrid(torch.arange(height // 2), torch.arange(width // 2), indexing="ij")
     positions = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1)
     return {
-        "hidden_states": packed(latents),
+        "hidden_states": tokens,
         "img_ids": positions.to(latents.device, torch.float32),
         "encoder_hidden_states": text.embeds,
         "txt_ids": torch.zeros(text.embeds.shape[1], 3, device=latents.device),
@@ -126,8 +137,9 @@ def encode_text(pipeline: Any, text: str, max_tokens: int, device: torch.device)
 
 
 PIPELINE = Pipeline(
-    # both are drawn from words alone; Kontext's own pipeline differs in what it makes of a picture
-    classes={"FluxPipeline": "FluxPipeline", "FluxKontextPipeline": "FluxPipeline"},
+    # encoded alike; Kontext's own pipeline differs in what it makes of a picture, and is drawn from words alone here
+    classes=dict.fromkeys(("FluxPipeline", "FluxKontextPipeline", "FluxFillPipeline"), "FluxPipeline"),
+    undrawable={"FluxFillPipeline": "draws into a picture and its mask, and sample has none"},
     vae_class="AutoencoderKL",
     encoders={"tokenizer": "text_encoder", "tokenizer_2": "text_encoder_2"},
     encode_text=encode_text,
@@ -150,7 +162,7 @@ FLUX = Backbone(
     facts=facts,
     stated=("axes_dims_rope",),
     inputs=inputs,
-    velocity=lambda output, size: unpacked(output[0], size),
+    prediction=lambda output, size: unpacked(output[0], size),
     shift=shift,
     pipeline=PIPELINE,
     text_fields=("embeds", "pooled"),

@@ -4,7 +4,7 @@ Texts and latents are those that the family's transformer takes, as its own pipe
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,10 +23,12 @@ class Pipeline:
     Attributes:
         classes: what `model_index.json` may name -> diffusers' class that is loaded for it.
         vae_class: diffusers' class of the VAE.
+        network: what the folder calls the model that draws.
         encoders: tokenizer -> text encoder, by the names of their folders.
         encode_text: (pipeline, text, number of tokens at most, device) -> what the transformer takes of it.
         encode_picture: (vae, pixels (1, 3, height, width) from -1 to 1, draw) -> latents in the transformer's own
             space, (1, channels, height, width) of latent pixels, float32.
+        undrawable: of `classes`, those that `sample` cannot draw with -> why.
         guidance: guidance -> arguments of the pipeline's call.
     """
 
@@ -35,6 +37,8 @@ class Pipeline:
     encoders: Mapping[str, str]
     encode_text: Callable[[Any, str, int, torch.device], EncodedText]
     encode_picture: Callable[[Any, Tensor, Draw], Tensor]
+    network: str = "transformer"
+    undrawable: Mapping[str, str] = field(default_factory=dict)
     guidance: Callable[[float], dict[str, Any]] = lambda guidance: {"guidance_scale": guidance}
 
 

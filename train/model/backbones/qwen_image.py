@@ -123,7 +123,7 @@ QWEN_IMAGE = Backbone(
     facts=facts,
     stated=("axes_dims_rope",),
     inputs=inputs,
-    velocity=lambda output, size: unpacked(output[0], size),
+    prediction=lambda output, size: unpacked(output[0], size),
     shift=shift,
     pipeline=PIPELINE,
 )

@@ -90,7 +90,7 @@ def inputs(model: Any, latents: Tensor, sigmas: Tensor, text: EncodedText, guida
     }
 
 
-def velocity(output: Any, size: torch.Size) -> Tensor:
+def prediction(output: Any, size: torch.Size) -> Tensor:
     """The model points from noise to picture."""
     return -torch.stack(list(output[0])).reshape(size)
 
@@ -125,7 +125,7 @@ Z_IMAGE = Backbone(
     facts=facts,
     stated=("axes_dims", "axes_lens", "rope_theta", "t_scale"),
     inputs=inputs,
-    velocity=velocity,
+    prediction=prediction,
     shift=lambda tokens: 3.0,
     pipeline=PIPELINE,
 )

@@ -1,5 +1,4 @@
-"""Flow matching: what the model sees, what it should predict, the loss (Liu et al., arXiv 2209.03003; Esser et al.,
-arXiv 2403.03206, section 3)."""
+"""What the model sees, what it should predict, the loss (Esser et al., arXiv 2403.03206, section 3)."""
 
 import itertools
 import math
@@ -16,7 +15,7 @@ from ..data.batches import Batch
 from ..model.backbones import Backbone
 
 
-def flow_loss(
+def denoising_loss(
     model: nn.Module,
     backbone: Backbone,
     batch: Batch,
@@ -26,8 +25,8 @@ def flow_loss(
 ) -> Tensor:
     """The mean loss of a batch.
 
-    `x = (1 - sigma) latents + sigma noise`; the model predicts the velocity `noise - latents` from x, sigma, text and
-    guidance. The squared error is weighted by sigma (`loss_weighting`) and by the mask, whose mean is divided out.
+    The model predicts what its family's process says, from noisy latents, sigma, text and guidance. The squared error
+    is weighted by sigma (`loss_weighting`) and by the mask, whose mean is divided out.
 
     Args:
         model: diffusers' transformer.
@@ -42,13 +41,13 @@ def flow_loss(
     tokens = backbone.tokens(*latents.shape[2:])
     factor = {"none": 1.0, "constant": config.shift_value, "resolution": backbone.shift(tokens)}[config.shift]
     sigmas = shifted(batch.sigmas, factor).to(device)
-    mixed = torch.lerp(latents, noise, sigmas[:, None, None, None])
-    predicted = velocity(model, backbone, mixed, sigmas, batch.text, config.guidance, device, dtype)
+    mixed = backbone.process.mixed(latents, noise, sigmas)
+    predicted = prediction(model, backbone, mixed, sigmas, batch.text, config.guidance, device, dtype)
     weights = loss_weights(config.loss_weighting, sigmas)[:, None, None, None]
     if batch.mask is not None:
         mask = batch.mask.to(device)[:, None]
         weights = weights * mask / mask.mean(dim=(1, 2, 3), keepdim=True).clamp_min(1e-6)
-    return weighted_mse(predicted, noise - latents, weights)
+    return weighted_mse(predicted, backbone.process.target(latents, noise, sigmas), weights)
 
 
 def weighted_mse(predicted: Tensor, target: Tensor, weights: Tensor | float = 1.0) -> Tensor:
@@ -65,7 +64,7 @@ def loss_weights(weighting: LossWeighting, sigmas: Tensor) -> Tensor:
     return torch.ones_like(sigmas)
 
 
-def velocity(
+def prediction(
     model: nn.Module,
     backbone: Backbone,
     latents: Tensor,
@@ -85,7 +84,7 @@ def velocity(
     # Early stop would end a recomputed block inside its last layer, before the hooks that put its weight away again
     with set_checkpoint_early_stop(False):
         output: Any = model(**given, return_dict=False)
-    return backbone.velocity(output, latents.shape).float()
+    return backbone.prediction(output, latents.shape).float()
 
 
 def shifted(sigmas: Tensor, factor: float) -> Tensor:
@@ -104,12 +103,12 @@ def sample_latents(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Euler steps from noise (batch, channels, height, width) to latents, with the family's schedule; float32, CPU."""
+    """From noise (batch, channels, height, width) to latents, with the family's schedule and steps; float32, CPU."""
     tokens = backbone.tokens(*noise.shape[2:])
     sigmas = shifted(torch.linspace(1.0, 0.0, steps + 1), backbone.shift(tokens))
     latents = noise.to(device, torch.float32)
     for sigma, following in itertools.pairwise(sigmas):
-        each = sigma.to(device).expand(len(latents))
-        predicted = velocity(model, backbone, latents, each, text, guidance, device, dtype)
-        latents = latents + (following - sigma).to(device) * predicted
+        each, then = (one.to(device).expand(len(latents)) for one in (sigma, following))
+        predicted = prediction(model, backbone, latents, each, text, guidance, device, dtype)
+        latents = backbone.process.step(latents, predicted, each, then)
     return latents.cpu()
