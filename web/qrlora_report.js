@@ -29,6 +29,7 @@ export function reportWidget(node) {
     boxSizing: "border-box",
     height: `${HEIGHT}px`,
     minHeight: `${HEIGHT}px`, // the new renderer shrinks what may shrink
+    contain: "size", // and lets what is long make the node grow
     padding: "4px 8px",
     overflow: "auto",
     whiteSpace: "pre-wrap",

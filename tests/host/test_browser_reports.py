@@ -213,6 +213,11 @@ def test_a_first_run_makes_no_node_grow(server, page, vue):
     reported(page, "QRLoRAMerge", "15 layers")
     reported(page, "QRLoRASaveDeltaR", "reported")
     assert settled() == before
+    page.js(
+        "for (const node of app.graph.nodes)"
+        "  node.widgets.find((one) => one.name === 'qrlora_report').element.textContent = 'a long report '.repeat(200)"
+    )
+    assert settled() == before, "what is long scrolls"
 
 
 @pytest.mark.parametrize(
