@@ -102,3 +102,17 @@ def test_a_help_page_has_the_title_of_its_node(language):
     for page in (ROOT / "web" / "docs").glob(f"*/{language}.md"):
         title = page.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
         assert title == nodes[page.parent.name]["display_name"]
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_its_readme_has_every_template_and_node(language):
+    text = (ROOT / f"README.{language}.md").read_text(encoding="utf-8")
+    english = (ROOT / "README.md").read_text(encoding="utf-8")
+    for path in (ROOT / "example_workflows").glob("*.json"):
+        assert f"| {path.stem} |" in text and f"| {path.stem} |" in english
+    names = {one: read(f"locales/{one}/nodeDefs.json") for one in ("en", language)}
+    for node, one in names["en"].items():
+        if "Toy" not in node:
+            assert f"| {one['display_name']} |" in english and f"| {names[language][node]['display_name']} |" in text
+    for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
+        assert (ROOT / link.replace("%20", " ")).exists(), link
