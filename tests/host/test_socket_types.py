@@ -41,7 +41,16 @@ def opened(page, graph, vue):
 
 
 def test_every_socket_of_ours_has_a_prefix(server):
-    known = {"MODEL", "CLIP", "VAE", "IMAGE", "CONDITIONING", "HOOKS", "LORA_STACK"}  # of the host, of stackers
+    known = {
+        "MODEL",
+        "CLIP",
+        "VAE",
+        "IMAGE",
+        "CONDITIONING",
+        "SIGMAS",
+        "HOOKS",
+        "LORA_STACK",
+    }  # of the host, of stackers
     known |= {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
     for name, one in server.get("/object_info").items():
         if name.startswith("QRLoRA") and "Test" not in name:
