@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ...qrlora_core import ASKED, Asked, MergeRecipe, OnMismatch, Point, Products, SettingError, Trial, merge, products
-from .live import KEY, can_be_live, live_clone, set_factors
+from .live import KEY, live_clone, set_factors
+from .live_store import can_be_live
 from .places import place_layers
 from .protocols import Clip, ModelPatcher
 from .steps import PROMPT, noise_of
