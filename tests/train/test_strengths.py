@@ -145,7 +145,7 @@ def test_curves_of_a_model_that_is_known(monkeypatch):
     state = SimpleNamespace(
         layers={"l": layer}, backbone=backbone, reporter=reporter, watch=SimpleNamespace(check=lambda: None),
         config=SimpleNamespace(seed=0, sample_guidance=1.0, sample_steps=2), device="cpu", dtype=None, model=None,
-        sampler=sampler,
+        sampler=sampler, accelerator=SimpleNamespace(num_processes=1),
     )  # fmt: skip
 
     def predicted(model, backbone, latents, sigma, text, *_):

@@ -178,7 +178,7 @@ class _Show:
         state, config, drawn = self.state, self.state.config, []
         for caption in self.captions:
             for strength in DRAWN:
-                state.watch.check()
+                self._check()
                 with at_strength(state, strength):
                     text = caption.text.map(lambda tensor: tensor[None])
                     steps, guidance = config.sample_steps, config.sample_guidance
@@ -192,13 +192,18 @@ class _Show:
 
     def _predicted(self, latents: Tensor, sigma: Tensor, caption: int, strength: float) -> Tensor:
         state = self.state
-        state.watch.check()
+        self._check()
         text = self.captions[caption].text.map(lambda tensor: tensor[None])
         guidance = state.config.sample_guidance
         with at_strength(state, strength):
             found = prediction(state.model, state.backbone, latents, sigma, text, guidance, state.device, state.dtype)
         self._report(1)
         return found
+
+    def _check(self) -> None:
+        """Of several processes the others wait for this one, which then cannot stop alone."""
+        if self.state.accelerator.num_processes == 1:
+            self.state.watch.check()
 
     def _report(self, passes: int) -> None:
         self.done += passes
