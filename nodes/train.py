@@ -102,11 +102,11 @@ class Train(Node):
             if decoded is not None:
                 pictures.write_preview(trained.path, decoded[-1])
             samples = pictures.note(_NO_SAMPLES) if decoded is None else decoded
+            strengths = show_strengths(trained.run, request)
             text = finished_text(trained, job)
             job.tell("finished", text)
             shown = "\n".join([*request.warnings, text, report.adapter_text(trained.recipe.adapters[0])])
             log = _log_tail(trained.run.log)
-            strengths = show_strengths(trained.run, request)
             return io.NodeOutput(trained.recipe, curve, samples, name, log, strengths, ui={"text": [shown]})
 
 
