@@ -58,6 +58,9 @@ _SOCKETS: Mapping[str, Expected] = {
     "IMAGE": Expected(
         lambda value: isinstance(value, torch.Tensor) and value.dim() == 4, "pictures", "connect Load Image"
     ),
+    "SIGMAS": Expected(
+        lambda value: isinstance(value, torch.Tensor) and value.dim() == 1, "sigmas", "connect a scheduler"
+    ),
     "STRING": Expected(lambda value: isinstance(value, str), "a text", "connect or write one"),
     "COMBO": Expected(lambda value: isinstance(value, str), "one of the listed words", "choose one"),
     "INT": Expected(lambda value: isinstance(value, Integral), "a whole number", "write one"),

@@ -1,9 +1,21 @@
 """The few lines that a node shows about what it did."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from ..qrlora_core import Adapter, BlockScale, MergeRecipe, MergeReport, Residual, Schedule, SimilarityReport, SweepCell
+from ..qrlora_core import (
+    ACTS,
+    CHOICES,
+    Adapter,
+    BlockScale,
+    MergeRecipe,
+    MergeReport,
+    Residual,
+    Schedule,
+    SimilarityReport,
+    SweepCell,
+)
 from ..qrlora_plots import ContactSheet, head_lines
 
 
@@ -50,6 +62,42 @@ def merge_text(recipe: MergeRecipe, done: MergeReport, missing: Sequence[str] = 
     if not done.joint and not done.aligned and len(recipe.terms) > 1:
         lines.append("one basis: \u0394R added")
     return "\n".join(lines)
+
+
+def balance_text(
+    told: Mapping[str, Any], missing: Sequence[str], evaluations: int, seconds: float, other: Sequence[str] = CHOICES
+) -> str:
+    """What is chosen, what it does, what else could be chosen, and what measuring took."""
+    chosen = told["chosen"]
+    lines = [f"{name}: nothing connected, or bypassed" for name in missing]
+    lines.append(f"{told['choice']}: {_setting(chosen)}")
+    for name in ("style", "content"):
+        if chosen[name] is not None:
+            lines.append(f"{name}: {chosen[name]:.2f} of its effect, purity {chosen[f'{name}_purity']:.2f}")
+        elif name not in missing:
+            lines.append(f"{name}: it changes nothing on this prompt")
+    if ACTS[chosen["act"]].by_prompt:
+        lines.append("drift 0: by the prompt. Encode prompts with QR-LoRA Prompt")
+    else:
+        lines.append(f"drift {chosen['drift']:.2f} ({100 * chosen['moved']:.1f} % of the model's own prediction)")
+    pulls = [(key, value) for key, value in told["pull_without_a_gate"].items() if value is not None]
+    if len(pulls) == 2:
+        lines.append(
+            "without a gate, at 1: " + ", ".join(f"{key.replace('_', ' ')} {value:.2f}" for key, value in pulls)
+        )
+    lines += [f"{name} would be {_setting(told['proposals'][name])}" for name in other if name != told["choice"]]
+    measured = f"{evaluations} predictions in {seconds:.0f} s" if evaluations else "known from the last time"
+    return "\n".join([*lines, measured])
+
+
+def nothing_to_balance() -> str:
+    """Where no adapter is there."""
+    return "no adapter is connected, or all are bypassed: nothing to measure"
+
+
+def _setting(cell: Mapping[str, Any]) -> str:
+    switch = "" if cell["switch"] is None else f", switch {cell['switch']:g}"
+    return f"{cell['act']}, alpha {cell['alpha']:g}, beta {cell['beta']:g}{switch}"
 
 
 def block_text(scale: BlockScale, recipe: MergeRecipe) -> str:

@@ -4,6 +4,8 @@ __version__ = "0.1.0"
 
 from .acts import ACTS, Act, Triggers, merge_acting, triggers_of_both
 from .adapter import METHODS, Adapter, AdapterLayer, LayerInfo
+from .balance import ASKED, Asked, Cell, Point, Products, Prompts, Trial, cells, four_prompts, needed, products, pulls
+from .balance_choice import BY_HAND, CHOICES, EVALUATIONS, balance_report, both_shown, frontier, proposal, shown
 from .basis import (
     JointBasis,
     basis_name,
@@ -38,7 +40,7 @@ from .errors import (
 )
 from .families import Family, LayerKind, family_of_targets, flux_targets, layer_kind
 from .formats import file_kind, is_residual, open_adapter
-from .gate import Gate, content_gate, content_pass_gate, holds, style_gate, style_pass_gate, triggers_of
+from .gate import Gate, content_gate, content_pass_gate, holds, style_gate, style_pass_gate, triggers_of, without
 from .linalg import Basis, base_r, core_energy, decompose, residual_weight, restored_weight
 from .lora import OTHER_PARTS, OpenedLora, OtherParts, lora_text, open_lora
 from .merge import MergeReport, OnMismatch, merge, merge_report, merged_adapter
@@ -59,6 +61,10 @@ from .whole import require_free_name, whole_file
 
 __all__ = [
     "ACTS",
+    "ASKED",
+    "BY_HAND",
+    "CHOICES",
+    "EVALUATIONS",
     "LARGEST_FILE",
     "MAX_COMBINATIONS",
     "METHODS",
@@ -68,11 +74,13 @@ __all__ = [
     "Act",
     "Adapter",
     "AdapterLayer",
+    "Asked",
     "Basis",
     "BasisMismatchError",
     "BlockRange",
     "BlockScale",
     "CacheItem",
+    "Cell",
     "EncodedPicture",
     "EncodedText",
     "Evaluation",
@@ -92,7 +100,10 @@ __all__ = [
     "OpenedLora",
     "OtherParts",
     "PathError",
+    "Point",
     "Product",
+    "Products",
+    "Prompts",
     "QRLoRAError",
     "Residual",
     "Schedule",
@@ -104,14 +115,18 @@ __all__ = [
     "TensorFile",
     "Term",
     "TrainingCache",
+    "Trial",
     "Triggers",
     "Truncated",
     "WeightError",
     "WeightSlice",
+    "balance_report",
     "base_r",
     "basis_name",
     "block_factors",
+    "both_shown",
     "bucket_size",
+    "cells",
     "combined",
     "contained_path",
     "content_first",
@@ -123,7 +138,9 @@ __all__ = [
     "family_of_targets",
     "file_kind",
     "flux_targets",
+    "four_prompts",
     "free_name",
+    "frontier",
     "holds",
     "initial_basis",
     "is_residual",
@@ -138,6 +155,7 @@ __all__ = [
     "merge_report",
     "merged_adapter",
     "model_fingerprint",
+    "needed",
     "open_adapter",
     "open_basis",
     "open_lora",
@@ -150,6 +168,9 @@ __all__ = [
     "parse_schedule_pairs",
     "preset_names",
     "preset_scale",
+    "products",
+    "proposal",
+    "pulls",
     "require_free_name",
     "residual_weight",
     "restored_weight",
@@ -159,6 +180,7 @@ __all__ = [
     "save_cache",
     "scale_from_json",
     "scale_to_json",
+    "shown",
     "similarity_report",
     "storage_tolerance",
     "style_gate",
@@ -170,5 +192,6 @@ __all__ = [
     "truncated",
     "value_dtype",
     "whole_file",
+    "without",
     "write_residual",
 ]

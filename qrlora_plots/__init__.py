@@ -4,6 +4,7 @@ Nothing here imports the core, so that both may import this room: what is drawn 
 """
 
 from .arrays import array_of, images_of
+from .balance import balance_figure, balance_image
 from .sheet import Cell, ContactSheet, contact_sheet, label_axes
 from .similarity import PlotsUnavailableError, head_lines, similarity_figure, similarity_image, similarity_png
 from .text import text_card
@@ -13,6 +14,8 @@ __all__ = [
     "ContactSheet",
     "PlotsUnavailableError",
     "array_of",
+    "balance_figure",
+    "balance_image",
     "contact_sheet",
     "head_lines",
     "images_of",

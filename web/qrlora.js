@@ -10,7 +10,7 @@ import { loadWords } from "./qrlora_words.js";
 const COLORS = { DELTA_R: "#1FBFA8", RESIDUAL: "#B07D52" };
 // Those that report, which have their box from the start: what a run shows must not make a node grow.
 const REPORTS = [
-  ...["Apply", "BlockScale", "ContactSheet", "CreateHook", "ExportLoRA", "LoadDeltaR", "LoadResidual", "Merge"],
+  ...["Apply", "Balance", "BlockScale", "ContactSheet", "CreateHook", "ExportLoRA", "LoadDeltaR", "LoadResidual", "Merge"],
   ...["FromLoRAStack", "LoadLoRA", "Prompt", "SaveDeltaR", "SaveResidual", "ScaleSweep", "Schedule", "Similarity", "ToyAdapter"],
 ].map((name) => `QRLoRA${name}`);
 

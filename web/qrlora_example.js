@@ -2,6 +2,7 @@
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { nodeById } from "./qrlora_graph.js";
+import { translated } from "./qrlora_words.js";
 
 const WIDGET = "qrlora_example";
 const VIEW = "qrlora_view";
@@ -31,6 +32,7 @@ function show(node) {
     getMaxHeight: () => HEIGHT + 2 * MARGIN,
   });
   widget.serialize = false;
+  widget.label = translated("Example"); // what the page's list of parameters calls it
 }
 
 function remove(node) {

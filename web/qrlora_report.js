@@ -47,6 +47,7 @@ export function reportWidget(node) {
     getMaxHeight: () => HEIGHT + 2 * MARGIN,
   });
   widget.serialize = false;
+  widget.label = translated("Report"); // what the page's list of parameters calls it
   const [width, height] = node.computeSize();
   node.setSize([Math.max(node.size[0], width), Math.max(node.size[1], height)]);
   return widget;

@@ -1,5 +1,6 @@
 // The curve of a delta R Schedule, drawn as it is typed. The server reads the same text when the node runs.
 import { app } from "../../scripts/app.js";
+import { translated } from "./qrlora_words.js";
 
 const NODE = "QRLoRASchedule";
 const WIDGET = "qrlora_curve";
@@ -81,6 +82,7 @@ function attach(node, presets) {
     getMaxHeight: () => HEIGHT + 2 * MARGIN,
   });
   widget.serialize = false;
+  widget.label = translated("Curve"); // what the page's list of parameters calls it
   const redraw = () => draw(svg, points(node, presets));
   for (const one of node.widgets) {
     if (!["preset", "points", "over", "switch"].includes(one.name)) continue;

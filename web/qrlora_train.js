@@ -4,6 +4,7 @@ import { app } from "../../scripts/app.js";
 import { nodeById, openWorkflow, workflowOf } from "./qrlora_graph.js";
 import { Job } from "./qrlora_train_job.js";
 import { HEIGHT, Panel } from "./qrlora_train_panel.js";
+import { translated } from "./qrlora_words.js";
 
 const NODE = "QRLoRATrain";
 const WIDGET = "qrlora_train";
@@ -110,6 +111,7 @@ function panel(node) {
     getMinHeight: () => HEIGHT + 2 * MARGIN, // no more is ever asked for, so nothing that is shown moves the graph
   });
   widget.serialize = false;
+  widget.label = translated("Training"); // what the page's list of parameters calls it
   widget.qrloraPanel = made;
   made.element.addEventListener("wheel", (event) => zoom(event, made), { passive: false });
   for (const kind of ["Down", "Move", "Up"]) {

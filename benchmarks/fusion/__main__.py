@@ -19,7 +19,7 @@ import torch
 from benchmarks.common import machine
 from qrlora_core import __version__
 
-from . import report
+from . import learnt, optimizer, report
 from .measures import numbers
 from .protocol import CHECK, PICTURES, TUNING, TUNING_PICTURES, VERSION, Unit
 from .store import Study, trained
@@ -37,6 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--without", nargs="*", default=[], metavar="RECIPE", help="leave out: lora, lora8, preserve, qr40"
     )
+    parser.add_argument(
+        "--optimizer", type=Path, metavar="FOLDER", help="a clone of ComfyUI-LoRA-Optimizer, to be compared with"
+    )
+    parser.add_argument("--learnt", action="store_true", help="also a merge that is learnt, some minutes for each unit")
     parser.add_argument("--threads", type=int, default=1, help="of torch; layers this small gain little from more")
     parser.add_argument("--bf16", action="store_true", help="products in bf16: faster where the processor knows it")
     args = parser.parse_args(argv)
@@ -45,6 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{machine()}; version {__version__}, protocol {VERSION}, {datetime.date.today()}")
     study = Study(args.folder, half=args.bf16, **(QUICK if args.quick else {"pictures": PICTURES}))
     tuning, check = (TUNING[:1], CHECK[:2]) if args.quick else (TUNING, CHECK)
+    if args.optimizer is None:
+        log.info("LoRA-Optimizer is left out: --optimizer names no clone of it")
+    else:
+        study.joints[optimizer.NAME] = optimizer.Optimizer(args.optimizer, CHECK[:2] if args.quick else CHECK)
+    if args.learnt:
+        study.joints[learnt.NAME] = learnt.teach
     return run(study, tuning, check, args.until, args.without)
 
 
@@ -70,7 +80,8 @@ def run(
     print(f"Adapters of the check units:\n\n{report.fidelity(list(trained(study, check, used)))}\n")
     print(f"On {len(check)} check units:\n\n{report.table(results, check)}\n")
     print(report.comparison(results, REFERENCE, check))
-    facts = {"date": str(datetime.date.today()), "pack": __version__, "machine": machine(), "pictures": study.pictures}
+    facts = {"version": VERSION, "date": str(datetime.date.today()), "pack": __version__, "machine": machine()}
+    facts["pictures"] = study.pictures
     print(report.save(study.folder, check, results, facts))
     print(report.picture(results, check, study.folder / "fusion.png"))
     return 0

@@ -40,6 +40,7 @@ class Fusion:
         gate: whether an adapter acts only where its trigger stands in the prompt.
         content, style: with a gate, factors where only that trigger stands there.
         separate: whether predictions are composed, a pass for each adapter, instead of weights.
+        joint: what makes one adapter of the two, a name of `Study.joints`; a stage's first factor is then its own.
     """
 
     name: str
@@ -49,26 +50,33 @@ class Fusion:
     content: Schedule = CONTENT_ALONE
     style: Schedule = STYLE_ALONE
     separate: bool = False
+    joint: str = ""
 
     def schedule(self, text: str) -> Schedule:
-        """What applies to a prompt."""
+        """What applies to a prompt of the toy."""
+        held = words(text)
+        return self.case(CONTENT_TRIGGER in held, STYLE_TRIGGER in held)
+
+    def case(self, content: bool, style: bool) -> Schedule:
+        """What applies where a prompt holds these triggers."""
         if not self.gate:
             return self.both
-        held = words(text)
         cases = {(True, True): self.both, (True, False): self.content, (False, True): self.style, (False, False): ()}
-        return cases[CONTENT_TRIGGER in held, STYLE_TRIGGER in held]
+        return cases[content, style]
 
     def factors(self, prompts: Sequence[Prompt]) -> Factors:
-        """The table (batch, 2) of content and style at a sigma, each sample by its own prompt."""
+        """Factors (batch, 2) of content and style at a sigma, each sample by its own prompt; (batch, 1) of a joint."""
         schedules = [self.schedule(prompt.text) for prompt in prompts]
+        columns = 1 if self.joint else 2
 
         def at(sigma: float) -> Tensor:
-            return torch.tensor([_factors(schedule, sigma) for schedule in schedules])
+            return torch.tensor([factors_at(schedule, sigma)[:columns] for schedule in schedules])
 
         return at
 
 
-def _factors(schedule: Schedule, sigma: float) -> tuple[float, float]:
+def factors_at(schedule: Schedule, sigma: float) -> tuple[float, float]:
+    """Factors of content and style."""
     for stage in schedule:
         if sigma > stage.down_to + 1e-6:  # 1 - 6 / 12 is not quite .5 everywhere
             return stage.content, stage.style

@@ -5,7 +5,7 @@ FIDELITY on words of training.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -16,18 +16,17 @@ from demo.pictures import CONTENT_TRIGGER, STYLE_TRIGGER, Look
 from demo.toy.features import to_latents
 from qrlora_core import Basis
 
-from .live import Live, Pair, Update, encoded, noise_tokens
+from .live import Live, Pair, Update, encoded
 from .pictures import draw, read
+from .preserve import Paths, Quiet
 from .protocol import (
     CONTENT_LOOK,
     FIDELITY,
     FIRST_LOOK,
     LAST_LOOK,
     LOOK_EVERY,
-    SAMPLER_STEPS,
     STYLE_LOOK,
     TEXTURE_LOOK,
-    TRAINED,
     TRAINING,
     Unit,
     fidelity_prompts,
@@ -42,24 +41,39 @@ class Recipe:
         name: of its files and in the tables.
         kind: "qr" (Q from the base, dR upper trapezoidal) or "lora" (both factors).
         rank: of the update.
-        preserve: highest weight of the base's velocity on prompts without the trigger; 0 for none.
+        learning_rate: of AdamW.
+        preserve: highest weight of the base's velocity on prompts without the trigger (see `Quiet`); 0 for none.
+        rule: of `Quiet`.
+        penalty: weight of the sum of the trained numbers' squares.
+        only: layers whose names hold it; "" for all.
         steps: exactly so many instead of as many as FIDELITY needs; 0 for the latter.
     """
 
     name: str
     kind: str = "qr"
     rank: int = int(TRAINING["rank"])
+    learning_rate: float = TRAINING["learning_rate"]
     preserve: float = 0.0
+    rule: str = "learnt"
+    penalty: float = 0.0
+    only: str = ""
     steps: int = 0
 
 
+def at_rate(recipe: Recipe, rate: float) -> Recipe:
+    """The same recipe at a learning rate, by which it is named unless it is the rate of all others."""
+    name = recipe.name if rate == recipe.learning_rate else f"{recipe.name}-rate{rate:g}"
+    return replace(recipe, name=name, learning_rate=rate)
+
+
 # plain LoRA of half the rank trains as many numbers as QR-LoRA where layers are square
+LORAS = (Recipe("lora", "lora"), Recipe("lora8", "lora", 8))
+LORA_RATES = (7.5e-4, 1.5e-3, 3e-3)  # candidates, as that of all others was chosen for QR-LoRA
 RECIPES = {
     one.name: one
     for one in (
         Recipe("qr"),
-        Recipe("lora", "lora"),
-        Recipe("lora8", "lora", 8),
+        *(at_rate(recipe, rate) for recipe in LORAS for rate in LORA_RATES),
         Recipe("preserve", preserve=2.0),
         Recipe("qr40", steps=40),
     )
@@ -107,7 +121,7 @@ def learn(
     recipe: Recipe,
     on_step: Callable[[int, float], None] = lambda _step, _loss: None,
     last: int = LAST_LOOK,
-    paths: "Paths | None" = None,
+    paths: Paths | None = None,
 ) -> Learned:
     """Train until FIDELITY, at most `last` steps; the best state that was looked at.
 
@@ -123,14 +137,25 @@ def learn(
     last = recipe.steps or last
     generator = torch.Generator().manual_seed(unit.seed)
     pairs = {name: _start(bases[name], recipe, generator) for name in live.layers}
+    for name, pair in pairs.items():
+        if recipe.only not in name:
+            pairs[name] = Pair(pair.up.detach(), pair.down.detach() * 0)  # no update, then or ever
     live.wear([pairs])
     trained = [tensor for pair in pairs.values() for tensor in pair if tensor.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=TRAINING["learning_rate"], weight_decay=1e-4)
-    step_of = _Step(live, unit, side, recipe, generator, paths)
+    optimizer = torch.optim.AdamW(trained, lr=recipe.learning_rate, weight_decay=1e-4)
+    picture = Picture(live, unit, side, generator)
+    quiet = None
+    if recipe.preserve:
+        if paths is None:
+            raise ValueError(f"{recipe.name} needs the base's own paths")
+        own = torch.Generator().manual_seed(unit.seed + 1)  # so that the picture's draws are those of plain training
+        quiet = Quiet(live, paths, recipe.rule, recipe.preserve, trained, own)
     best: Learned | None = None
     for step in range(1, last + 1):
-        loss, quiet = step_of()
-        (loss + quiet).backward()
+        loss, noisy, sigma = picture.loss()
+        (loss + recipe.penalty * sum(tensor.square().sum() for tensor in trained)).backward()
+        if quiet is not None:
+            quiet.add(noisy, sigma, float(loss.detach()))
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -160,102 +185,21 @@ def _start(basis: Basis, recipe: Recipe, generator: torch.Generator) -> Pair:
     return Pair(basis.q[:, : recipe.rank].contiguous(), delta_r)
 
 
-class _Step:
-    """The losses of one step after another: of the picture, and of what should stay as it is.
+class Picture:
+    """A concept's picture at random sigmas, `batch_size` of them in a step."""
 
-    `preserve`: at points of the base's own paths, and at the noised picture with prompts that do not hold the trigger,
-    the adapter must not change the base's velocity. The picture's own loss decides the weight: none while nothing is
-    learnt, up to `Recipe.preserve` as the loss falls from where it was; a concept that is being unlearnt gets its way.
-    """
-
-    KEPT_PATHS, KEPT_NOISED = 2, 1  # samples of a step, beside `batch_size` of the picture
-
-    def __init__(
-        self, live: Live, unit: Unit, side: str, recipe: Recipe, generator: torch.Generator, paths: "Paths | None"
-    ) -> None:
+    def __init__(self, live: Live, unit: Unit, side: str, generator: torch.Generator) -> None:
         picture, caption = picture_of(unit, side)
-        self.live, self.recipe, self.generator, self.paths = live, recipe, generator, paths
-        self.size = int(TRAINING["batch_size"])
-        self.tokens = pack(to_latents(picture[None])).expand(self.size, -1, -1)
-        self.text = tuple(part.expand(self.size, *part.shape[1:]) for part in encoded([caption]))
-        self.first: list[float] = []  # losses before anything is learnt
-        self.smoothed = 0.0
+        size = int(TRAINING["batch_size"])
+        self.live, self.generator = live, generator
+        self.tokens = pack(to_latents(picture[None])).expand(size, -1, -1)
+        self.text = tuple(part.expand(size, *part.shape[1:]) for part in encoded([caption]))
 
-    def __call__(self) -> tuple[Tensor, Tensor]:
-        """The picture's loss, and the weighted loss of what is kept."""
-        sigma = torch.rand(self.size, generator=self.generator).clamp_min(1e-3)  # as the trainer's default
+    def loss(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The picture's loss, the noised tokens (batch, 64, 64) and their sigmas (batch,)."""
+        size = len(self.tokens)
+        sigma = torch.rand(size, generator=self.generator).clamp_min(1e-3)  # as the trainer's default
         noise = torch.randn(self.tokens.shape, generator=self.generator)
         noisy = torch.lerp(self.tokens, noise, sigma[:, None, None])
-        target = noise - self.tokens
-        if not self.recipe.preserve:
-            predicted = self.live.velocity(noisy, sigma, *self.text, torch.ones(self.size, 1))
-            return functional.mse_loss(predicted, target), torch.zeros(())
-        assert self.paths is not None
-        kept = self._kept(noisy, sigma)
-        inputs = [torch.cat(parts) for parts in zip((noisy, sigma, *self.text), kept[:4])]
-        predicted = self.live.velocity(*inputs, torch.ones(len(inputs[0]), 1))
-        loss = functional.mse_loss(predicted[: self.size], target)
-        return loss, self._weight(float(loss.detach())) * functional.mse_loss(predicted[self.size :], kept[4])
-
-    def _kept(self, noisy: Tensor, sigma: Tensor) -> tuple[Tensor, ...]:
-        """Tokens, sigma, features, pooled features and the base's velocity of the samples to keep."""
-        from_paths = self.paths.draw(self.KEPT_PATHS, self.generator)
-        texts = self.paths.texts(self.KEPT_NOISED, self.generator)
-        there = (noisy[: self.KEPT_NOISED], sigma[: self.KEPT_NOISED], *texts)
-        with torch.no_grad():
-            base = self.live.velocity(*there, None)
-        return tuple(torch.cat(parts) for parts in zip(from_paths, (*there, base)))
-
-    def _weight(self, loss: float) -> float:
-        if len(self.first) < 10:
-            self.first.append(loss)
-            self.smoothed = sum(self.first) / len(self.first)
-            return 0.0
-        self.smoothed += 0.1 * (loss - self.smoothed)
-        learnt = 1 - self.smoothed / (sum(self.first) / len(self.first))
-        return self.recipe.preserve * min(max(learnt, 0.0), 1.0)
-
-
-class Paths:
-    """Points of the base's own sampling paths, with its velocity there: free of charge once they are sampled.
-
-    Prompts are made of words of training and of words that say nothing, which stand for any trigger's place.
-    """
-
-    def __init__(self, live: Live, count: int = 64, seed: int = 0) -> None:
-        chosen = torch.Generator().manual_seed(seed)
-        self.features, self.pooled = encoded([_neutral(chosen) for _ in range(count)])
-        tokens, parts = noise_tokens(range(30_000, 30_000 + count)), []
-        with torch.no_grad():
-            for step in range(SAMPLER_STEPS):
-                sigma = torch.full((count,), 1 - step / SAMPLER_STEPS)
-                velocity = live.velocity(tokens, sigma, self.features, self.pooled, None)
-                parts.append((tokens, sigma, velocity))
-                tokens = tokens - velocity / SAMPLER_STEPS
-        self.tokens, self.sigma, self.velocity = (torch.stack(part) for part in zip(*parts))  # (steps, count, ...)
-
-    def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, ...]:
-        """`count` points: tokens, sigma, features, pooled features, velocity."""
-        step = torch.randint(len(self.tokens), (count,), generator=generator)
-        which = torch.randint(len(self.features), (count,), generator=generator)
-        at = (step, which)
-        return self.tokens[at], self.sigma[at], self.features[which], self.pooled[which], self.velocity[at]
-
-    def texts(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """`count` of the prompts."""
-        which = torch.randint(len(self.features), (count,), generator=generator)
-        return self.features[which], self.pooled[which]
-
-
-def _neutral(generator: torch.Generator) -> str:
-    """A prompt in words of training; shape, style, or both may be a word that says nothing."""
-
-    def one_of(words: tuple[str, ...]) -> str:
-        return words[int(torch.randint(len(words), (1,), generator=generator))]
-
-    shapes, colours, textures = TRAINED
-    hidden = torch.rand(2, generator=generator)
-    random_words = [f"word{int(number)}" for number in torch.randint(10**6, (2,), generator=generator)]
-    shape = random_words[0] if hidden[0] < 1 / 3 else one_of(shapes)
-    style = random_words[1] if hidden[1] < 1 / 3 else f"{one_of(colours)} {one_of(textures)}"
-    return f"a {shape} in {style} style"
+        predicted = self.live.velocity(noisy, sigma, *self.text, torch.ones(size, 1))
+        return functional.mse_loss(predicted, noise - self.tokens), noisy, sigma

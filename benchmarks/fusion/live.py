@@ -4,7 +4,7 @@ The factors a_i are a table (batch, adapters) that is read in every forward pass
 (a gate by the prompt) and between steps (a schedule), and turning them costs nothing.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -33,7 +33,7 @@ class LiveLinear(nn.Module):
     Shapes: input (batch, ..., in) -> output (batch, ..., out).
     """
 
-    def __init__(self, base: nn.Linear, live: "Live") -> None:
+    def __init__(self, base: nn.Linear, live: "Wearer") -> None:
         super().__init__()
         self.base = base
         self.live = [live]  # in a list, so that it is no submodule
@@ -46,22 +46,21 @@ class LiveLinear(nn.Module):
             return y
         down = torch.cat([pair.down for pair in self.pairs])
         up = torch.cat([pair.up for pair in self.pairs], 1)
-        ranks = torch.tensor([len(pair.down) for pair in self.pairs])
+        ranks = torch.tensor([len(pair.down) for pair in self.pairs], device=table.device)
         scale = table.repeat_interleave(ranks, 1).view(len(x), *[1] * (x.ndim - 2), -1)
         return y + (x @ down.mT * scale) @ up.mT
 
 
-class Live:
+class Wearer:
     """A model whose target layers are wrapped; `table` (batch, adapters) holds the factors, None for the base alone.
 
     Args:
         model: changed in place; its parameters are frozen.
         targets: names of the layers.
-        half: compute products in bf16, twice as fast on processors that know it.
     """
 
-    def __init__(self, model: nn.Module, targets: Sequence[str], half: bool = False) -> None:
-        self.model, self.half = model.requires_grad_(False), half
+    def __init__(self, model: nn.Module, targets: Iterable[str]) -> None:
+        self.model = model.requires_grad_(False)
         self.table: Tensor | None = None
         self.layers: dict[str, LiveLinear] = {}
         for name in targets:
@@ -79,6 +78,19 @@ class Live:
         for name, layer in self.layers.items():
             layer.pairs = [update[name] for update in updates]
 
+
+class Live(Wearer):
+    """The toy.
+
+    Args:
+        model, targets: see `Wearer`.
+        half: compute products in bf16, twice as fast on processors that know it.
+    """
+
+    def __init__(self, model: nn.Module, targets: Sequence[str], half: bool = False) -> None:
+        super().__init__(model, targets)
+        self.half = half
+
     def velocity(self, tokens: Tensor, sigma: Tensor, features: Tensor, pooled: Tensor, table: Tensor | None) -> Tensor:
         """The model's prediction, (batch, 64, 64), with these factors."""
         self.table = table
@@ -89,20 +101,8 @@ class Live:
             self.table = None
 
     def composed(self, tokens: Tensor, sigma: Tensor, features: Tensor, pooled: Tensor, table: Tensor) -> Tensor:
-        """The base's prediction and what each adapter alone changes, times its factor: `v_0 + sum_i a_i (v_i - v_0)`.
-
-        Predictions are composed instead of weights (Liu et al. 2022, arXiv 2206.01714), so that no adapter sees
-        what another does in the layers before. It takes a pass of the model for each adapter, and one for the base.
-        """
-        base = self.velocity(tokens, sigma, features, pooled, None)
-        total = base
-        for column, factors in enumerate(table.T):
-            if bool(factors.any()):
-                alone = torch.zeros_like(table)
-                alone[:, column] = 1
-                change = self.velocity(tokens, sigma, features, pooled, alone) - base
-                total = total + factors[:, None, None] * change
-        return total
+        """See `composed`, of the toy's predictions."""
+        return composed(lambda factors: self.velocity(tokens, sigma, features, pooled, factors), table)
 
     @torch.no_grad()
     def sample(
@@ -132,6 +132,26 @@ class Live:
                 predicted = self.velocity(tokens, times, features, pooled, table)
             tokens = tokens - predicted / steps
         return to_pictures(unpack(tokens))
+
+
+def composed(predict: Callable[[Tensor | None], Tensor], table: Tensor) -> Tensor:
+    """The base's prediction and what each adapter alone changes, times its factor: `v_0 + sum_i a_i (v_i - v_0)`.
+
+    Predictions are composed instead of weights (Liu et al. 2022, arXiv 2206.01714), so that no adapter sees what
+    another does in the layers before. It takes a pass of the model for each adapter, and one for the base.
+
+    Args:
+        predict: factors (batch, adapters), None for the base alone -> prediction (batch, ...).
+        table: (batch, adapters).
+    """
+    base = predict(None)
+    total = base
+    for column, factors in enumerate(table.T):
+        if bool(factors.any()):
+            alone = torch.zeros_like(table)
+            alone[:, column] = 1
+            total = total + factors.view(-1, *[1] * (base.ndim - 1)) * (predict(alone) - base)
+    return total
 
 
 def encoded(texts: Sequence[str]) -> tuple[Tensor, Tensor]:

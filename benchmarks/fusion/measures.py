@@ -62,7 +62,7 @@ def harmonic(*shares: float) -> float:
 
 def mean(rows: Sequence[Numbers]) -> Numbers:
     """Means over units."""
-    return Numbers(*(sum(column) / len(column) for column in zip(*rows)))
+    return type(rows[0])(*(sum(column) / len(column) for column in zip(*rows)))
 
 
 class Interval(NamedTuple):

@@ -3,46 +3,52 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 
 from .fusions import Fusion, Schedule
 from .learn import RECIPES, Learned
 from .measures import Numbers, difference, interval, mean
-from .protocol import SIDES, VERSION, Unit
+from .protocol import SIDES, Unit
 from .tuning import Single
 
 Results = Mapping[str, Sequence[Numbers]]  # method -> numbers of the units, in their order
-FIELDS = ("h", "words", "colour", "h_colour", "joint")
+# fields that have intervals, and how a table calls them
+COLUMNS = {
+    "h": "H",
+    "words": "other words",
+    "colour": "colour beside both",
+    "h_colour": "H there",
+    "joint": "all right",
+}
 GOAL = {"h": 0.9, "words": 0.8}
 
 
-def table(results: Results, units: Sequence[Unit]) -> str:
+def table(results: Results, units: Sequence[Unit], columns: Mapping[str, str] = COLUMNS) -> str:
     """One line for each method, with 95 % intervals of a bootstrap over contents and styles."""
-    lines = [
-        "| method | content | style | H | other words | colour beside both | H there | all right |",
-        "|---" * 8 + "|",
-    ]
-    lines += [f"| {name} | {row(rows, units)} |" for name, rows in results.items()]
+    lines = [_line(["method", "content", "style", *columns.values()]), "|---" * (3 + len(columns)) + "|"]
+    lines += [_line([name, row(rows, units, columns)]) for name, rows in results.items()]
     return "\n".join(lines)
 
 
-def row(rows: Sequence[Numbers], units: Sequence[Unit]) -> str:
+def row(rows: Sequence[Numbers], units: Sequence[Unit], columns: Mapping[str, str] = COLUMNS) -> str:
     """One method's cells."""
     means = mean(rows)
-    intervals = [str(interval([getattr(one, field) for one in rows], units)) for field in FIELDS]
+    intervals = [str(interval([getattr(one, field) for one in rows], units)) for field in columns]
     return " | ".join([f"{means.content:.2f}", f"{means.style:.2f}", *intervals])
 
 
-def comparison(results: Results, reference: str, units: Sequence[Unit]) -> str:
+def comparison(results: Results, reference: str, units: Sequence[Unit], columns: Mapping[str, str] = COLUMNS) -> str:
     """Paired differences from one method."""
-    lines = [
-        f"| minus {reference} | H | other words | colour beside both | H there | all right |",
-        "|---" * 6 + "|",
-    ]
+    lines = [_line([f"minus {reference}", *columns.values()]), "|---" * (1 + len(columns)) + "|"]
     for name, rows in results.items():
         if name != reference:
-            cells = [str(difference(rows, results[reference], one, units)) for one in FIELDS]
-            lines.append(f"| {name} | {' | '.join(cells)} |")
+            cells = [str(difference(rows, results[reference], one, units)) for one in columns]
+            lines.append(_line([name, *cells]))
     return "\n".join(lines)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def fidelity(adapters: Sequence[tuple[str, str, Unit, Learned]]) -> str:
@@ -60,7 +66,9 @@ def fidelity(adapters: Sequence[tuple[str, str, Unit, Learned]]) -> str:
 def curve(rows: Sequence[Single]) -> str:
     """Concept shown against rest unchanged, a line for each adapter and strength."""
     lines = ["| adapter alone | strength | concept shown | rest unchanged |", "|---|---|---|---|"]
-    return "\n".join(lines + [f"| {row.name} | {row.strength:g} | {row.shown:.2f} | {row.rest:.2f} |" for row in rows])
+    for row in rows:
+        lines.append(f"| {row.name} | {row.strength:g} | {fmean(row.shown):.2f} | {fmean(row.rest):.2f} |")
+    return "\n".join(lines)
 
 
 def in_words(schedule: Schedule) -> str:
@@ -84,7 +92,7 @@ def save(folder: Path, units: Sequence[Unit], results: Results, facts: Mapping[s
     """`results.json`: everything that the tables are made from."""
     path = folder / "results.json"
     every = {name: {unit.name: row._asdict() for unit, row in zip(units, rows)} for name, rows in results.items()}
-    path.write_text(json.dumps({"version": VERSION, **facts, "results": every}, indent=1), encoding="utf-8")
+    path.write_text(json.dumps({**facts, "results": every}, indent=1), encoding="utf-8")
     return path
 
 

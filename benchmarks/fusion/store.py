@@ -4,7 +4,7 @@ import copy
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -16,17 +16,22 @@ from qrlora_core import Basis, TensorFile, decompose
 from train.model.source import BaseModel
 
 from .fusions import Fusion
-from .learn import RECIPES, Learned, Paths, Recipe, learn, shows
-from .live import Live, Pair
+from .learn import RECIPES, Learned, Recipe, learn, shows
+from .live import Live, Pair, Update
 from .pictures import read
+from .preserve import Paths
 from .protocol import KINDS, SIDES, VERSION, Prompt, Unit, judged_prompts
 
 log = logging.getLogger(__name__)
 Shares = dict[str, float]  # of the pictures of one kind: content, style, words, right
+Joint = Callable[["Study", Unit, str, Recipe], None]
 
 
 class Study:
     """Adapters and readings of a folder.
+
+    Attributes:
+        joints: name -> writes `joined_path` of a unit, a side (style or texture) and the recipe of its adapters.
 
     Args:
         folder: where everything is kept.
@@ -38,6 +43,7 @@ class Study:
     def __init__(self, folder: Path, pictures: int, adapter_steps: int | None = None, half: bool = False) -> None:
         self.folder = folder / f"v{VERSION}-{'bf16' if half else 'fp32'}-{adapter_steps or 'full'}"
         self.pictures, self.adapter_steps = pictures, adapter_steps
+        self.joints: dict[str, Joint] = {}
         targets = BaseModel(WEIGHTS).targets(())
         self.live = Live(load_toy(), [target.name for target in targets], half)
         rank = max(recipe.rank for recipe in RECIPES.values())
@@ -75,18 +81,31 @@ class Study:
                 **limit,
             )
             log.info("%s: %d steps, read right %.3f", name, made.steps, made.fidelity)
-            tensors = {
-                f"{layer}.{part}": tensor.contiguous()
-                for layer, pair in made.update.items()
-                for part, tensor in pair._asdict().items()
-            }
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(".partial")
-            save_file(tensors, partial, {"steps": str(made.steps), "fidelity": str(made.fidelity)})
-            partial.replace(path)
-        tensors, metadata = load_file(path), TensorFile(path).metadata
-        update = {layer: Pair(tensors[f"{layer}.up"], tensors[f"{layer}.down"]) for layer in self.live.layers}
-        return Learned(update, int(metadata["steps"]), float(metadata["fidelity"]))
+            write_update(path, made.update, {"steps": str(made.steps), "fidelity": str(made.fidelity)})
+        metadata = TensorFile(path).metadata
+        return Learned(self.read_update(path), int(metadata["steps"]), float(metadata["fidelity"]))
+
+    def joined(self, name: str, unit: Unit, side: str, recipe: Recipe) -> Update:
+        """One update of a unit's content and its style or texture.
+
+        Raises:
+            KeyError: no way of that name is known to this study.
+        """
+        path = self.joined_path(name, unit, side, recipe)
+        if not path.is_file():
+            log.info("joining %s", path.stem)
+            self.joints[name](self, unit, side, recipe)
+        return self.read_update(path)
+
+    def joined_path(self, name: str, unit: Unit, side: str, recipe: Recipe) -> Path:
+        """Where `joined` keeps it."""
+        concepts = f"{concept_of(unit, 'content')}-{concept_of(unit, side)}-{unit.seed}"
+        return self.folder / "joined" / f"{name}-{recipe.name}-{concepts}.safetensors"
+
+    def read_update(self, path: Path) -> Update:
+        """An update that `write_update` wrote."""
+        tensors = load_file(path)
+        return {layer: Pair(tensors[f"{layer}.up"], tensors[f"{layer}.down"]) for layer in self.live.layers}
 
     def readings(self, fusion: Fusion, unit: Unit, kinds: Sequence[str] = KINDS) -> dict[str, Shares]:
         """What the reader sees of a unit, kind by kind; sampled where it is not known yet."""
@@ -100,7 +119,10 @@ class Study:
             for kind in dict.fromkeys(prompt.kind for prompt in wanted):
                 asked = [prompt for prompt in wanted if prompt.kind == kind]
                 sides = worn(kind)
-                self.live.wear([self.adapter(unit, side, recipe).update for side in sides])
+                if fusion.joint:
+                    self.live.wear([self.joined(fusion.joint, unit, sides[1], recipe)])
+                else:
+                    self.live.wear([self.adapter(unit, side, recipe).update for side in sides])
                 seen = read(self.live.sample(asked, fusion.factors(asked), separate=fusion.separate))
                 known[keys[kind]] = _shares(unit, sides, asked, seen)
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -108,6 +130,19 @@ class Study:
             partial.write_text(json.dumps(known, indent=1), encoding="utf-8")
             partial.replace(path)
         return {kind: known[key] for kind, key in keys.items()}
+
+
+def write_update(path: Path, update: Update, metadata: Mapping[str, str]) -> None:
+    """An update's factors under its layers' names, written whole or not at all."""
+    tensors = {
+        f"{layer}.{part}": tensor.contiguous()
+        for layer, pair in update.items()
+        for part, tensor in pair._asdict().items()
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    save_file(tensors, partial, dict(metadata))
+    partial.replace(path)
 
 
 def worn(kind: str) -> tuple[str, str]:
@@ -138,7 +173,7 @@ def _key(fusion: Fusion, kind: str, prompts: Sequence[Prompt]) -> str:
     """What decides a kind's pictures, in short: prompts, noise, adapters and factors, not a fusion's name."""
     schedules = [fusion.schedule(prompt.text) for prompt in prompts]
     adapters = fusion.adapters if any(schedules) else "base"
-    facts = json.dumps([prompts, schedules, *(["separate"] if fusion.separate else [])])
+    facts = json.dumps([prompts, schedules, *(["separate"] if fusion.separate else []), *filter(None, [fusion.joint])])
     return f"{kind} {adapters} {hashlib.sha256(facts.encode()).hexdigest()[:12]}"
 
 
@@ -150,12 +185,14 @@ def _logged(name: str, every: int) -> Callable[[int, float], None]:
     return on_step
 
 
-def trained(study: Study, units: Sequence[Unit], recipes: Sequence[str]) -> Iterator[tuple[str, str, Unit, Learned]]:
+def trained(
+    study: Study, units: Sequence[Unit], recipes: Sequence[str], sides: Sequence[str] = SIDES
+) -> Iterator[tuple[str, str, Unit, Learned]]:
     """Every adapter that these units need: recipe, side, unit, adapter."""
     for recipe in recipes:
         done: set[tuple[str, str, int]] = set()
         for unit in units:
-            for side in SIDES:
+            for side in sides:
                 concept = (side, concept_of(unit, side), unit.seed)
                 if concept not in done:
                     done.add(concept)

@@ -10,9 +10,12 @@ from typing import NamedTuple
 from qrlora_core.gate import DOUBLED, HALF_UNTIL
 
 from .fusions import Fusion, Schedule, Stage, content_first, content_then_base, fixed, half_then_full
+from .learn import LORA_RATES, RECIPES, Recipe, at_rate
+from .learnt import NAME as LEARNT
 from .measures import h, harmonic, other_words
+from .optimizer import NAME as OPTIMIZER
 from .protocol import Unit
-from .store import Study
+from .store import Study, concept_of, trained
 
 log = logging.getLogger(__name__)
 REFERENCE = "best fixed alpha, beta"  # what the others are compared with
@@ -33,6 +36,11 @@ def separate_schedules() -> list[Schedule]:
     return made + [(Stage(switch, content, 1), Stage(0, 1, 1)) for switch in (0.3, 0.5) for content in (2.0, 2.5)]
 
 
+def fixed_factors() -> list[Schedule]:
+    """Candidates for factors that are the same at every sigma."""
+    return [fixed(*pair) for pair in itertools.product(GRID, GRID)]
+
+
 def style_schedules() -> list[Schedule]:
     """Candidates for a style alone."""
     every = [fixed(strength, 0) for strength in (0.85, 1.0)]
@@ -46,13 +54,18 @@ def content_schedules() -> list[Schedule]:
 
 
 def best_everywhere(
-    study: Study, units: Sequence[Unit], name: str, each: Iterable[Schedule], separate: bool = False
+    study: Study,
+    units: Sequence[Unit],
+    name: str,
+    each: Iterable[Schedule],
+    separate: bool = False,
+    adapters: str = "qr",
 ) -> Fusion:
     """The schedule that is best where there is no gate and it applies to every prompt: harmonic mean of H and words.
 
     H alone bounds it, so the other prompts are sampled only for candidates that can still be the best.
     """
-    candidates = [Fusion(name, both=one, separate=separate) for one in each]
+    candidates = [Fusion(name, adapters, one, separate=separate) for one in each]
     shown = [statistics.fmean(h(study.readings(one, unit, ["both"])["both"]) for unit in units) for one in candidates]
     best, highest = candidates[0], -1.0
     for found, candidate in sorted(zip(shown, candidates), key=lambda pair: -pair[0]):
@@ -89,7 +102,7 @@ def best_gated(study: Study, units: Sequence[Unit], name: str, adapters: str, se
 
 
 class Single(NamedTuple):
-    """An adapter alone, everywhere, at one strength: means over units and both sides.
+    """An adapter alone, everywhere, at one strength; a number for each of the units' contents, then styles.
 
     Attributes:
         name: recipe.
@@ -100,24 +113,26 @@ class Single(NamedTuple):
 
     name: str
     strength: float
-    shown: float
-    rest: float
+    shown: tuple[float, ...]
+    rest: tuple[float, ...]
 
 
 def single_adapters(study: Study, units: Sequence[Unit], without: Sequence[str] = ()) -> list[Single]:
     """Concept shown against rest unchanged: what `preserve` must lie above is plain training, weaker and shorter."""
     asked = [("qr", 0.4), ("qr", 0.6), ("qr", 0.8), ("qr", 1.0), ("qr40", 1.0)]
     asked += [("preserve", 0.6), ("preserve", 0.8), ("preserve", 1.0)]
-    rows = []
-    for recipe, strength in (one for one in asked if one[0] not in without):
-        shown, rest = [], []
-        for side, schedule in (("content", fixed(0, strength)), ("style", fixed(strength, 0))):
-            for unit in units:
-                found = study.readings(Fusion("alone", recipe, schedule), unit, (side, "none"))
-                shown.append(found[side][side])
-                rest.append((found[side]["words"] + found["none"]["words"]) / 2)
-        rows.append(Single(recipe, strength, sum(shown) / len(shown), sum(rest) / len(rest)))
-    return rows
+    return [single(study, units, *one) for one in asked if one[0] not in without]
+
+
+def single(study: Study, units: Sequence[Unit], recipe: str, strength: float) -> Single:
+    """One point of that curve."""
+    shown, rest = [], []
+    for side, schedule in (("content", fixed(0, strength)), ("style", fixed(strength, 0))):
+        for unit in {concept_of(unit, side): unit for unit in units}.values():
+            found = study.readings(Fusion("alone", recipe, schedule), unit, (side, "none"))
+            shown.append(found[side][side])
+            rest.append((found[side]["words"] + found["none"]["words"]) / 2)
+    return Single(recipe, strength, tuple(shown), tuple(rest))
 
 
 def tuned(study: Study, units: Sequence[Unit], without: Sequence[str] = ()) -> Iterator[Fusion]:
@@ -144,11 +159,39 @@ def tuned(study: Study, units: Sequence[Unit], without: Sequence[str] = ()) -> I
     if "lora" not in without:
         yield Fusion("plain LoRA, equal rank", "lora")
         yield replace(separate, name="plain LoRA, gate + separate passes", adapters="lora")
-    pairs = itertools.product(GRID, GRID)
-    yield best_everywhere(study, units, REFERENCE, (fixed(*pair) for pair in pairs))
+    yield best_everywhere(study, units, REFERENCE, fixed_factors())
     yield best_everywhere(study, units, "content first", both_schedules())
     if "preserve" not in without:
         yield Fusion("preserve, plain sum", "preserve")
         yield best_gated(study, units, "preserve, gate + schedule", "preserve")
-    if "lora8" not in without:
-        yield Fusion("plain LoRA, equal parameters", "lora8")
+    for joint, name in ((OPTIMIZER, "LoRA-Optimizer, QR-LoRA"), (LEARNT, "learnt merge")):
+        if joint in study.joints:
+            yield Fusion(name, joint=joint)
+    for size, kind in (("rank", "lora"), ("parameters", "lora8")):
+        if kind not in without:
+            yield from own_choices(study, units, f"plain LoRA, equal {size}", kind)
+
+
+def own_choices(study: Study, units: Sequence[Unit], name: str, kind: str) -> Iterator[Fusion]:
+    """Plain LoRA at a learning rate and with factors of its own, by the rules by which QR-LoRA got them."""
+    adapters = best_rate(study, units, kind).name
+    yield Fusion(f"{name}, own rate", adapters)
+    yield best_everywhere(study, units, f"{name}, own rate and fixed factors", fixed_factors(), adapters=adapters)
+    yield best_gated(study, units, f"{name}, own rate, gate + separate passes", adapters, separate=True)
+    if OPTIMIZER in study.joints:
+        yield Fusion(f"LoRA-Optimizer, {name}, own rate", adapters, joint=OPTIMIZER)
+
+
+def best_rate(study: Study, units: Sequence[Unit], kind: str) -> Recipe:
+    """The learning rate at which contents and styles alone are read right most often, on words of training.
+
+    Where several are equal, that of fewer steps.
+    """
+
+    def reached(recipe: Recipe) -> tuple[float, float]:
+        made = [one for *_, one in trained(study, units, [recipe.name], ("content", "style"))]
+        found = statistics.fmean(one.fidelity for one in made), -statistics.fmean(one.steps for one in made)
+        log.info("%s: read right %.3f after %.0f steps", recipe.name, found[0], -found[1])
+        return found
+
+    return max((at_rate(RECIPES[kind], rate) for rate in LORA_RATES), key=reached)

@@ -7,13 +7,15 @@ import torch
 
 from benchmarks.fusion import protocol
 from benchmarks.fusion.fusions import ON, Fusion, Stage, content_first, fixed, half_then_full
-from benchmarks.fusion.learn import RECIPES, Paths, Recipe, _Step, learn
+from benchmarks.fusion.learn import RECIPES, Picture, Recipe, at_rate, learn
 from benchmarks.fusion.live import Live, Pair, encoded
 from benchmarks.fusion.measures import Numbers, difference, harmonic, interval, numbers
+from benchmarks.fusion.optimizer import Optimizer
 from benchmarks.fusion.pictures import draw, read
+from benchmarks.fusion.preserve import Paths, Quiet, yielding
 from benchmarks.fusion.protocol import CHECK, KINDS, SIDES, TUNING, fidelity_prompts, judged_prompts
 from benchmarks.fusion.report import picture, table
-from benchmarks.fusion.store import Study, concept_of
+from benchmarks.fusion.store import Study, concept_of, write_update
 from demo.model import load_toy
 from demo.pictures import COLOURS, SHAPES, TEXTURES, Look
 from demo.toy.features import words
@@ -134,7 +136,7 @@ def test_training_starts_from_the_base_and_learns(live):
     made = learn(live, bases, UNIT, "content", RECIPES["qr"], lambda _step, loss: losses.append(loss), last=2)
     live.wear([])
     with torch.no_grad():
-        bare, _ = _Step(live, UNIT, "content", RECIPES["qr"], torch.Generator().manual_seed(UNIT.seed), None)()
+        bare, _, _ = Picture(live, UNIT, "content", torch.Generator().manual_seed(UNIT.seed)).loss()
     assert losses[0] == pytest.approx(float(bare)) and len(losses) == 2
     for name, pair in made.update.items():
         assert torch.equal(pair.up, bases[name].q) and pair.down.any() and torch.equal(pair.down, pair.down.triu())
@@ -145,28 +147,58 @@ def test_training_starts_from_the_base_and_learns(live):
     assert Adapter.from_tensors("study", layers, 16).rank == 16
 
 
+def test_a_rate_of_its_own_is_named():
+    assert at_rate(RECIPES["lora"], RECIPES["lora"].learning_rate) == RECIPES["lora"]
+    other = at_rate(RECIPES["lora8"], 3e-3)
+    assert other == RECIPES[other.name] and (other.rank, other.learning_rate) == (8, 3e-3) and other.name != "lora8"
+
+
+def test_fewer_layers_and_a_norm_penalty(live):
+    bases = {name: decompose(layer.base.weight, 16) for name, layer in live.layers.items()}
+    few = learn(live, bases, UNIT, "content", Recipe("few", only="single_"), last=2).update
+    assert {name for name, pair in few.items() if pair.down.any()} == {"single_transformer_blocks.0.attn.to_v"}
+    plain, small = (
+        learn(live, bases, UNIT, "content", Recipe("one", penalty=penalty), last=8).update for penalty in (0.0, 1.0)
+    )
+    sizes = [sum(float(pair.down.square().sum()) for pair in update.values()) for update in (plain, small)]
+    assert 0 < sizes[1] < 0.9 * sizes[0]
+
+
 def test_preserve_costs_nothing_until_something_is_learnt(live):
     bases = {name: decompose(layer.base.weight, 16) for name, layer in live.layers.items()}
     generator = torch.Generator().manual_seed(1)
     paths = Paths(live, count=4)
     tokens, sigma, features, pooled, velocity = paths.draw(3, generator)
     assert torch.allclose(live.velocity(tokens, sigma, features, pooled, None), velocity, atol=1e-5)
-    step = _Step(live, UNIT, "content", Recipe("preserve", preserve=2.0), generator, paths)
-    live.wear([{name: Pair(basis.q, torch.full_like(basis.r, 0.01)) for name, basis in bases.items()}])
-    with torch.no_grad():
-        assert all(float(step()[1]) == 0 for _ in range(10))
-    assert step._weight(step.smoothed) == pytest.approx(0)
-    for _ in range(100):
-        weight = step._weight(0.0)
-    assert 1.9 < weight <= 2  # all of it when the picture is learnt
-    for _ in range(100):
-        weight = step._weight(10.0)
-    assert weight == 0  # a concept that is being unlearnt gets its way
+    pairs = {name: Pair(basis.q, torch.full_like(basis.r, 0.01).requires_grad_()) for name, basis in bases.items()}
+    live.wear([pairs])
+    trained = [pair.down for pair in pairs.values()]
+    for one in trained:
+        one.grad = torch.zeros_like(one)
+    quiet = Quiet(live, paths, "learnt", 2.0, trained, generator)
+    for _ in range(10):
+        quiet.add(tokens, sigma, 1.0)
+    assert not any(one.grad.any() for one in trained) and quiet.now() == 0
+    quiet.losses += [0.0] * 100
+    assert quiet.now() == pytest.approx(2)  # all of it when the picture is learnt
+    quiet.add(tokens, sigma, 0.0)
+    assert all(one.grad.any() for one in trained)
+    quiet.losses += [10.0] * 100
+    assert quiet.now() == 0  # a concept that is being unlearnt gets its way
+
+
+def test_what_stays_quiet_yields():
+    own, against = torch.tensor([2.0, 0.0]), torch.tensor([-3.0, 1.0])
+    found = yielding(against, own, 10.0)
+    assert torch.equal(found, torch.tensor([0.0, 1.0]))  # the part that opposes it is gone
+    assert float(yielding(against, own, 0.25).norm()) == pytest.approx(0.5)  # a quarter of its length at most
+    assert torch.equal(yielding(torch.tensor([1.0, 1.0]), own, 10.0), torch.tensor([1.0, 1.0]))
+    assert not yielding(against, torch.zeros(2), 1.0).any()
 
 
 def test_neutral_prompts_hold_no_trigger_and_no_judged_word(live, monkeypatch):
     seen = []
-    monkeypatch.setattr("benchmarks.fusion.learn.encoded", lambda texts: seen.extend(texts) or encoded(texts))
+    monkeypatch.setattr("benchmarks.fusion.preserve.encoded", lambda texts: seen.extend(texts) or encoded(texts))
     Paths(live, count=40)
     found = {word for text in seen for word in words(text)}
     judged = {word for prompt in judged_prompts() for word in words(prompt.text)}
@@ -196,11 +228,47 @@ def test_a_study_goes_on_where_it_was(tmp_path, monkeypatch):
         again.readings(Fusion("other", gate=True, both=content_first(0.5)), UNIT, ["both"])
 
 
+def test_a_joint_of_two_is_made_once_and_worn_alone(tmp_path):
+    """A sum that is written as one adapter gives what the two give, and is another method to the study."""
+    study, made = Study(tmp_path, pictures=1, adapter_steps=1), []
+
+    def stacked(study, unit, side, recipe):
+        made.append((unit, side))
+        pair = [study.adapter(unit, which, recipe).update for which in ("content", side)]
+        update = {
+            name: Pair(torch.cat([one[name].up for one in pair], 1), torch.cat([one[name].down for one in pair]))
+            for name in study.live.layers
+        }
+        write_update(study.joined_path("stacked", unit, side, recipe), update, {})
+
+    study.joints["stacked"] = stacked
+    for side in SIDES:
+        study.adapter(UNIT, side, RECIPES["qr"])
+    sampled = []
+    sample = study.live.sample
+    study.live.sample = lambda *args, **settings: sampled.append(sample(*args, **settings)) or sampled[-1]
+    joint = study.readings(Fusion("joint", joint="stacked"), UNIT)
+    assert made == [(UNIT, "style"), (UNIT, "texture")]
+    assert study.readings(Fusion("sum"), UNIT) == joint and len(sampled) == 2 * len(KINDS)
+    for one, two in zip(sampled, sampled[len(KINDS) :]):
+        assert torch.allclose(one, two, atol=1e-4)
+
+
+def test_another_packs_merge_is_refused_where_it_is_not(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match=r"lora_optimizer\.py"):
+        Optimizer(tmp_path, CHECK)
+    (tmp_path / "lora_optimizer.py").touch()
+    monkeypatch.setenv("COMFYUI_PATH", "somewhere")
+    monkeypatch.delenv("COMFYUI_PYTHON", raising=False)
+    with pytest.raises(FileNotFoundError, match="COMFYUI_PYTHON"):
+        Optimizer(tmp_path, CHECK)
+
+
 def test_picture_and_results(tmp_path):
     pytest.importorskip("matplotlib")
     rows = [Numbers(*[value] * 7) for value in (0.1, 0.5, 0.9)]
     assert picture({"one": rows, "two": rows[::-1]}, CHECK[:3], tmp_path / "fusion.png").stat().st_size > 1000
     from benchmarks.fusion.report import save
 
-    stored = json.loads(save(tmp_path, CHECK[:3], {"one": rows}, {"date": "today"}).read_text())
-    assert stored["results"]["one"][CHECK[2].name]["h"] == 0.9 and stored["version"] == protocol.VERSION
+    stored = json.loads(save(tmp_path, CHECK[:3], {"one": rows}, {"version": "x"}).read_text())
+    assert stored["results"]["one"][CHECK[2].name]["h"] == 0.9 and stored["version"] == "x"
