@@ -21,7 +21,7 @@ _WORKING = 12.0
 # What CUDA, its libraries and its allocator's gaps take. Without it Python and the libraries count as they are.
 _OVERHEAD = 1_000_000_000
 # On a CPU: code and buffers of libraries that are first touched by a step, and what the allocator keeps of the tensors
-# that came and went, as a share of those of one block. Measured by benchmarks.memory.
+# that came and went, as a share of those of one block. Measured.
 _LIBRARIES = 150_000_000
 _GAPS = 0.8
 _OFFLOAD_STEPS = 20
