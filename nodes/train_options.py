@@ -143,7 +143,8 @@ def _memory() -> list[Any]:
             "offload",
             options=[PRESET, *_OFFLOAD],
             default=PRESET,
-            tooltip="The share of the model's blocks that waits in RAM: slower, fits small cards. Not with int8, nf4.",
+            tooltip="The share of the model's blocks that waits in RAM (on a CPU: in the file) and comes one block "
+            "ahead of its use: slower, fits small cards. Not with int8, nf4.",
         ),
         combo_input("precision", "Arithmetic of the forward pass. What is trained is always float32."),
     ]

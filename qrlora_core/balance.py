@@ -102,7 +102,8 @@ class Cell(NamedTuple):
 
 def products(effect: Tensor, style: Tensor, content: Tensor) -> Products:
     """Inner products of a change of the prediction with those of the adapters alone; all of one shape."""
-    one, *others = (tensor.flatten().double() for tensor in (effect, style, content))
+    # on the processor: latents are small, and Apple's graphics have no float64
+    one, *others = (tensor.flatten().cpu().double() for tensor in (effect, style, content))
     return Products(*(float(torch.dot(one, other)) for other in (*others, one)))
 
 

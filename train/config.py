@@ -122,7 +122,7 @@ class FitConfig:
     )
     offload: float | Auto = setting(
         "auto",
-        "share of the blocks' weights that waits in RAM; auto: as little as memory allows",
+        "share of the blocks' weights that waits in RAM (on a CPU: in the file); auto: as little as memory allows",
         low=0.0,
         high=1.0,
         trajectory=False,
