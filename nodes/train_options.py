@@ -143,7 +143,8 @@ def _memory() -> list[Any]:
             "offload",
             options=[PRESET, *_OFFLOAD],
             default=PRESET,
-            tooltip="The share of the model's blocks that waits in RAM: slower, fits small cards. Not with int8, nf4.",
+            tooltip="The share of the model's blocks that waits in RAM (on a CPU: in the file) and comes one block "
+            "ahead of its use: slower, fits small cards. Not with int8, nf4.",
         ),
         combo_input("precision", "Arithmetic of the forward pass. What is trained is always float32."),
     ]
@@ -225,5 +226,13 @@ def _files() -> list[Any]:
             max=86400.0,
             step=1.0,
             tooltip="A training that reports nothing for this long counts as hung and is ended.",
+        ),
+        io.Combo.Input(
+            "strengths",
+            options=["auto", "on", "off"],
+            default="auto",
+            optional=True,
+            tooltip="At the end, pictures and curves of the adapter at several strengths, with and without the "
+            "trigger. auto: where that takes at most a tenth of the training.",
         ),
     ]

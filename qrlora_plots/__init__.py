@@ -8,6 +8,7 @@ from .balance import balance_figure, balance_image
 from .loss import loss_image
 from .sheet import Cell, ContactSheet, contact_sheet, label_axes
 from .similarity import PlotsUnavailableError, head_lines, similarity_figure, similarity_image, similarity_png
+from .strengths import strengths_image
 from .text import text_card
 
 __all__ = [
@@ -25,5 +26,6 @@ __all__ = [
     "similarity_figure",
     "similarity_image",
     "similarity_png",
+    "strengths_image",
     "text_card",
 ]

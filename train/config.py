@@ -122,7 +122,7 @@ class FitConfig:
     )
     offload: float | Auto = setting(
         "auto",
-        "share of the blocks' weights that waits in RAM; auto: as little as memory allows",
+        "share of the blocks' weights that waits in RAM (on a CPU: in the file); auto: as little as memory allows",
         low=0.0,
         high=1.0,
         trajectory=False,
@@ -152,6 +152,12 @@ class FitConfig:
     )
     validation_draws: int = setting(
         8, "noises and timesteps of a validation loss", low=1, high=1024, trajectory=False, key=False
+    )
+    strengths: Literal["auto", "on", "off"] = setting(
+        "auto",
+        "at the end: pictures and curves of the adapter at several strengths; auto: where they are a tenth of the work",
+        trajectory=False,
+        key=False,
     )
 
     def __post_init__(self) -> None:

@@ -19,8 +19,10 @@ from ...qrlora_core import (
     FileFormatError,
     ModelInputs,
     PathError,
+    PlainText,
     TrainingCache,
     bucket_size,
+    plain_caption,
     save_cache,
 )
 from ...train.config import EncodeConfig
@@ -91,7 +93,12 @@ class Encoders(NamedTuple):
 
 
 def encode(
-    path: Path, pictures: Sequence[Picture], settings: EncodeConfig, graph: Encoders, empty_caption: bool
+    path: Path,
+    pictures: Sequence[Picture],
+    settings: EncodeConfig,
+    graph: Encoders,
+    empty_caption: bool,
+    trigger: str = "",
 ) -> Path:
     """Write the training cache with the graph's own CLIP and VAE, unless it is there already.
 
@@ -101,6 +108,7 @@ def encode(
         settings: resolution, buckets, flip, mask.
         graph: what they are encoded with.
         empty_caption: also encode "", for caption dropout.
+        trigger: also encode the first caption without it, which is not trained on and so no part of `cache_key`.
 
     Raises:
         DatasetError: a picture cannot be read, or its mask leaves nothing to train on.
@@ -116,7 +124,8 @@ def encode(
     captions = list(dict.fromkeys(picture.caption for picture in pictures))
     texts = captions + ([""] if empty_caption and "" not in captions else [])
     items = [CacheItem(picture.name, captions.index(picture.caption), picture.caption) for picture in pictures]
-    work: list[Any] = [*texts, *pictures]
+    plain = plain_caption(captions[0], trigger)
+    work: list[Any] = [*texts, *([] if plain is None else [plain]), *pictures]
     encoded_texts: list[EncodedText] = []
     encoded: list[EncodedPicture] = []
     for item in host.with_progress(work):
@@ -124,12 +133,13 @@ def encode(
             encoded_texts.append(encoders.encode_text(graph.clip, item, graph.base, graph.taken))
         else:
             encoded.append(_encoded(item, settings, graph))
+    without = None if plain is None else PlainText(trigger, plain, encoded_texts.pop())
     useless = path.is_file()
     empty_text = texts.index("") if "" in texts else None
     try:
         save_cache(
             path, items, encoded, encoded_texts, empty_text=empty_text, overwrite=useless, source_key=path.stem,
-            metadata={_MADE_FOR: graph.base.name},
+            metadata={_MADE_FOR: graph.base.name}, plain=without,
         )  # fmt: skip
     except PathError:
         if useless or not path.is_file():  # otherwise another ComfyUI wrote the same meanwhile

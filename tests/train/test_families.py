@@ -19,7 +19,6 @@ from train.config import FitConfig
 from train.data.batches import Sampler
 from train.errors import TrainError
 from train.events import EventWriter
-from train.model.backbones.sdxl import kept_of_blocks
 from train.model.layer import inject, trained_parameters
 from train.model.source import BaseModel
 from train.model.transformer import load_transformer
@@ -286,6 +285,5 @@ def test_activations_of_a_u_net(checkpointing, widths, depths, tmp_path):
     changes["attention_head_dim"] = tuple(width // 64 for width in widths)
     small = replace(FAMILIES["sdxl"], arguments=FAMILIES["sdxl"].arguments | changes)
     kept, source = kept_by_autograd(small, tmp_path / "model.safetensors", 32, 77, checkpointing)
-    whole, recomputed = kept_of_blocks(source.specs, 32, 32, 77)
+    whole, recomputed = source.backbone.activations(source.specs, 32, 32, 77)
     assert kept / 4 == pytest.approx(sum(recomputed if checkpointing else whole), rel=0.1)
-    assert source.backbone.activations(source.specs, 32, 32, 77, True) == sum(recomputed) + max(whole)

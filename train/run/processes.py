@@ -1,6 +1,8 @@
 """This process among those that train together: its device, its number, and what all have to agree on."""
 
+import ctypes
 import os
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -10,6 +12,10 @@ from accelerate.utils import broadcast_object_list
 from ..config import FitConfig
 from ..errors import TrainError
 from .estimate import MemoryPlan
+
+# of glibc's mallopt; both take bytes
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_SMALLEST_GIVEN_BACK = 1 << 20
 
 
 def make_accelerator(config: FitConfig) -> Any:
@@ -41,6 +47,18 @@ def _has_accelerator() -> bool:
     if hasattr(torch, "accelerator"):  # since torch 2.6; knows every kind of card
         return bool(torch.accelerator.is_available())
     return bool(torch.cuda.is_available() or torch.backends.mps.is_available())
+
+
+def give_memory_back() -> None:
+    """Have the C library give back what is freed, where it can be told to (glibc).
+
+    Otherwise it keeps tensors of up to 32 MB for later ones of that size, a quarter of a small training's memory. It
+    costs about a quarter of the time.
+    """
+    with suppress(OSError, AttributeError):  # Windows, macOS, musl
+        library = ctypes.CDLL(None)
+        for parameter in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD):
+            library.mallopt(parameter, _SMALLEST_GIVEN_BACK)
 
 
 def agreed_plan(plan: MemoryPlan, accelerator: Any) -> MemoryPlan:

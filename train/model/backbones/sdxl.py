@@ -102,14 +102,8 @@ def facts(specs: Specs, title: str) -> ModelFacts:
     return ModelFacts(arguments, widths[-1], channels, (text, added - 6 * _TIME_WIDTH))
 
 
-def activations(specs: Specs, height: int, width: int, text: int, checkpointing: bool) -> float:
+def activations(specs: Specs, height: int, width: int, text: int) -> tuple[list[float], list[float]]:
     """See `Backbone.activations`: resolution and width change along the way."""
-    whole, kept = kept_of_blocks(specs, height, width, text)
-    return sum(kept) + max(whole) if checkpointing else sum(whole)
-
-
-def kept_of_blocks(specs: Specs, height: int, width: int, text: int) -> tuple[list[float], list[float]]:
-    """What autograd keeps of each block, and of each that is recomputed."""
     whole: list[float] = []
     kept: list[float] = []
     for name, spec in specs.items():
