@@ -53,7 +53,7 @@ def main() -> None:
     }
     for name, picture in made.items():
         picture.thumbnail(THUMBNAIL)
-        picture.convert("RGB").save(TEMPLATES / f"{name}.jpg", quality=62, optimize=True, progressive=True)
+        picture.convert("RGB").save(TEMPLATES / f"{name}.jpg", quality=70, optimize=True, progressive=True)
     registry(pictures[CONTENT.name], pictures[STYLE.name], drawn["merged"])
 
 

@@ -21,14 +21,14 @@ _BACKGROUND, _TEXT = "#16181c", "#c8ccd4"
 
 def loss_curve(steps: Sequence[dict[str, Any]], title: str, validation: Sequence[dict[str, Any]] = ()) -> Tensor:
     """Loss over steps as a picture, (1, height, width, 3), 0 to 1; see `loss_image`."""
-    return torch.from_numpy(array_of(loss_image(steps, title, validation)))
+    return to_image(loss_image(steps, title, validation))
 
 
 def note(text: str) -> Tensor:
     """A small sheet with a line of text, (1, height, width, 3)."""
     picture = Image.new("RGB", (512, 128), _BACKGROUND)
     ImageDraw.Draw(picture).text((256, 64), text, fill=_TEXT, font=ImageFont.load_default(16), anchor="mm")
-    return torch.from_numpy(array_of(picture))
+    return to_image(picture)
 
 
 def write_preview(adapter: Path, picture: Tensor) -> None:
@@ -50,3 +50,8 @@ def write_preview(adapter: Path, picture: Tensor) -> None:
             image.save(file, "PNG")
     except PathError as error:
         log.warning("QR-LoRA: no picture beside the adapter: %s", error)
+
+
+def to_image(picture: Image.Image) -> Tensor:
+    """(1, height, width, 3), 0 to 1."""
+    return torch.from_numpy(array_of(picture))
