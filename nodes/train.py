@@ -20,6 +20,7 @@ from .training.jobs import JOBS
 from .training.request import Request, from_widgets
 from .training.runs import RunFolder
 from .training.service import finished_text, reporting, train
+from .training.strengths import show_strengths
 
 _SHOWN_SAMPLES = 16
 _LOG_LINES = 60
@@ -47,6 +48,11 @@ class Train(Node):
                 io.Image.Output(display_name="samples", tooltip="The sample pictures of the run, oldest first."),
                 io.String.Output(display_name="adapter_name", tooltip="The file's name inside the folder."),
                 io.String.Output(display_name="log", tooltip="The last lines of the trainer's log."),
+                io.Image.Output(
+                    display_name="strengths",
+                    tooltip="Pictures with and without the trigger at strengths 0 to 1, and how much of the concept "
+                    "and of the rest changes with strength.",
+                ),
             ],
             hidden=[io.Hidden.unique_id],
             is_input_list=True,
@@ -97,11 +103,12 @@ class Train(Node):
             if decoded is not None:
                 pictures.write_preview(trained.path, decoded[-1])
             samples = pictures.note(_NO_SAMPLES) if decoded is None else decoded
+            strengths = show_strengths(trained.run, request)
             text = finished_text(trained, job)
             job.tell("finished", text)
             shown = "\n".join([*request.warnings, text, report.adapter_text(trained.recipe.adapters[0])])
             log = _log_tail(trained.run.log)
-            return io.NodeOutput(trained.recipe, curve, samples, name, log, ui={"text": [shown]})
+            return io.NodeOutput(trained.recipe, curve, samples, name, log, strengths, ui={"text": [shown]})
 
 
 def _version(path: Path) -> tuple[int, int] | None:

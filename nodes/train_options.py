@@ -247,6 +247,14 @@ def _files() -> list[Any]:
             step=1.0,
             tooltip="A training that reports nothing for this long counts as hung and is ended.",
         ),
+        io.Combo.Input(
+            "strengths",
+            options=["auto", "on", "off"],
+            default="auto",
+            optional=True,
+            tooltip="At the end, pictures and curves of the adapter at several strengths, with and without the "
+            "trigger. auto: where that takes at most a tenth of the training.",
+        ),
     ]
 
 

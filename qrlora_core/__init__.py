@@ -27,7 +27,16 @@ from .block_presets import (
     scale_to_json,
 )
 from .blocks import BlockRange, BlockScale, parse_kind_ranges, parse_ranges
-from .cache import CacheItem, EncodedPicture, EncodedText, ModelInputs, TrainingCache, bucket_size, save_cache
+from .cache import (
+    CacheItem,
+    EncodedPicture,
+    EncodedText,
+    ModelInputs,
+    PlainText,
+    TrainingCache,
+    bucket_size,
+    save_cache,
+)
 from .errors import (
     BasisMismatchError,
     FileFormatError,
@@ -40,7 +49,17 @@ from .errors import (
 )
 from .families import Family, LayerKind, family_of_targets, flux_targets, layer_kind
 from .formats import file_kind, is_residual, open_adapter
-from .gate import Gate, content_gate, content_pass_gate, holds, style_gate, style_pass_gate, triggers_of, without
+from .gate import (
+    Gate,
+    content_gate,
+    content_pass_gate,
+    holds,
+    plain_caption,
+    style_gate,
+    style_pass_gate,
+    triggers_of,
+    without,
+)
 from .linalg import Basis, base_r, core_energy, decompose, residual_weight, restored_weight
 from .lora import OTHER_PARTS, OpenedLora, OtherParts, lora_text, open_lora
 from .merge import MergeReport, OnMismatch, merge, merge_report, merged_adapter
@@ -100,6 +119,7 @@ __all__ = [
     "OpenedLora",
     "OtherParts",
     "PathError",
+    "PlainText",
     "Point",
     "Product",
     "Products",
@@ -166,6 +186,7 @@ __all__ = [
     "parse_scales",
     "parse_schedule",
     "parse_schedule_pairs",
+    "plain_caption",
     "preset_names",
     "preset_scale",
     "products",

@@ -79,6 +79,11 @@ def without(prompt: str, triggers: Iterable[str]) -> str:
     return prompt
 
 
+def plain_caption(caption: str, trigger: str) -> str | None:
+    """A caption without the trigger that it was trained with; None where it holds none."""
+    return without(caption, [trigger]) if holds(caption, trigger) else None
+
+
 def triggers_of(adapter: Adapter, given: str = "") -> tuple[str, ...]:
     """The triggers of an adapter: `given`, separated by commas, or else those that its file states.
 

@@ -7,6 +7,7 @@ from .arrays import array_of, images_of
 from .balance import balance_figure, balance_image
 from .sheet import Cell, ContactSheet, contact_sheet, label_axes
 from .similarity import PlotsUnavailableError, head_lines, similarity_figure, similarity_image, similarity_png
+from .strengths import strengths_image
 from .text import text_card
 
 __all__ = [
@@ -23,5 +24,6 @@ __all__ = [
     "similarity_figure",
     "similarity_image",
     "similarity_png",
+    "strengths_image",
     "text_card",
 ]

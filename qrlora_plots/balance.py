@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from .similarity import GRID, PlotsUnavailableError, plot_fonts
+from .text import one_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -63,7 +64,8 @@ def balance_figure(report: Report) -> "Figure":
         figure.text(0.58, 0.84, f"{chosen['act']}{_at(chosen)}", fontsize=13)
         figure.text(0.58, 0.8, _numbers(chosen), fontsize=10)
         lines = [f"{asked}: {_short(text)}" for asked, text in report["prompts"].items()]
-        figure.text(0.58, 0.22, "\n".join(["prompts", *lines]), fontsize=9, va="top", linespacing=1.4)
+        prompts = "\n".join(["prompts", *lines])
+        figure.text(0.58, 0.22, prompts, fontsize=9, va="top", linespacing=1.4, parse_math=False)
         figure.draw_without_rendering()  # while the fonts are set
     return figure
 
@@ -145,4 +147,5 @@ def _numbers(cell: Report) -> str:
 
 
 def _short(text: str, limit: int = 70) -> str:
+    text = one_line(text)
     return text if len(text) <= limit else f"{text[: limit // 2]}...{text[-limit // 2 :]}"

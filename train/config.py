@@ -153,6 +153,12 @@ class FitConfig:
     validation_draws: int = setting(
         8, "noises and timesteps of a validation loss", low=1, high=1024, trajectory=False, key=False
     )
+    strengths: Literal["auto", "on", "off"] = setting(
+        "auto",
+        "at the end: pictures and curves of the adapter at several strengths; auto: where they are a tenth of the work",
+        trajectory=False,
+        key=False,
+    )
 
     def __post_init__(self) -> None:
         check(self)

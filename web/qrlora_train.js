@@ -99,10 +99,14 @@ function picture(job, step) {
   return api.apiURL(`/qrlora/train/sample?run=${encodeURIComponent(job.run)}&step=${step}`);
 }
 
+function sheet(job, step) {
+  return api.apiURL(`/qrlora/train/strengths?run=${encodeURIComponent(job.run)}&step=${step}`);
+}
+
 function panel(node) {
   const known = node.widgets?.find((widget) => widget.name === WIDGET);
   if (known) return known.qrloraPanel;
-  const made = new Panel({ stop, picture });
+  const made = new Panel({ stop, picture, sheet });
   // Never part of the workflow: neither a widget value nor an input of the prompt.
   const widget = node.addDOMWidget(WIDGET, WIDGET, made.element, {
     serialize: false,

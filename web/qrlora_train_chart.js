@@ -4,16 +4,16 @@ import { translated } from "./qrlora_words.js";
 const SVG = "http://www.w3.org/2000/svg";
 // A blue and the vermilion of Okabe and Ito, told apart by every kind of colour vision; width and shape differ as well.
 // Mixed with the text's colour they keep their contrast on light and on dark palettes.
-const TEXT = "var(--input-text, #ddd)";
+export const TEXT = "var(--input-text, #ddd)";
 export const BLUE = `color-mix(in srgb, #2a93d5 72%, ${TEXT})`;
-const ORANGE = `color-mix(in srgb, #d55e00 72%, ${TEXT})`;
+export const ORANGE = `color-mix(in srgb, #d55e00 72%, ${TEXT})`;
 const FAINT = `color-mix(in srgb, ${TEXT} 22%, transparent)`;
 const RAW = `color-mix(in srgb, ${TEXT} 55%, transparent)`;
 const MARGIN = { left: 44, right: 8, top: 20, bottom: 20 };
 const FONT = 11;
 const LOG_FROM = 10; // a smoothed loss that falls to a tenth is read on a logarithmic scale
 
-function shape(parent, name, attributes, style = {}) {
+export function shape(parent, name, attributes, style = {}) {
   const element = document.createElementNS(SVG, name);
   for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
   Object.assign(element.style, style);

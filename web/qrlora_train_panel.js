@@ -1,5 +1,6 @@
 // What the Train node shows of its run: built once, filled by `show`. Text is only ever set as text.
 import { BLUE, Chart, count, number } from "./qrlora_train_chart.js";
+import { Strengths } from "./qrlora_train_strengths.js";
 import { translated } from "./qrlora_words.js";
 
 export const HEIGHT = 380;
@@ -11,6 +12,7 @@ const PHASES = {
   model: "Loading the model",
   train: "Training",
   sample: "Sampling",
+  strengths: "Trying strengths",
   save: "Saving",
 };
 const STATES = {
@@ -35,8 +37,10 @@ function make(parent, tag, style = {}, attributes = {}) {
 
 export class Panel {
   // stop(job): asks the server, resolves to an error message or "". picture(job, step): address of a sample.
-  constructor({ stop, picture }) {
+  // sheet(job, step): address of the picture of several strengths.
+  constructor({ stop, picture, sheet }) {
     this.picture = picture;
+    this.sheet = sheet;
     this.job = null;
     this.scaling = "";
     this.element = make(null, "div", {
@@ -66,6 +70,8 @@ export class Panel {
       scrollbarWidth: "none", // it would cover the pictures
     });
     this.samples.setAttribute("aria-label", translated("Newest samples"));
+    this.strengths = new Strengths();
+    this.element.append(this.strengths.element);
     this.message = make(this.element, "div", {
       flex: "0 0 auto",
       height: "2.7em",
@@ -200,6 +206,7 @@ export class Panel {
     put(this.memory, job?.peak > 0 ? translated("peak {size} GB", { size: (job.peak / 1e9).toFixed(1) }) : "");
     this.chart.draw(job);
     this.#pictures(job);
+    this.strengths.show(job?.strengths, job?.strengths && this.sheet(job, job.strengths.step));
     put(this.message, this.refused || this.#message(state, job));
     const read = state === "failed" || job?.warnings.length; // not watched
     this.message.style.height = read ? "6.75em" : "2.7em";

@@ -19,8 +19,10 @@ from ...qrlora_core import (
     FileFormatError,
     ModelInputs,
     PathError,
+    PlainText,
     TrainingCache,
     bucket_size,
+    plain_caption,
     save_cache,
 )
 from ...train.config import EncodeConfig
@@ -112,7 +114,12 @@ class Encoders(NamedTuple):
 
 
 def encode(
-    path: Path, pictures: Sequence[Picture], settings: EncodeConfig, graph: Encoders, empty_caption: bool
+    path: Path,
+    pictures: Sequence[Picture],
+    settings: EncodeConfig,
+    graph: Encoders,
+    empty_caption: bool,
+    trigger: str = "",
 ) -> Path:
     """Write the training cache with the graph's own CLIP and VAE, unless it is there already.
 
@@ -122,6 +129,7 @@ def encode(
         settings: resolutions, repeats, buckets, flip, mask.
         graph: what they are encoded with.
         empty_caption: also encode "", for caption dropout.
+        trigger: also encode the first caption without it, which is not trained on and so no part of `cache_key`.
 
     Raises:
         DatasetError: a picture cannot be read, or its mask leaves nothing to train on.
@@ -141,7 +149,9 @@ def encode(
         for picture in pictures
         for _ in settings.sides
     ]
-    work: list[Any] = [*texts, *((picture, side) for picture in pictures for side in settings.sides)]
+    plain = plain_caption(captions[0], trigger)
+    sized = [(picture, side) for picture in pictures for side in settings.sides]
+    work: list[Any] = [*texts, *([] if plain is None else [plain]), *sized]
     encoded_texts: list[EncodedText] = []
     encoded: list[EncodedPicture] = []
     for item in host.with_progress(work):
@@ -149,12 +159,13 @@ def encode(
             encoded_texts.append(encoders.encode_text(graph.clip, item, graph.base, graph.taken))
         else:
             encoded.append(_encoded(*item, settings, graph))
+    without = None if plain is None else PlainText(trigger, plain, encoded_texts.pop())
     useless = path.is_file()
     empty_text = texts.index("") if "" in texts else None
     try:
         save_cache(
             path, items, encoded, encoded_texts, empty_text=empty_text, overwrite=useless, source_key=path.stem,
-            metadata={_MADE_FOR: graph.base.name},
+            metadata={_MADE_FOR: graph.base.name}, plain=without,
         )  # fmt: skip
     except PathError:
         if useless or not path.is_file():  # otherwise another ComfyUI wrote the same meanwhile

@@ -89,7 +89,7 @@ def _fit(request: Request, job: Job, run: RunFolder, data_key: str, lock: int) -
     log.info("QR-LoRA: %s", preflight.summary(report))
     graph = dataset.Encoders(request.clip, request.vae, base_format(request.model), preflight.taken(report))
     job.tell("preparing", f"encoding {len(request.pictures)} pictures with the graph's CLIP and VAE")
-    dataset.encode(data, request.pictures, request.encode, graph, config.caption_dropout > 0)
+    dataset.encode(data, request.pictures, request.encode, graph, config.caption_dropout > 0, config.trigger)
     if _stop_asked(job):
         raise session.Interrupted()
     session.free_models()

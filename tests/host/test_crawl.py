@@ -129,6 +129,8 @@ def good_graph(info, kind):
     for name in ("delta_r_name",):
         if name in values:
             values[name] = "official_style.safetensors"
+    if kind == "QRLoRABalance":  # it would ask the model hundreds of times for each value
+        values |= {"grid": 2, "points": 1, "size": 64}
     if "residual_name" in values:
         values["residual_name"] = "official_residual_fp16.safetensors"
     graph = {key: WORKFLOW[key] for key in ("1", "2", "6", "9")}

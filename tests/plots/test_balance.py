@@ -62,6 +62,15 @@ def test_an_adapter_that_does_nothing_is_drawn():
     assert balance_image(report(content=(0.0, 0.0, 0.0))).size == (1600, 800)
 
 
+@pytest.mark.parametrize(
+    "text", ["\ud800", "\0", "a\nb\r\x1b[31m", "$x", "%s{0}${HOME}`id`$(id)", "x" * 100_000, "\u202e"]
+)
+def test_whatever_the_prompts_hold_is_drawn(text):
+    told = report()
+    told["prompts"] = dict.fromkeys(told["prompts"], text)
+    assert balance_image(told).size == (1600, 800)
+
+
 def test_without_matplotlib_the_message_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(PlotsUnavailableError, match="pip install matplotlib"):

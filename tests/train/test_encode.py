@@ -90,6 +90,20 @@ def test_texts_are_those_of_the_pipeline(run, folder, tmp_path):
         assert torch.equal(cache.text(index).pooled, pooled[0])
 
 
+def test_the_first_caption_is_encoded_without_its_trigger_too(run, folder, tmp_path):
+    path = str(tiny.picture(tmp_path / "a.png"))
+    cache = run(pictures=[path], trigger="<c>", instance_prompt="a photo of a [trigger] dog")
+    plain = cache.plain()
+    assert (plain.trigger, plain.prompt) == ("<c>", "a photo of a dog") and cache.text_count == 2
+    pipeline = FluxPipeline.from_pretrained(folder, transformer=None, vae=None)
+    with torch.no_grad():
+        embeds, pooled, _ = pipeline.encode_prompt(plain.prompt, None, max_sequence_length=tiny.TOKENS)
+    assert torch.equal(plain.text.embeds, embeds[0]) and torch.equal(plain.text.pooled, pooled[0])
+    none = run(pictures=[path], instance_prompt="a photo of a <c> dog", output=str(tmp_path / "none.safetensors"))
+    assert none.plain() is None, "no trigger is named"
+    assert none.fingerprint() == cache.fingerprint()
+
+
 def test_one_caption_is_encoded_once(run, tmp_path):
     paths = [str(tiny.picture(tmp_path / f"{name}.png")) for name in "abc"]
     cache = run(pictures=paths, captions="prompt")

@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from qrlora_core import CacheItem, EncodedPicture, EncodedText, bucket_size, save_cache
+from qrlora_core import CacheItem, EncodedPicture, EncodedText, PlainText, bucket_size, plain_caption, save_cache
 
 from ..config import EncodeConfig
 from ..errors import OUT_OF_MEMORY, TrainError
@@ -66,8 +66,9 @@ def encode(config: EncodeConfig) -> Path:
         log.warning("%s", warning)
     device = chosen_device(config.device)
     texts = list(dict.fromkeys(["", *(source.caption for source in sources)]))
+    plain = plain_caption(own_captions[0], config.trigger)
     try:
-        encoded_texts = _encode_texts(folder, config, texts, device)
+        encoded_texts = _encode_texts(folder, config, texts if plain is None else [*texts, plain], device)
         with _dataset_errors():
             pictures = _encode_pictures(folder, config, sources, device)
     except OUT_OF_MEMORY as error:
@@ -82,7 +83,8 @@ def encode(config: EncodeConfig) -> Path:
         for _ in config.sides
     ]
     metadata = {"qrlora.trigger": config.trigger, "qrlora.prompt": prompt}
-    return save_cache(output, items, pictures, encoded_texts, empty_text=0, metadata=metadata)
+    without = None if plain is None else PlainText(config.trigger, plain, encoded_texts.pop())
+    return save_cache(output, items, pictures, encoded_texts, empty_text=0, metadata=metadata, plain=without)
 
 
 def _sources(config: EncodeConfig) -> list[Source]:
