@@ -158,7 +158,8 @@ def encode(
         if isinstance(item, str):
             encoded_texts.append(encoders.encode_text(graph.clip, item, graph.base, graph.taken))
         else:
-            encoded.append(_encoded(*item, settings, graph))
+            picture, side = item
+            encoded.append(_encoded(picture, side, settings, graph))
     without = None if plain is None else PlainText(trigger, plain, encoded_texts.pop())
     useless = path.is_file()
     empty_text = texts.index("") if "" in texts else None
