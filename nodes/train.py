@@ -91,8 +91,9 @@ class Train(Node):
     def execute(cls, **inputs: Any) -> io.NodeOutput:
         job = JOBS.start(str(cls.hidden.unique_id), session.prompt_id(), session.send)
         with reporting(job):
-            images = inputs.pop("images", None)
-            request = from_widgets(images, **{name: value[0] for name, value in inputs.items()})
+            images, class_images = inputs.pop("images", None), inputs.pop("class_images", None)
+            widgets = {name: value[0] for name, value in inputs.items()}
+            request = from_widgets(images, class_images=class_images, **widgets)
             trained = train(request, job)
             if (version := _version(trained.path)) is not None:
                 _published[trained.path] = version
@@ -211,5 +212,17 @@ def _optional() -> list[Any]:
             optional=True,
             tooltip="Where the adapter gets its name. output/qrlora and models/qrlora: Load \u0394R Adapter lists it. "
             "models/loras: ComfyUI's Load LoRA, LoRA managers and Load LoRA as \u0394R do.",
+        ),
+        io.Image.Input(
+            "class_images",
+            optional=True,
+            tooltip="Other pictures of the same class, such as other dogs, drawn by the model itself at best: learnt "
+            "beside, they keep what the model knows of the class (prior preservation).",
+        ),
+        io.String.Input(
+            "class_prompt",
+            default="",
+            optional=True,
+            tooltip="Caption of all class_images, without the trigger: a photo of a dog.",
         ),
     ]

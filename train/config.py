@@ -208,6 +208,9 @@ class EncodeConfig:
     trigger: str = setting("", "trigger word; replaces [trigger] in captions and prompts", text=True)
     repeats: int = setting(1, "how often each picture counts in one pass over the data", low=1, high=10_000)
     resolution: int = setting(512, "side of the square whose area all buckets have", low=64, high=4096)
+    resolutions: tuple[str, ...] = setting(
+        (), "further sides, such as 768 1024: every picture is there in each of them"
+    )
     buckets: bool = setting(True, "keep aspect ratios; otherwise every picture becomes a square")
     bucket_step: int = setting(64, "sides of buckets are multiples of this", low=16, high=512)
     center_crop: bool = setting(True, "cut what the bucket does not take from the middle; otherwise at random (seed)")
@@ -230,10 +233,23 @@ class EncodeConfig:
             raise ConfigError("captions is 'prompt', but instance_prompt is empty")
         if bool(self.class_pictures) != bool(self.class_prompt):
             raise ConfigError("class_pictures and class_prompt go together")
-        if self.resolution % 16 or self.bucket_step % 16:
-            raise ConfigError("resolution and bucket_step are multiples of 16 (8 by the VAE, 2 by the patches)")
-        if self.bucket_step > self.resolution:
-            raise ConfigError(f"bucket_step {self.bucket_step} is larger than resolution {self.resolution}")
+        for side in self.sides:
+            if side % 16 or self.bucket_step % 16:
+                raise ConfigError("resolution and bucket_step are multiples of 16 (8 by the VAE, 2 by the patches)")
+            if self.bucket_step > side:
+                raise ConfigError(f"bucket_step {self.bucket_step} is larger than resolution {side}")
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """All resolutions, each once.
+
+        Raises:
+            ConfigError: one of the further ones is no number from 64 to 4096.
+        """
+        for text in self.resolutions:
+            if not (text.isascii() and text.isdecimal() and len(text) < 5 and 64 <= int(text) <= 4096):
+                raise ConfigError(f"resolutions holds {text[:40]!r}, expected numbers from 64 to 4096")
+        return tuple(dict.fromkeys((self.resolution, *map(int, self.resolutions))))
 
 
 def as_table(config: FitConfig | EncodeConfig) -> dict[str, Any]:

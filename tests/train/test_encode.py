@@ -133,6 +133,20 @@ def test_class_pictures_and_unicode_paths(run, tmp_path):
     ]
 
 
+def test_every_picture_in_several_sizes(run, folder, tmp_path):
+    """Also those of the class; a size that is named twice is there once."""
+    own, other = tiny.picture(tmp_path / "a.png", 200, 100), tiny.picture(tmp_path / "c.png", 64, 64, seed=4)
+    more = {"class_pictures": [str(other)], "class_prompt": "a dog", "repeats": 3}
+    cache = run(pictures=[str(own)], resolutions=["96", "64", "96"], **more)
+    sizes = [bucket_size(*size, side, 16) for size in ((200, 100), (64, 64)) for side in (64, 96)]
+    assert [cache.latent_shape(index)[1:] for index in range(4)] == [(h // 8, w // 8) for w, h in sizes]
+    assert [(item.name, item.repeats, item.is_class) for item in cache.items] == [
+        ("a.png", 3, False), ("a.png", 3, False), ("c.png", 3, True), ("c.png", 3, True),
+    ]  # fmt: skip
+    cut = ImageOps.fit(Image.open(own), sizes[1], Image.Resampling.LANCZOS)
+    torch.testing.assert_close(cache.latent(1), latent_of(folder, cut), atol=1e-5, rtol=1e-4)
+
+
 def test_mask_is_the_alpha_channel_and_hides_no_colours(run, folder, tmp_path):
     path = tiny.picture(tmp_path / "a.png", 128, 128, "RGBA")
     plain = Image.open(path).convert("RGB")
@@ -291,6 +305,9 @@ def test_out_of_memory_says_what_to_do(run, tmp_path, monkeypatch):
         ({"class_prompt": "a dog"}, "go together"),
         ({"resolution": 100}, "multiples of 16"),
         ({"bucket_step": 128}, "larger than resolution"),
+        ({"resolutions": ["128", "large"]}, "resolutions holds 'large', expected numbers from 64 to 4096"),
+        ({"resolutions": ["8192"]}, "resolutions holds '8192'"),
+        ({"resolutions": ["100"]}, "multiples of 16"),
     ],
 )
 def test_settings_that_contradict(settings, message):

@@ -80,6 +80,7 @@ def encode(config: EncodeConfig) -> Path:
     items = [
         CacheItem(source.path.name, texts.index(source.caption), source.caption, config.repeats, source.is_class)
         for source in sources
+        for _ in config.sides
     ]
     metadata = {"qrlora.trigger": config.trigger, "qrlora.prompt": prompt}
     without = None if plain is None else PlainText(config.trigger, plain, encoded_texts.pop())
@@ -170,23 +171,26 @@ def _require_vocabulary(pipeline: Any, part: str, encoder: str) -> None:
 def _encode_pictures(
     folder: PipelineFolder, config: EncodeConfig, sources: Sequence[Source], device: torch.device
 ) -> list[EncodedPicture]:
-    """Latents of every picture."""
+    """Latents of every picture, in every size."""
     vae = folder.load_vae(DTYPES[config.precision], device)
     if config.precision == "fp16" and vae.config.get("force_upcast"):  # its numbers do not fit into fp16
         vae.float()
     family = folder.backbone.pipeline
     pictures = [
-        _encode_picture(config, family, vae, source.path, number)
+        _encode_picture(config, family, vae, source.path, number, side)
         for number, source in enumerate(tqdm(sources, desc="pictures"))
+        for side in config.sides
     ]
     del vae
     _free(device)
     return pictures
 
 
-def _encode_picture(config: EncodeConfig, family: Pipeline, vae: Any, path: Path, number: int) -> EncodedPicture:
+def _encode_picture(
+    config: EncodeConfig, family: Pipeline, vae: Any, path: Path, number: int, side: int
+) -> EncodedPicture:
     picture = read_picture(path)
-    size = bucket_size(*picture.size, config.resolution, config.bucket_step, config.buckets)
+    size = bucket_size(*picture.size, side, config.bucket_step, config.buckets)
     generator = generator_of(config.seed, "encode", number)
     x, y = torch.rand(2, generator=generator).tolist()
     cut = fitted(picture, size, (0.5, 0.5) if config.center_crop else (x, y))
