@@ -85,7 +85,9 @@ def small(prompt, model):
             inputs |= {"model_name": model, "rank": 8, "resolution": SIZE, "output_name": f"of template {name}"}
         if kind == "QRLoRATrainOptions":
             inputs |= {key: value for key, value in training.OPTIONS.items() if key in inputs}
-        found[name] = {"class_type": kind, "inputs": inputs}
+        links = {key: [f"node {value[0]}", value[1]] for key, value in inputs.items() if isinstance(value, list)}
+        # names that no page's nodes have: a page shows what a node of its id does that came without a workflow
+        found[f"node {name}"] = {"class_type": kind, "inputs": inputs | links}
     return found
 
 
