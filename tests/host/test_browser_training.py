@@ -21,7 +21,7 @@ WINDOW = (2600, 1500)
 LONG = 100_000  # steps that nobody waits for
 PANELS = "[...document.querySelectorAll('[data-qrlora-train]')]"
 # The panel of the node that trains now, or trained last.
-BUSY = f"{PANELS}.find((one) => !['idle', 'finished'].includes(one.dataset.state))"
+BUSY = f"{PANELS}.find((one) => !['idle', 'queued', 'finished'].includes(one.dataset.state))"
 
 
 @pytest.fixture(autouse=True)
@@ -83,7 +83,7 @@ def test_queue_watch_reload_stop_resume(server, page, vue):
     assert drawn >= 5
     later = grown(page, first + 5)
     assert points(page) > drawn, "the curve does not grow"
-    assert page.js(f"return {PANELS}.filter((one) => one.dataset.state === 'idle').length") == 1, "one after another"
+    assert page.js(f"return {PANELS}.filter((one) => one.dataset.state === 'queued').length") == 1, "one after another"
 
     page.open()  # in the middle
     page.wait(f"return {PANELS}.length === 2", 60)
