@@ -230,7 +230,6 @@ COUNTED = {
     ("flux2", "single_transformer_blocks"): "num_single_layers",
     ("qwen_image", "transformer_blocks"): "num_layers",
     ("z_image", "layers"): "n_layers",
-    ("sd3", "transformer_blocks"): "num_layers",
     ("krea2", "transformer_blocks"): "num_layers",
 }
 
@@ -275,6 +274,16 @@ def test_activations_are_those_that_autograd_keeps(name, blocks, checkpointing, 
     unit = (source.backbone.tokens(side, side) + text) * source.facts.hidden * 4
     expected = 1.0 if checkpointing else source.backbone.activation_counts[blocks]
     assert (more - less) / unit == pytest.approx(expected, rel=0.25)
+
+
+@pytest.mark.parametrize("dual", [(), (0,), (0, 1)])
+def test_activations_of_blocks_that_attend_twice(dual, tmp_path):
+    small = replace(FAMILIES["sd3"], arguments=FAMILIES["sd3"].arguments | {"dual_attention_layers": dual})
+    kept, source = kept_by_autograd(small, tmp_path / "model.safetensors", 32, 64, False)
+    whole, recomputed = source.backbone.activations(source.specs, 32, 32, 64)
+    # the last block has less: what it makes of the text goes nowhere
+    assert kept / 4 == pytest.approx(sum(whole), rel=0.1)
+    assert recomputed == [192 * (256 + 64)] * 3
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
