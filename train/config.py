@@ -114,6 +114,12 @@ class FitConfig:
     base_storage: Storage | Auto = setting(
         "auto", "how the base is held; int8 needs torchao, nf4 bitsandbytes; auto: as exact as memory allows"
     )
+    fp8_products: bool = setting(
+        False,
+        "multiply a base that is held in fp8 as it is (RTX 40 and newer): faster, and inputs are rounded to fp8",
+        trajectory=False,  # where it is on it decides, see prepare
+        key=False,
+    )
     gradient_checkpointing: bool | Auto = setting(
         "auto",
         "recompute blocks in the backward pass: far less memory, a third slower; auto: where memory asks for it",
@@ -173,6 +179,8 @@ class FitConfig:
             )
         if self.method == "qr" and self.init == "random":
             raise ConfigError("init random is about \u0394R; method qr has none and starts from Q and R")
+        if self.fp8_products and self.base_storage != "fp8":
+            raise ConfigError(f"fp8_products needs base_storage fp8, which is {self.base_storage}")
         if self.offload not in (AUTO, 0.0) and self.base_storage in ("int8", "nf4"):
             raise ConfigError("offload works with base_storage bf16, fp16, fp32 and fp8")
 

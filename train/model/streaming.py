@@ -12,7 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .fp8 import cast_linear
+
 Weights = dict[str, Tensor]
+Product = Callable[[Tensor, Tensor, Tensor | None, torch.dtype], Tensor]
 
 
 class StreamedLinear(nn.Module):
@@ -26,18 +29,20 @@ class StreamedLinear(nn.Module):
         weights: name -> tensor of the block that computes now.
         name: of the layer.
         dtype: what it computes in.
+        product: computes with input, weight and bias as they are held, and that dtype.
     """
 
-    def __init__(self, layer: nn.Linear, weights: Callable[[], Weights], name: str, dtype: torch.dtype) -> None:
+    def __init__(
+        self, layer: nn.Linear, weights: Callable[[], Weights], name: str, dtype: torch.dtype, product: Product
+    ) -> None:
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features
-        self._weights, self._dtype = weights, dtype
+        self._weights, self._dtype, self._product = weights, dtype, product
         self._names = f"{name}.weight", f"{name}.bias" if layer.bias is not None else None
 
     def forward(self, x: Tensor) -> Tensor:
         held, (weight, bias) = self._weights(), self._names
-        cast = None if bias is None else held[bias].to(self._dtype)
-        return nn.functional.linear(x, held[weight].to(self._dtype), cast)
+        return self._product(x, held[weight], None if bias is None else held[bias], self._dtype)
 
 
 class Stream:
@@ -52,10 +57,11 @@ class Stream:
     Args:
         device: where the model computes.
         dtype: what it computes in.
+        product: see `StreamedLinear`.
     """
 
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        self.device, self.dtype = device, dtype
+    def __init__(self, device: torch.device, dtype: torch.dtype, product: Product = cast_linear) -> None:
+        self.device, self.dtype, self.product = device, dtype, product
         self.hits = self.misses = 0
         self._read: list[Callable[[], Weights]] = []
         self._now: tuple[int, Weights] = (-1, {})
@@ -82,7 +88,7 @@ class Stream:
             owner = block.get_submodule(parent)
             layer = owner.get_submodule(child)
             assert isinstance(layer, nn.Linear)
-            owner.register_module(child, StreamedLinear(layer, self._current, name, self.dtype))
+            owner.register_module(child, StreamedLinear(layer, self._current, name, self.dtype, self.product))
         block.register_forward_pre_hook(lambda module, inputs: self._take(index))
 
     def _current(self) -> Weights:

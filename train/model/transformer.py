@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..config import Precision, Storage
 from ..errors import TrainError
 from .backbones import Backbone
+from .fp8 import cast_linear, fp8_linear, multiply_in_fp8, require_fp8_products
 from .source import BaseModel
 from .streaming import Stream
 
@@ -35,6 +36,8 @@ def load_transformer(
     device: torch.device | None = None,
     offload: float = 0.0,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    fp8_products: bool = False,
 ) -> Any:
     """Load a base model, frozen.
 
@@ -46,10 +49,11 @@ def load_transformer(
         offload: share of the blocks that wait in RAM, or in the file where the model computes on the CPU, and come for
             each use, 0 to 1.
         on_progress: called with (tensors done, tensors in all).
+        fp8_products: multiply what is held in fp8 as it is, see `fp8_linear`.
 
     Raises:
-        TrainError: reason "library" when a quantisation's package is not installed or diffusers is too old, "model"
-            when tensors are missing.
+        TrainError: reason "settings" when it cannot multiply in fp8, "library" when a quantisation's package is not
+            installed or diffusers is too old, "model" when tensors are missing.
 
     Returns:
         Diffusers' model of the source's family. Held in few bits are the linear layers of its blocks; the rest is small
@@ -57,6 +61,8 @@ def load_transformer(
     """
     device = device or torch.device("cpu")
     compute = DTYPES[precision]
+    if fp8_products:
+        require_fp8_products(device)
     backbone = source.backbone
     with init_empty_weights():
         model = _model_class(backbone)(**source.config)
@@ -70,7 +76,9 @@ def load_transformer(
         quantizer.preprocess_model(model, device_map=None, keep_in_fp32_modules=[])
     waiting = _waiting_blocks(source.blocks, offload)
     casts = quantizer is None and storage != precision
-    _let_wait(model, source, waiting, expected, DTYPES[storage if casts else precision], device, compute)
+    held = DTYPES[storage if casts else precision]
+    stream = Stream(device, compute, fp8_linear if fp8_products else cast_linear)
+    _let_wait(model, source, waiting, expected, held, stream)
     for done, name in enumerate(sorted(expected), 1):
         if not (backbone.block_of(name) in waiting and source.in_layer(name)):
             value = source.tensor(name)
@@ -83,6 +91,8 @@ def load_transformer(
     model.requires_grad_(False)
     if casts:
         for block in (block for name in source.blocks for block in model.get_submodule(name).children()):
+            if fp8_products:
+                multiply_in_fp8(block, compute)
             # an empty tuple, not None: None would cast the block as a whole, later adapters with it
             apply_layerwise_casting(block, DTYPES[storage], compute, skip_modules_pattern=())
     return model
@@ -94,15 +104,13 @@ def _let_wait(
     waiting: Collection[str],
     names: Iterable[str],
     held: torch.dtype,
-    device: torch.device,
-    compute: torch.dtype,
+    stream: Stream,
 ) -> None:
     """Replace the linear layers of blocks by ones whose weights come one block ahead of their use."""
     of_block: dict[str, list[str]] = {}
     for name in sorted(names):
         if source.in_layer(name):
             of_block.setdefault(source.backbone.block_of(name), []).append(name)
-    stream = Stream(device, compute)
     for kind, count in source.blocks.items():
         for block in (f"{kind}.{index}" for index in range(count)):
             if block in waiting:

@@ -57,6 +57,7 @@ def prepare(config: FitConfig, accelerator: Any, reporter: Reporter, watch: Stop
         "processes": accelerator.num_processes,
         **config.trajectory(),
         "base_storage": plan.base_storage,
+        **({"fp8_products": True} if config.fp8_products else {}),
         **({"training_adapter": training_adapter.fingerprint} if training_adapter is not None else {}),
     }
     run_id = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
@@ -146,7 +147,8 @@ def _model(
 
     if plan.offload and accelerator.device.type == "cpu":
         give_memory_back()
-    model = load_transformer(source, plan.base_storage, config.precision, accelerator.device, plan.offload, on_progress)
+    held = (plan.base_storage, config.precision, accelerator.device, plan.offload)
+    model = load_transformer(source, *held, on_progress, fp8_products=config.fp8_products)
     layers = inject(
         model,
         targets,
