@@ -37,7 +37,6 @@ NF4 = torch.tensor([
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 ])  # fmt: skip
-BLOCK = 64
 DRAWS, BATCH = 32, 4
 
 
@@ -51,9 +50,9 @@ def as_int8(weight: Tensor) -> Tensor:
     return (weight / scale).round() * scale
 
 
-def as_nf4(weight: Tensor) -> Tensor:
-    """One scale for 64 numbers."""
-    blocks = weight.reshape(-1, BLOCK)
+def as_nf4(weight: Tensor, size: int = 64) -> Tensor:
+    """One scale for so many numbers."""
+    blocks = weight.reshape(-1, size)
     scale = blocks.abs().amax(dim=1, keepdim=True).clamp_min(1e-12)
     nearest = (blocks / scale)[..., None].sub(NF4).abs().argmin(dim=-1)
     return (NF4[nearest] * scale).reshape(weight.shape)
@@ -63,12 +62,14 @@ FORMATS: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
     "fp8": (as_fp8, 8),
     "int8": (as_int8, 8),
     "nf4": (as_nf4, 4.5),
+    "nf4/16": (lambda weight: as_nf4(weight, 16), 5.0),  # as many bits as nf4 beside Q R of a fiftieth of the width
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 16], help="columns of Q that are kept")
+    parser.add_argument("--formats", nargs="+", default=list(FORMATS), choices=FORMATS)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--seeds", type=int, default=1)
     args = parser.parse_args()
@@ -85,7 +86,7 @@ def main() -> None:
         exact = Held("fp32", 0, dict(weights), 32.0)
         print(line(exact, exact, source, caches, args))
         for form, (quantised, bits) in FORMATS.items():
-            for rank in (0, *args.ranks):
+            for rank in (0, *args.ranks) if form in args.formats else ():
                 print(line(held(form, rank, quantised, bits, weights), exact, source, caches, args), flush=True)
 
 
