@@ -6,6 +6,7 @@ from typing import Any
 
 from .acts import ACTS
 from .balance import Cell, Point, Prompts, pulls
+from .errors import SettingError
 
 SCHEMA, VERSION = "qr-lora/balance", 1
 CHOICES = ("balanced", "content", "style", "quiet")
@@ -69,7 +70,15 @@ def proposal(measured: Sequence[Cell], choice: str) -> Cell:
 
     Scores that differ by no more than NOISE are those of one setting with other noises. Of acts that are exactly equal
     the one with fewer evaluations is taken.
+
+    Raises:
+        SettingError: nothing was measured: content first needs two noise levels, to switch between them.
     """
+    if not measured:
+        raise SettingError(
+            "there are no two measured noise levels between which content first could switch to style; raise points "
+            "to 2 or more, or set act to another one"
+        )
     best = max(measured, key=lambda cell: (round(score(cell, choice) / _SAME), -EVALUATIONS[cell.act]))
     enough = (1 - NOISE) * score(best, choice)
     equal = [cell for cell in measured if cell.act == best.act and score(cell, choice) >= enough]

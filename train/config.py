@@ -217,7 +217,7 @@ class EncodeConfig:
     repeats: int = setting(1, "how often each picture counts in one pass over the data", low=1, high=10_000)
     resolution: int = setting(512, "side of the square whose area all buckets have", low=64, high=4096)
     resolutions: tuple[str, ...] = setting(
-        (), "further sides, such as 768 1024: every picture is there in each of them"
+        (), "further sides, such as 768 1024: every picture is there in each of them", numbers=True
     )
     buckets: bool = setting(True, "keep aspect ratios; otherwise every picture becomes a square")
     bucket_step: int = setting(64, "sides of buckets are multiples of this", low=16, high=512)

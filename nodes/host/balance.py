@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import math
 import weakref
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -14,7 +15,19 @@ import comfy.utils
 import torch
 from torch import Tensor
 
-from ...qrlora_core import ASKED, Asked, MergeRecipe, OnMismatch, Point, Products, SettingError, Trial, merge, products
+from ...qrlora_core import (
+    ASKED,
+    Asked,
+    MergeRecipe,
+    OnMismatch,
+    Point,
+    Products,
+    SettingError,
+    Trial,
+    WeightError,
+    merge,
+    products,
+)
 from .live import KEY, live_clone, set_factors
 from .live_store import can_be_live
 from .places import place_layers
@@ -56,6 +69,11 @@ class Pair(NamedTuple):
     def at(self, trial: Trial) -> MergeRecipe:
         return merge(self.style, trial.alpha, self.content, trial.beta, self.on_mismatch)
 
+    def changes(self, trial: Trial) -> bool:
+        """Whether a trial can differ from the model alone: an adapter that is not there or off changes nothing."""
+        sides = ((trial.alpha, self.style), (trial.beta, self.content))
+        return any(factor and recipe.active for factor, recipe in sides)
+
 
 Questions = Mapping[Trial, Sequence[Asked]]
 # The last measurement of each loaded model, so that turning `choose` measures nothing: key -> points
@@ -77,6 +95,7 @@ def measure(
 
     Raises:
         SettingError: a layer is no linear layer.
+        WeightError: the model predicts numbers that are not finite.
         QRLoRAError: a layer is missing, or a tensor is not finite.
     """
     asked = {(trial, one) for trial, prompts_of in questions.items() for one in prompts_of}
@@ -145,7 +164,7 @@ class _Measurer(comfy.samplers.Sampler):
     def start(self, steps: int) -> None:
         """Fix which steps are measured, and how long the progress bar is."""
         self._measured = {steps * point // self.points for point in range(self.points)}
-        each = sum(len(asked) for asked in self.questions.values()) + len(ASKED)
+        each = sum(len(asked) for trial, asked in self.questions.items() if self.pair.changes(trial)) + len(ASKED)
         self._bar = comfy.utils.ProgressBar(len(self._measured) * each + steps - len(self._measured))
 
     @torch.no_grad()
@@ -192,6 +211,8 @@ class _Measurer(comfy.samplers.Sampler):
         """All questions at the present latents."""
 
         def effect(trial: Trial, asked: Sequence[Asked]) -> dict[Asked, Tensor]:
+            if not self.pair.changes(trial):  # exactly: predictions in batches of other sizes differ by rounding
+                return {one: torch.zeros_like(base[one]) for one in asked}
             return {one: made - base[one] for one, made in predict(trial, asked).items()}
 
         alone = {trial: effect(trial, self.questions[trial]) for trial in (_STYLE, _CONTENT)}
@@ -201,6 +222,11 @@ class _Measurer(comfy.samplers.Sampler):
             made = alone[trial] if trial in alone else effect(trial, asked)
             effects.update({(trial, one): products(made[one], style[one], content[one]) for one in asked})
         norms = {one: products(made, made, made).own for one, made in base.items()}
+        if not all(map(math.isfinite, (*norms.values(), *(one.own for one in effects.values())))):
+            raise WeightError(
+                f"the model predicts numbers that are not finite (NaN or infinite) at noise level {level:.2f}, with "
+                "which it draws black pictures, too. Load it in another dtype (bf16 or fp32), or lower 'highest'"
+            )
         return Point(level, norms, effects)
 
 

@@ -19,7 +19,8 @@ from .runs import RunFolder
 log = logging.getLogger(__name__)
 
 _NONE = "strengths were not looked at: see the log, or 'strengths' in Train \u0394R Options"
-_DAMAGED = (OSError, ValueError, LookupError, TypeError, RecursionError, QRLoRAError)
+# a file that is damaged, and a VAE that fails, as where memory ends: neither may fail a training that is done
+_DAMAGED = (OSError, ValueError, LookupError, TypeError, RuntimeError, QRLoRAError)
 
 
 def show_strengths(run: RunFolder, request: Request) -> Tensor:

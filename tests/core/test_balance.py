@@ -119,6 +119,14 @@ def test_content_first_counts_each_where_it_acts():
     assert late.style == pytest.approx(0.64 / (0.16 + 0.64)) and late.content == pytest.approx(1.36 / 1.4)
 
 
+def test_one_level_has_no_place_to_switch_at():
+    found = points([1.0, 0.0, 0.0], [0.0, 1.0, 0.0], levels=(1.0,))
+    measured = core.cells(found, GRID, GRID, ["by prompt, content first"])
+    with pytest.raises(core.SettingError, match="raise points to 2 or more, or set act"):
+        core.proposal(measured, "balanced")
+    assert core.proposal(core.cells(found, GRID, GRID, ACTS), "balanced").act in ACTS, "the other acts compete"
+
+
 def test_only_what_is_needed_is_asked():
     every = core.needed(GRID, GRID, ACTS)
     assert sum(map(len, every.values())) == 3 * 4 + 2 * 8 + 4, "three whole trials, the grid on two prompts, one alone"

@@ -145,6 +145,7 @@ def alone():
     )
     (cell,) = core.cells(points, [1.0], [1.0], ["always"])
     found = {"style": cell.style, "purity": cell.style_purity, "content": cell.content}
+    found["rounding"] = [rounding(patcher, clip, pair), rounding(patcher, clip, pair._replace(style=core.NOTHING))]
     earlier = recipe(patcher, 7, "<x>")
     changed = application.apply_recipe(patcher, earlier, 0.8, None, "live")[0]
     folded = application.apply_recipe(patcher, earlier, 0.8, None, "patch")[0]
@@ -155,6 +156,26 @@ def alone():
         gaps += [abs(one.effects[key].own - part.own) / part.own for key, part in other.effects.items()]
     found["after another live node"] = max(gaps)
     return found
+
+
+def rounding(patcher, clip, pair):
+    """Survival of each on a model whose predictions differ a little from call to call, as in batches of other sizes."""
+    calls = []
+
+    def wrapper(executor, *args, **kwargs):
+        calls.append(1)
+        return executor(*args, **kwargs) * (1 + 1e-4 * len(calls))
+
+    clone = patcher.clone()
+    clone.add_wrapper(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, wrapper)
+    questions = core.needed([1.0], [1.0], ["always"])
+    points, _ = balance.measure(clone, clip, pair, PROMPTS, questions, balance.Path(2, 64, 1, 0))
+    (cell,) = core.cells(points, [1.0], [1.0], ["always"])
+    return [cell.style is None, cell.content is None]
+
+
+def not_finite(executor, *args, **kwargs):
+    return executor(*args, **kwargs) * float("nan")
 
 
 def stopped():
@@ -202,6 +223,19 @@ def refused():
         balance.measure(patcher, clip, pair_of(patcher), PROMPTS, asked(), balance.Path(3, 64, 1, 0, HALF))
     except core.QRLoRAError as error:
         found["sigmas"] = str(error)
+    black = patcher.clone()
+    black.add_wrapper(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, not_finite)
+    path = balance.Path(1, 64, 1, 0)
+    one = ("balanced", "by prompt, content first", 1.0, 1.0, 2, 0.5, 1.0, 1, 64, 1, 0, "stack")
+    pair = pair_of(patcher)
+    for kind, ask in {
+        "black": lambda: balance.measure(black, clip, pair, PROMPTS, asked(), path),
+        "one point": lambda: Balance.execute(patcher, clip, *one, delta_r_style=pair[0], delta_r_content=pair[1]),
+    }.items():
+        try:
+            ask()
+        except core.QRLoRAError as error:
+            found[kind] = str(error)
     untold = recipe(patcher, 3, "")
     settings = ("balanced", "by prompt", 1.0, 1.0, 2, 0.5, 1.0, 1, 64, 1, 0, "stack")
     try:

@@ -37,6 +37,7 @@ def test_alone_at_full_strength_all_of_it_survives(probe):
     found = probe["alone"]
     assert found["style"] == pytest.approx(1, abs=1e-6) and found["purity"] == pytest.approx(1, abs=1e-6)
     assert found["content"] is None
+    assert found["rounding"] == [[False, True], [True, True]], "one that is not there has no survival of rounding"
     assert found["after another live node"] < 1e-3, "which counts as the model's own"
 
 
@@ -52,6 +53,8 @@ def test_cancel_and_errors_leave_nothing_behind(probe):
 def test_refusals_say_what_to_do(probe):
     found = probe["refused"]
     assert found["sigmas"].startswith("3 sigmas") and "connect a longer schedule" in found["sigmas"]
+    assert "not finite" in found["black"] and "noise level 1.00" in found["black"]
+    assert "raise points to 2 or more" in found["one point"]
     assert "style_trigger" in found["no trigger"]
     assert found["nothing"][:4] == [0, 1.0, 1.0, "{}"] and "nothing to measure" in found["nothing"][4]
 

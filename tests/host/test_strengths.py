@@ -7,7 +7,9 @@ import urllib.parse
 import urllib.request
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from tests.host.training import node, state, train_graph
 
@@ -66,6 +68,18 @@ def test_a_damaged_file_fails_no_training(fake, damage):
     fake.queue(graph(name))
     run = fake.base / "output" / "qrlora" / "runs" / state(fake)["run"]
     (run / "strengths" / "step-00000003.json").write_text(damage)
+    again = graph(name, seed=graph(name)["train"]["inputs"]["seed"])
+    again["train"]["inputs"]["output_name"] = f"{name} again"
+    assert picture(fake, fake.queue(again)).size == (512, 128)
+
+
+def test_a_vae_that_fails_fails_no_training(fake):
+    """As where memory ends: here on latents that it cannot decode."""
+    name = "strengths of another vae"
+    fake.play("ok", strengths=True)
+    fake.queue(graph(name))
+    run = fake.base / "output" / "qrlora" / "runs" / state(fake)["run"]
+    save_file({"latent": torch.zeros(8, 3, 4, 4)}, run / "strengths" / "step-00000003.safetensors")
     again = graph(name, seed=graph(name)["train"]["inputs"]["seed"])
     again["train"]["inputs"]["output_name"] = f"{name} again"
     assert picture(fake, fake.queue(again)).size == (512, 128)

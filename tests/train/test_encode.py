@@ -297,6 +297,13 @@ def test_out_of_memory_says_what_to_do(run, tmp_path, monkeypatch):
     assert caught.value.reason == "memory"
 
 
+def test_resolutions_may_be_numbers_as_in_a_settings_file():
+    base = {"pipeline": "p", "pictures": ["a"], "output": "o"}
+    assert make_config(EncodeConfig, base, {"resolutions": [768, 1024]}).sides == (512, 768, 1024)
+    with pytest.raises(ConfigError, match="expected a list of names"):
+        make_config(EncodeConfig, base, {"resolutions": [768.5]})
+
+
 @pytest.mark.parametrize(
     "settings, message",
     [

@@ -341,6 +341,11 @@ def test_two_processes_equal_one(settings, elsewhere):
         assert torch.allclose(value, theirs[key], rtol=1e-5, atol=1e-7), key
 
 
+def test_processes_wait_long_for_one_that_works_alone(settings):
+    """NCCL's own ten minutes would end a training whose first process still looks at strengths."""
+    assert make_accelerator(settings()).init_handler.timeout.total_seconds() >= 3600
+
+
 def test_processes_that_do_not_find_each_other_are_refused(settings, monkeypatch):
     """Each would train by itself and write the same files."""
     make_accelerator(settings())  # accelerate looks at the launcher's variables once per process

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qrlora_core import EncodedText, PlainText, TrainingCache, open_adapter, save_cache
+from qrlora_core import EncodedText, PathError, PlainText, TrainingCache, open_adapter, save_cache
 from tests.train.conftest import small_cache
 from train.events import EventWriter, read_events
 from train.run import strengths
@@ -187,6 +187,16 @@ def strengths_picture(cache, index):
 def test_another_trigger_than_the_datas(run):
     config, _ = run(trigger="<s>")
     assert told(config)["prompts"]["without"] == "", "that of the cache was made for another one"
+
+
+def test_a_disk_that_refuses_pictures_fails_no_training(run, monkeypatch, caplog):
+    def full(*args, **kwargs):
+        raise PathError("step-00000004.safetensors needs 1 GB, the disk has 0 GB free")
+
+    monkeypatch.setattr(strengths, "write_tensors", full)
+    config, events = run()
+    assert "they cannot be written (step-00000004.safetensors needs 1 GB" in caplog.text
+    assert events[-1].kind == "finished" and open_adapter(Path(config.run_dir) / "adapter.safetensors").rank == 8
 
 
 class StopLate(StopWatch):

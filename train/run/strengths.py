@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qrlora_core import EncodedText, products, whole_file
+from qrlora_core import EncodedText, PathError, products, whole_file
 from qrlora_core.storage import TensorSpec
 from qrlora_core.writing import write_tensors
 
@@ -65,6 +65,8 @@ def show_strengths(state: TrainingState) -> None:
     try:
         with torch.no_grad(), state.training_adapter.off() if state.training_adapter is not None else nullcontext():
             _Show(state, *found).run()
+    except (PathError, OSError) as error:  # a disk that refuses it does not fail a training
+        log.warning("strengths are not shown: they cannot be written (%s); the adapter is written", error)
     except Exception as error:
         if not is_out_of_memory(error):
             raise

@@ -138,7 +138,7 @@ def process(keys: Collection[str], path: Path) -> Process:
     predicts = stated.get("prediction_type", "v_prediction" if "v_pred" in keys else "epsilon")
     if predicts not in ("epsilon", "v_prediction"):
         raise TrainError("model", f"{scheduler.name} says that the model predicts {predicts!r:.40}. {_ADVICE}")
-    zero_snr = bool(stated.get("rescale_betas_zero_snr", "ztsnr" in keys))
+    zero_snr = bool(stated.get("rescale_betas_zero_snr", {"v_pred", "ztsnr"} <= set(keys)))  # as ComfyUI reads them
     return Discrete("v" if predicts == "v_prediction" else "epsilon", zero_snr)
 
 
