@@ -111,6 +111,7 @@ def place(cell: Report) -> float:
 def _grid(axes: "Axes", cells: Sequence[Report], chosen: Report, key: str, title: str) -> None:
     import numpy as np
 
+    cells = [*cells, chosen]  # one by hand has a row and a column of its own where the grid has no such numbers
     alphas, betas = (sorted({cell[name] for cell in cells}) for name in ("alpha", "beta"))
     table = np.full((len(alphas), len(betas)), np.nan)
     for cell in cells:

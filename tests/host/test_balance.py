@@ -118,6 +118,9 @@ def test_choosing_measures_nothing_anew(server):
     assert "alpha 0.8, beta 1.2" in text
     told = json.loads(entry["outputs"]["json"]["text"][0])
     assert (told["chosen"]["alpha"], told["chosen"]["beta"]) == (0.8, 1.2)
+    entry = server.queue(graph(seed=5, choose="by hand", alpha=0.9, beta=1.0))
+    assert "by hand: " in entry["outputs"]["balance"]["text"][0] and entry["outputs"]["balance"]["images"]
+    assert "predictions in" in entry["outputs"]["balance"]["text"][0], "the grid has no 0.9"
 
 
 def test_one_adapter_alone_and_none(server):

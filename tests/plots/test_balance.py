@@ -58,6 +58,19 @@ def test_the_grid_is_that_of_the_chosen_act():
     )
 
 
+@pytest.mark.parametrize("act", core.ACTS)
+def test_factors_by_hand_that_the_grid_has_not(act):
+    found = points([1.0, 0.0, 0.0], [0.0, 1.0, 0.0], more=[(0.9, 1.1), (0.9, 0.0), (0.0, 1.1)])
+    measured, hand = (core.cells(found, *factors, [act]) for factors in ((GRID, GRID), ([0.9], [1.1])))
+    chosen = core.proposal(hand, "balanced")
+    told = core.balance_report(measured, chosen, "by hand", found, core.four_prompts("", ["<s>"], ["<c>"]))
+    axes = axes_of(balance_figure(told), "content")
+    (frame,) = axes.get_lines()
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0.5", "1", "1.1", "1.5"]
+    assert (frame.get_xdata()[0], frame.get_ydata()[0]) == (2, 1)
+    assert f"{chosen.content:.2f}" in {text.get_text() for text in axes.texts if text.get_position() == (2, 1)}
+
+
 def test_an_adapter_that_does_nothing_is_drawn():
     assert balance_image(report(content=(0.0, 0.0, 0.0))).size == (1600, 800)
 
