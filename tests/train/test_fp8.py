@@ -119,3 +119,6 @@ def test_refusals(monkeypatch):
     assert caught.value.reason == "settings"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
     require_fp8_products(torch.device("cuda"))
+    monkeypatch.setattr(torch.version, "hip", "6.2")
+    with pytest.raises(TrainError, match="needs an NVIDIA card"):
+        require_fp8_products(torch.device("cuda"))

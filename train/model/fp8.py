@@ -90,7 +90,9 @@ def require_fp8_products(device: torch.device) -> None:
     """Raise TrainError (reason "settings") where products in fp8 cannot be had. A processor has them, slowly."""
     if device.type == "cpu":
         return
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < _OLDEST_CARD:
+    # AMD's cards are called cuda, too, and number themselves otherwise
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    if not nvidia or torch.cuda.get_device_capability(device) < _OLDEST_CARD:
         raise TrainError(
             "settings",
             "fp8_products needs an NVIDIA card of the 40 series or newer (Ada, Hopper, Blackwell): switch it off",
