@@ -62,13 +62,13 @@ def graph_pictures(batches: Sequence[Tensor], caption: str) -> list[Picture]:
 
 
 def class_pictures(batches: Sequence[Tensor], prompt: str) -> list[Picture]:
-    """Pictures of the class, and what they all are called.
+    """Pictures of the class, and what they all are called; none where none are connected, whatever the prompt.
 
     Raises:
-        DatasetError: one of both is missing.
+        DatasetError: there are pictures and no prompt.
     """
-    if bool(batches) != bool(prompt.strip()):
-        raise DatasetError("class_images and class_prompt go together: a prompt such as 'a photo of a dog', no trigger")
+    if batches and not prompt.strip():
+        raise DatasetError("class_images need a class_prompt, such as 'a photo of a dog', without the trigger")
     pictures = [picture for batch in batches for picture in batch]
     return [
         Picture(f"class image {number}", prompt.strip(), functools.partial(_plain, picture), True)

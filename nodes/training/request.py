@@ -19,6 +19,7 @@ from .dataset import class_pictures
 from .runs import RunFolder, key_of
 
 _ENDING = ".safetensors"
+_NO_CLASS_IMAGES = "class_prompt is set, but class_images is empty or bypassed: trained without pictures of the class"
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +129,10 @@ def from_widgets(
         fit={**fit, **numbers, "trigger": trigger, "prompt": prompt},
         encode=encode,
         options=options,
-        warnings=caption_warnings([picture.caption for picture in own], trigger),
+        warnings=[
+            *caption_warnings([picture.caption for picture in own], trigger),
+            *([_NO_CLASS_IMAGES] if class_prompt.strip() and not of_class else []),
+        ],
         folder=folder,
     )
 
