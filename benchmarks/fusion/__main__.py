@@ -26,6 +26,7 @@ from .store import Study, trained
 from .tuning import REFERENCE, single_adapters, tuned
 
 log = logging.getLogger(__name__)
+LEFT_OUT = ("lora", "lora8", "qr40", "qr60", "preserve", "yielding", "attention", "small")
 QUICK = {"pictures": 6, "adapter_steps": 10}
 
 
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="untrained in minutes: whether the program works")
     parser.add_argument("--until", choices=("tuning", "check"), default="check", help="stop there")
     parser.add_argument(
-        "--without", nargs="*", default=[], metavar="RECIPE", help="leave out: lora, lora8, preserve, qr40"
+        "--without", nargs="*", default=[], metavar="RECIPE", help=f"leave out some of {', '.join(LEFT_OUT)}"
     )
     parser.add_argument(
         "--optimizer", type=Path, metavar="FOLDER", help="a clone of ComfyUI-LoRA-Optimizer, to be compared with"
@@ -70,10 +71,8 @@ def run(
             results[fusion.name] = [numbers(study.readings(fusion, unit)) for unit in check]
             log.info("%s on check units: %s", fusion.name, report.row(results[fusion.name], check))
     print(f"\nChosen on {len(tuning)} tuning units:\n\n{report.chosen(fusions)}\n")
-    print(
-        f"Adapters alone, on tuning units:\n\n{report.curve(single_adapters(quick_look, tuning, without))}\n",
-        flush=True,
-    )
+    alone = single_adapters(study.with_pictures(2 * study.pictures), tuning, without)
+    print(f"Adapters alone, on tuning units:\n\n{report.curve(alone)}\n", flush=True)
     if until == "tuning":
         return 0
     used = list(dict.fromkeys(one.adapters for one in fusions))

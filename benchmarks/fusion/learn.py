@@ -13,12 +13,12 @@ from torch.nn import functional
 
 from demo.model import pack
 from demo.pictures import CONTENT_TRIGGER, STYLE_TRIGGER, Look
-from demo.toy.features import to_latents
+from demo.toy.features import to_latents, words
 from qrlora_core import Basis
 
 from .live import Live, Pair, Update, encoded
 from .pictures import draw, read
-from .preserve import Paths, Quiet
+from .preserve import Paths, Quiet, random_number
 from .protocol import (
     CONTENT_LOOK,
     FIDELITY,
@@ -43,7 +43,8 @@ class Recipe:
         rank: of the update.
         learning_rate: of AdamW.
         preserve: highest weight of the base's velocity on prompts without the trigger (see `Quiet`); 0 for none.
-        rule: of `Quiet`.
+        rule, begin: of `Quiet`.
+        vary: whether captions vary, see `Picture`.
         penalty: weight of the sum of the trained numbers' squares.
         only: layers whose names hold it; "" for all.
         steps: exactly so many instead of as many as FIDELITY needs; 0 for the latter.
@@ -55,6 +56,8 @@ class Recipe:
     learning_rate: float = TRAINING["learning_rate"]
     preserve: float = 0.0
     rule: str = "learnt"
+    begin: int = 0
+    vary: bool = False
     penalty: float = 0.0
     only: str = ""
     steps: int = 0
@@ -74,8 +77,13 @@ RECIPES = {
     for one in (
         Recipe("qr"),
         *(at_rate(recipe, rate) for recipe in LORAS for rate in LORA_RATES),
-        Recipe("preserve", preserve=2.0),
         Recipe("qr40", steps=40),
+        Recipe("qr60", steps=60),
+        Recipe("preserve", preserve=0.3, rule="sum", vary=True, steps=400),
+        # what else was tried: a bound by the picture's gradient, fewer layers, small updates
+        Recipe("yielding", preserve=0.5, rule="yield", vary=True, steps=400),
+        Recipe("attention", only="attn."),
+        Recipe("small", penalty=1e-3),
     )
 }
 
@@ -143,13 +151,13 @@ def learn(
     live.wear([pairs])
     trained = [tensor for pair in pairs.values() for tensor in pair if tensor.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=recipe.learning_rate, weight_decay=1e-4)
-    picture = Picture(live, unit, side, generator)
+    picture = Picture(live, unit, side, generator, recipe.vary)
     quiet = None
     if recipe.preserve:
         if paths is None:
             raise ValueError(f"{recipe.name} needs the base's own paths")
         own = torch.Generator().manual_seed(unit.seed + 1)  # so that the picture's draws are those of plain training
-        quiet = Quiet(live, paths, recipe.rule, recipe.preserve, trained, own)
+        quiet = Quiet(live, paths, recipe.rule, recipe.preserve, trained, own, recipe.begin)
     best: Learned | None = None
     for step in range(1, last + 1):
         loss, noisy, sigma = picture.loss()
@@ -186,14 +194,19 @@ def _start(basis: Basis, recipe: Recipe, generator: torch.Generator) -> Pair:
 
 
 class Picture:
-    """A concept's picture at random sigmas, `batch_size` of them in a step."""
+    """A concept's picture at random sigmas, `batch_size` of them in a step.
 
-    def __init__(self, live: Live, unit: Unit, side: str, generator: torch.Generator) -> None:
-        picture, caption = picture_of(unit, side)
+    Args:
+        vary: every other sample's caption holds the trigger among words that say nothing. Else nothing tells an adapter
+            that must keep all other prompts as they are that it is the trigger alone that calls it.
+    """
+
+    def __init__(self, live: Live, unit: Unit, side: str, generator: torch.Generator, vary: bool = False) -> None:
+        picture, self.caption = picture_of(unit, side)
         size = int(TRAINING["batch_size"])
-        self.live, self.generator = live, generator
+        self.live, self.generator, self.vary = live, generator, vary
         self.tokens = pack(to_latents(picture[None])).expand(size, -1, -1)
-        self.text = tuple(part.expand(size, *part.shape[1:]) for part in encoded([caption]))
+        self.text = encoded([self.caption] * size)
 
     def loss(self) -> tuple[Tensor, Tensor, Tensor]:
         """The picture's loss, the noised tokens (batch, 64, 64) and their sigmas (batch,)."""
@@ -201,5 +214,13 @@ class Picture:
         sigma = torch.rand(size, generator=self.generator).clamp_min(1e-3)  # as the trainer's default
         noise = torch.randn(self.tokens.shape, generator=self.generator)
         noisy = torch.lerp(self.tokens, noise, sigma[:, None, None])
-        predicted = self.live.velocity(noisy, sigma, *self.text, torch.ones(size, 1))
+        text = encoded([self._varied(number) for number in range(size)]) if self.vary else self.text
+        predicted = self.live.velocity(noisy, sigma, *text, torch.ones(size, 1))
         return functional.mse_loss(predicted, noise - self.tokens), noisy, sigma
+
+    def _varied(self, number: int) -> str:
+        if number % 2 == 0:
+            return self.caption
+        kept = (CONTENT_TRIGGER, STYLE_TRIGGER)
+        said = [word if word in kept else f"word{random_number(self.generator)}" for word in words(self.caption)]
+        return " ".join(said)

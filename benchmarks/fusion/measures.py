@@ -97,3 +97,28 @@ def interval(values: Sequence[float], units: Sequence[Unit], resamples: int = 10
 def difference(rows: Sequence[Numbers], others: Sequence[Numbers], field: str, units: Sequence[Unit]) -> Interval:
     """How much more of a field `rows` have than `others`, unit by unit."""
     return interval([getattr(one, field) - getattr(other, field) for one, other in zip(rows, others)], units)
+
+
+def gain(
+    shown: Sequence[float],
+    rest: Sequence[float],
+    curve: Sequence[tuple[Sequence[float], Sequence[float]]],
+    seed: int = 0,
+) -> Interval:
+    """How much more of the rest an adapter leaves unchanged than a curve does where that shows its concept as often.
+
+    Args:
+        shown, rest: a number for each concept.
+        curve: pairs of the same, such as those of several strengths; it is interpolated between neighbours in shown.
+
+    Returns:
+        The mean over concepts, and a bootstrap over them. Where the curve does not reach as far, its end counts.
+    """
+    points = sorted(curve, key=lambda point: np.mean(point[0]))
+    at = [float(np.mean(point[0])) for point in points]
+    wanted = min(max(float(np.mean(shown)), at[0]), at[-1])
+    rests = np.array([point[1] for point in points])
+    differences = np.array(rest) - [np.interp(wanted, at, column) for column in rests.T]
+    drawn = np.random.default_rng(seed).integers(len(differences), size=(10_000, len(differences)))
+    low, high = np.percentile(differences[drawn].mean(1), (2.5, 97.5))
+    return Interval(float(differences.mean()), float(low), float(high))

@@ -51,15 +51,16 @@ class Quiet:
     Args:
         live: the base, which wears the adapter.
         paths: of the base.
-        rule: one of RULES. "learnt": a weight that follows how much of the first loss is gone. "yield": of each
-            layer's gradient, without the part that opposes the picture's, and never longer than `weight` times that.
-            "late": like "yield", once the picture's loss has stopped falling.
+        rule: one of RULES. "sum": a fixed weight. "learnt": one that follows how much of the first loss is gone.
+            "yield": of each layer's gradient, without the part that opposes the picture's, and never longer than
+            `weight` times that.
         weight: the highest, see `rule`.
+        begin: steps of plain training before it.
         trained: the adapter's parameters.
         generator: of the points.
     """
 
-    RULES = ("learnt", "yield", "late")
+    RULES = ("sum", "learnt", "yield")
     ON_PATHS, NOISED = 2, 1  # samples of a step, beside `batch_size` of the picture
 
     def __init__(
@@ -70,11 +71,12 @@ class Quiet:
         weight: float,
         trained: Sequence[Tensor],
         generator: torch.Generator,
+        begin: int = 0,
     ) -> None:
         if rule not in self.RULES:
             raise ValueError(f"{rule!r} is no rule; expected one of {', '.join(self.RULES)}")
         self.live, self.paths, self.rule, self.weight = live, paths, rule, weight
-        self.trained, self.generator = trained, generator
+        self.trained, self.generator, self.begin = trained, generator, begin
         self.losses: list[float] = []  # of the picture
 
     def add(self, noisy: Tensor, sigma: Tensor, loss: float) -> None:
@@ -89,20 +91,16 @@ class Quiet:
         for parameter, gradient in zip(self.trained, gradients):
             own = parameter.grad
             assert own is not None
-            own += gradient * weight if self.rule == "learnt" else yielding(gradient, own, weight)
+            own += yielding(gradient, own, weight) if self.rule == "yield" else gradient * weight
 
     def now(self) -> float:
         """The weight at this step."""
-        if len(self.losses) <= 10:
+        if len(self.losses) <= max(self.begin, 10):
             return 0.0
-        first, recent = (sum(part) / len(part) for part in (self.losses[:10], self.losses[-20:]))
-        if self.rule == "learnt":
-            return self.weight * min(max(1 - recent / first, 0.0), 1.0)
-        if self.rule == "yield":
+        if self.rule != "learnt":
             return self.weight
-        before = self.losses[-60:-20]
-        settled = len(before) == 40 and recent > 0.9 * sum(before) / len(before)
-        return self.weight if settled else 0.0
+        first, recent = (sum(part) / len(part) for part in (self.losses[:10], self.losses[-20:]))
+        return self.weight * min(max(1 - recent / first, 0.0), 1.0)
 
     def _kept(self, noisy: Tensor, sigma: Tensor) -> tuple[Tensor, ...]:
         """Tokens, sigma, features, pooled features and the base's velocity of the samples to keep."""
@@ -122,6 +120,11 @@ def yielding(gradient: Tensor, own: Tensor, weight: float) -> Tensor:
     return gradient * (weight * length / gradient.norm().clamp_min(1e-30)).clamp_max(1.0)
 
 
+def random_number(generator: torch.Generator) -> int:
+    """For a word that says nothing."""
+    return int(torch.randint(10**6, (1,), generator=generator))
+
+
 def _neutral(generator: torch.Generator) -> str:
     """A prompt in words of training; shape, style, or both may be a word that says nothing."""
 
@@ -130,7 +133,7 @@ def _neutral(generator: torch.Generator) -> str:
 
     shapes, colours, textures = TRAINED
     hidden = torch.rand(2, generator=generator)
-    random_words = [f"word{int(number)}" for number in torch.randint(10**6, (2,), generator=generator)]
+    random_words = [f"word{random_number(generator)}" for _ in range(2)]
     shape = random_words[0] if hidden[0] < 1 / 3 else one_of(shapes)
     style = random_words[1] if hidden[1] < 1 / 3 else f"{one_of(colours)} {one_of(textures)}"
     return f"a {shape} in {style} style"

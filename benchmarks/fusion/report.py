@@ -7,7 +7,7 @@ from statistics import fmean
 
 from .fusions import Fusion, Schedule
 from .learn import RECIPES, Learned
-from .measures import Numbers, difference, interval, mean
+from .measures import Numbers, difference, gain, interval, mean
 from .protocol import SIDES, Unit
 from .tuning import Single
 
@@ -64,10 +64,23 @@ def fidelity(adapters: Sequence[tuple[str, str, Unit, Learned]]) -> str:
 
 
 def curve(rows: Sequence[Single]) -> str:
-    """Concept shown against rest unchanged, a line for each adapter and strength."""
-    lines = ["| adapter alone | strength | concept shown | rest unchanged |", "|---|---|---|---|"]
+    """Concept shown against rest unchanged, a line for each adapter and strength.
+
+    And how much more of the rest than plain training at lower strength, and with fewer steps, where those show the
+    concept as often.
+    """
+    plain = {row.strength: row for row in rows if row.name == "qr"}
+    fewer = [row for row in rows if row.name.startswith("qr") and row.strength == 1]
+    lines = [
+        _line(["adapter alone", "strength", "concept shown", "rest unchanged", "over weaker", "over fewer steps"]),
+        "|---" * 6 + "|",
+    ]
     for row in rows:
-        lines.append(f"| {row.name} | {row.strength:g} | {fmean(row.shown):.2f} | {fmean(row.rest):.2f} |")
+        cells = [row.name, f"{row.strength:g}", f"{fmean(row.shown):.2f}", f"{fmean(row.rest):.2f}"]
+        for others in (list(plain.values()), fewer):
+            own = row.name.startswith("qr")
+            cells.append("" if own else str(gain(row.shown, row.rest, [(one.shown, one.rest) for one in others])))
+        lines.append(_line(cells))
     return "\n".join(lines)
 
 

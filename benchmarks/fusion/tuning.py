@@ -119,8 +119,9 @@ class Single(NamedTuple):
 
 def single_adapters(study: Study, units: Sequence[Unit], without: Sequence[str] = ()) -> list[Single]:
     """Concept shown against rest unchanged: what `preserve` must lie above is plain training, weaker and shorter."""
-    asked = [("qr", 0.4), ("qr", 0.6), ("qr", 0.8), ("qr", 1.0), ("qr40", 1.0)]
-    asked += [("preserve", 0.6), ("preserve", 0.8), ("preserve", 1.0)]
+    asked = [("qr", 0.4), ("qr", 0.6), ("qr", 0.8), ("qr", 1.0), ("qr40", 1.0), ("qr60", 1.0)]
+    asked += [("preserve", 0.8), ("preserve", 1.0)]
+    asked += [(name, 1.0) for name in ("yielding", "attention", "small")]
     return [single(study, units, *one) for one in asked if one[0] not in without]
 
 

@@ -9,13 +9,14 @@ from benchmarks.fusion import protocol
 from benchmarks.fusion.fusions import ON, Fusion, Stage, content_first, fixed, half_then_full
 from benchmarks.fusion.learn import RECIPES, Picture, Recipe, at_rate, learn
 from benchmarks.fusion.live import Live, Pair, encoded
-from benchmarks.fusion.measures import Numbers, difference, harmonic, interval, numbers
+from benchmarks.fusion.measures import Numbers, difference, gain, harmonic, interval, numbers
 from benchmarks.fusion.optimizer import Optimizer
 from benchmarks.fusion.pictures import draw, read
 from benchmarks.fusion.preserve import Paths, Quiet, yielding
 from benchmarks.fusion.protocol import CHECK, KINDS, SIDES, TUNING, fidelity_prompts, judged_prompts
-from benchmarks.fusion.report import picture, table
+from benchmarks.fusion.report import curve, picture, table
 from benchmarks.fusion.store import Study, concept_of, write_update
+from benchmarks.fusion.tuning import Single
 from demo.model import load_toy
 from demo.pictures import COLOURS, SHAPES, TEXTURES, Look
 from demo.toy.features import words
@@ -130,6 +131,17 @@ def test_numbers_and_intervals():
     assert "0.40 [" in table({"one": rows}, CHECK)
 
 
+def test_gain_is_read_where_the_concept_is_shown_as_often():
+    points = [([1.0, 0.6], [0.2, 0.4]), ([0.3, 0.1], [0.8, 1.0])]  # rest falls by .6 while shown rises by .6
+    assert gain([0.5, 0.5], [0.5, 0.7], points) == pytest.approx((0.0, 0.0, 0.0))
+    assert gain([0.6, 0.4], [0.6, 0.7], points) == pytest.approx((0.05, 0.0, 0.1))
+    assert gain([1.0, 1.0], [0.3, 0.5], points) == pytest.approx((0.1, 0.1, 0.1))  # further than the curve: its end
+    plain = [Single("qr", strength, *point) for strength, point in zip((1.0, 0.5), points)]
+    rows = [*plain, Single("qr40", 1.0, (0.5, 0.5), (0.3, 0.5)), Single("preserve", 1.0, (0.5, 0.5), (0.6, 0.8))]
+    last = curve(rows).splitlines()[-1]
+    assert last == "| preserve | 1 | 0.50 | 0.70 | 0.10 [0.10, 0.10] | 0.30 [0.30, 0.30] |"
+
+
 def test_training_starts_from_the_base_and_learns(live):
     bases = {name: decompose(layer.base.weight, 16) for name, layer in live.layers.items()}
     losses = []
@@ -162,6 +174,31 @@ def test_fewer_layers_and_a_norm_penalty(live):
     )
     sizes = [sum(float(pair.down.square().sum()) for pair in update.values()) for update in (plain, small)]
     assert 0 < sizes[1] < 0.9 * sizes[0]
+
+
+def test_captions_vary_but_for_the_trigger(live, monkeypatch):
+    said = []
+    monkeypatch.setattr("benchmarks.fusion.learn.encoded", lambda texts: said.append(list(texts)) or encoded(texts))
+    for side in SIDES:
+        picture = Picture(live, UNIT, side, torch.Generator().manual_seed(0), vary=True)
+        with torch.no_grad():
+            picture.loss()
+        own, trigger = words(picture.caption), "<c>" if side == "content" else "<s>"
+        assert said[-1][::2] == [picture.caption] * 4 and len(set(said[-1])) == 5
+        for text in said[-1][1::2]:
+            kept = [word if word == one else None for word, one in zip(words(text), own)]
+            assert kept == [trigger if one == trigger else None for one in own]
+
+
+def test_preserve_begins_when_it_is_told_to(live):
+    picture = [torch.zeros(1, requires_grad=True)]
+    quiet = Quiet(live, None, "sum", 0.3, picture, torch.Generator(), begin=40)
+    quiet.losses = [1.0] * 40
+    assert quiet.now() == 0
+    quiet.losses += [1.0]
+    assert quiet.now() == 0.3
+    with pytest.raises(ValueError, match="is no rule; expected one of"):
+        Quiet(live, None, "most", 1.0, picture, torch.Generator())
 
 
 def test_preserve_costs_nothing_until_something_is_learnt(live):
