@@ -23,7 +23,7 @@ from . import learnt, optimizer, report
 from .measures import numbers
 from .protocol import CHECK, PICTURES, TUNING, TUNING_PICTURES, VERSION, Unit
 from .store import Study, trained
-from .tuning import REFERENCE, single_adapters, tuned
+from .tuning import PASSES, REFERENCE, single_adapters, tuned
 
 log = logging.getLogger(__name__)
 LEFT_OUT = ("lora", "lora8", "qr40", "qr60", "preserve", "yielding", "attention", "small")
@@ -78,7 +78,8 @@ def run(
     used = list(dict.fromkeys(one.adapters for one in fusions))
     print(f"Adapters of the check units:\n\n{report.fidelity(list(trained(study, check, used)))}\n")
     print(f"On {len(check)} check units:\n\n{report.table(results, check)}\n")
-    print(report.comparison(results, REFERENCE, check))
+    for reference in (REFERENCE, PASSES):
+        print(f"{report.comparison(results, reference, check)}\n")
     facts = {"version": VERSION, "date": str(datetime.date.today()), "pack": __version__, "machine": machine()}
     facts["pictures"] = study.pictures
     print(report.save(study.folder, check, results, facts))

@@ -114,7 +114,7 @@ def picture(results: Results, units: Sequence[Unit], path: Path) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 6), dpi=120, layout="constrained")
+    figure = Figure(figsize=(11, 6), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.fill_between((GOAL["words"], 1.02), GOAL["h"], 1.02, color="0.9", label="goal")
@@ -133,6 +133,6 @@ def picture(results: Results, units: Sequence[Unit], path: Path) -> Path:
     axes.set(
         xlim=(0, 1.02), ylim=(0, 1.02), xlabel="other words right, both adapters on", ylabel="both concepts shown, H"
     )
-    axes.legend(fontsize=8, loc="upper left")
+    figure.legend(fontsize=8, loc="outside right upper")  # as many methods as these leave no room inside
     figure.savefig(path)
     return path

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from qrlora_core.gate import DOUBLED, HALF_UNTIL
 
 from .fusions import Fusion, Schedule, Stage, content_first, content_then_base, fixed, half_then_full
-from .learn import LORA_RATES, RECIPES, Recipe, at_rate
+from .learn import LORA_RATES, RECIPES, at_rate
 from .learnt import NAME as LEARNT
 from .measures import h, harmonic, other_words
 from .optimizer import NAME as OPTIMIZER
@@ -18,7 +18,7 @@ from .protocol import Unit
 from .store import Study, concept_of, trained
 
 log = logging.getLogger(__name__)
-REFERENCE = "best fixed alpha, beta"  # what the others are compared with
+REFERENCE, PASSES = "best fixed alpha, beta", "Merge: by prompt, one pass each"  # what the others are compared with
 GRID = (0.2, 0.4, 0.6, 0.8, 1.0)
 SWITCHES, LATER_SWITCHES = (0.5, 0.6, 0.7), (0.3, 0.4)
 
@@ -156,7 +156,7 @@ def tuned(study: Study, units: Sequence[Unit], without: Sequence[str] = ()) -> I
         "Merge: by prompt, content first", "qr", content_first(0.5), True, content_then_base(0.5), half_then_full(0.5)
     )
     passes = fixed(1.0, DOUBLED)
-    yield Fusion("Merge: by prompt, one pass each", "qr", passes, True, style=half_then_full(HALF_UNTIL), separate=True)
+    yield Fusion(PASSES, "qr", passes, True, style=half_then_full(HALF_UNTIL), separate=True)
     if "lora" not in without:
         yield Fusion("plain LoRA, equal rank", "lora")
         yield replace(separate, name="plain LoRA, gate + separate passes", adapters="lora")
@@ -164,35 +164,45 @@ def tuned(study: Study, units: Sequence[Unit], without: Sequence[str] = ()) -> I
     yield best_everywhere(study, units, "content first", both_schedules())
     if "preserve" not in without:
         yield Fusion("preserve, plain sum", "preserve")
-        yield best_gated(study, units, "preserve, gate + schedule", "preserve")
+        yield replace(separate, name="preserve, gate + separate passes", adapters="preserve")
     for joint, name in ((OPTIMIZER, "LoRA-Optimizer, QR-LoRA"), (LEARNT, "learnt merge")):
         if joint in study.joints:
             yield Fusion(name, joint=joint)
-    for size, kind in (("rank", "lora"), ("parameters", "lora8")):
-        if kind not in without:
-            yield from own_choices(study, units, f"plain LoRA, equal {size}", kind)
+    if "lora" not in without:
+        yield from own_choices(study, units, "lora8" not in without)
 
 
-def own_choices(study: Study, units: Sequence[Unit], name: str, kind: str) -> Iterator[Fusion]:
-    """Plain LoRA at a learning rate and with factors of its own, by the rules by which QR-LoRA got them."""
-    adapters = best_rate(study, units, kind).name
-    yield Fusion(f"{name}, own rate", adapters)
-    yield best_everywhere(study, units, f"{name}, own rate and fixed factors", fixed_factors(), adapters=adapters)
-    yield best_gated(study, units, f"{name}, own rate, gate + separate passes", adapters, separate=True)
+def own_choices(study: Study, units: Sequence[Unit], equal_parameters: bool) -> Iterator[Fusion]:
+    """Plain LoRA at a learning rate and with factors of its own, by the rules by which QR-LoRA got them.
+
+    Args:
+        equal_parameters: also half the rank, at that rate and with those factors.
+    """
+    rate = best_rate(study, units)
+    adapters, name = at_rate(RECIPES["lora"], rate).name, "plain LoRA, own rate"
+    yield Fusion(name, adapters)
+    yield best_everywhere(study, units, f"{name} and fixed factors", fixed_factors(), adapters=adapters)
+    gated = best_gated(study, units, f"{name}, gate + separate passes", adapters, separate=True)
+    yield gated
     if OPTIMIZER in study.joints:
-        yield Fusion(f"LoRA-Optimizer, {name}, own rate", adapters, joint=OPTIMIZER)
+        yield Fusion(f"LoRA-Optimizer, {name}", adapters, joint=OPTIMIZER)
+    if equal_parameters:
+        half = at_rate(RECIPES["lora8"], rate).name
+        yield Fusion("plain LoRA, equal parameters", half)
+        yield replace(gated, name="plain LoRA, equal parameters, gate + separate passes", adapters=half)
 
 
-def best_rate(study: Study, units: Sequence[Unit], kind: str) -> Recipe:
-    """The learning rate at which contents and styles alone are read right most often, on words of training.
+def best_rate(study: Study, units: Sequence[Unit]) -> float:
+    """The learning rate at which plain LoRA's contents and styles alone are read right most, on words of training.
 
     Where several are equal, that of fewer steps.
     """
 
-    def reached(recipe: Recipe) -> tuple[float, float]:
+    def reached(rate: float) -> tuple[float, float]:
+        recipe = at_rate(RECIPES["lora"], rate)
         made = [one for *_, one in trained(study, units, [recipe.name], ("content", "style"))]
         found = statistics.fmean(one.fidelity for one in made), -statistics.fmean(one.steps for one in made)
         log.info("%s: read right %.3f after %.0f steps", recipe.name, found[0], -found[1])
         return found
 
-    return max((at_rate(RECIPES[kind], rate) for rate in LORA_RATES), key=reached)
+    return max(LORA_RATES, key=reached)
