@@ -166,7 +166,7 @@ def _line(draw: ImageDraw.ImageDraw, points: Sequence[Point], color: tuple[int, 
     if len(points) == 1:
         x, y = points[0]
         draw.ellipse([x - 2 * width, y - 2 * width, x + 2 * width, y + 2 * width], fill=color)
-    else:
+    elif points:
         draw.line(list(points), fill=color, width=width, joint="curve")
 
 

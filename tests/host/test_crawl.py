@@ -210,8 +210,10 @@ def test_no_input_of_any_node_does_harm(server, outside):
         if graph is None or kind == "QRLoRATrain":
             continue
         crawled.add(kind)
-        for name, (what, settings) in inputs_of(info, kind).items():
-            for value in hostile_values(what, settings, outside):
+        for place, (name, (what, settings)) in enumerate(inputs_of(info, kind).items()):
+            values = hostile_values(what, settings, outside)
+            # six texts that are read in one way, and a large picture after each run: each value for two of them
+            for value in values[place % 3 :: 3] if (kind, what) == ("QRLoRABalance", "STRING") else values:
                 changed = {**graph, "node": {"class_type": kind, "inputs": {**graph["node"]["inputs"], name: value}}}
                 status, ticket = submit(server, changed)
                 answers[status] = answers.get(status, 0) + 1

@@ -79,6 +79,9 @@ def small(prompt, model):
             kind, inputs = "QRLoRATestClip", {"width": width, "pooled": True}
         if kind in lists:
             inputs["delta_r_name" if "DeltaR" in kind else "lora_name"] = next(lists[kind])
+        if kind == "FluxKontextImageScale":  # to a million pixels, whatever the picture
+            kind, inputs = "ImageScale", {**inputs, "upscale_method": "area", "crop": "disabled"}
+            inputs |= {"width": SIZE, "height": SIZE}
         if kind == "LoadImage":
             inputs["image"] = "picture 0.png"
         if kind == "QRLoRATrain":

@@ -21,6 +21,11 @@ def pixels(image, color):
     return np.nonzero(far < 40)
 
 
+def test_steps_without_a_smoothed_loss_are_drawn():
+    """Events of a run that was cut short, or that were damaged."""
+    assert loss_image([{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.4}], "x").getcolors(1 << 20) is not None
+
+
 def test_a_falling_loss_falls_in_the_picture():
     rows, columns = pixels(loss_image(events([1 - step / 200 for step in range(100)]), "falls"), BLUE)
     left, right = rows[columns < 200].mean(), rows[columns > 850].mean()
