@@ -223,8 +223,8 @@ def test_relatives_are_told_apart(tmp_path):
 def test_a_diffusers_that_is_too_old_names_the_command(family):
     _, _, folder = family
     source = BaseModel(folder / "model.safetensors")
-    source.backbone = replace(source.backbone, model_class="OfTomorrow2DModel")
-    with pytest.raises(TrainError, match="does not know .* -m pip install --upgrade diffusers") as caught:
+    source.backbone = replace(source.backbone, model_class="OfTomorrow2DModel", since="9.1")
+    with pytest.raises(TrainError, match='does not know .*, which needs 9.1: .* --upgrade "diffusers>=9.1"') as caught:
         load_transformer(source)
     assert caught.value.reason == "library"
 

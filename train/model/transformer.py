@@ -169,7 +169,8 @@ def _model_class(backbone: Backbone) -> Any:
     except AttributeError as error:
         raise TrainError(
             "library",
-            f"diffusers {diffusers.__version__} does not know {backbone.title}; {install_hint('--upgrade diffusers')}",
+            f"diffusers {diffusers.__version__} does not know {backbone.title}, which needs {backbone.since}: "
+            + install_hint(f'--upgrade "diffusers>={backbone.since}"'),
         ) from error
 
 

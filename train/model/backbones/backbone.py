@@ -55,6 +55,7 @@ class Backbone:
         title: its name for people.
         advice: which models to use, for messages.
         model_class: of diffusers.
+        since: the first version of diffusers that has it and that the trainer works with.
         file_mark: a key that ComfyUI's files of the family have and no other's; "" when they use diffusers' names.
         folder_mark: a key that diffusers' folders of the family have and no other's.
         block_lists: where the model's lists of blocks lie, in network order; a model need not have all of them.
@@ -87,6 +88,7 @@ class Backbone:
     title: str
     advice: str
     model_class: str
+    since: str
     file_mark: str
     folder_mark: str
     block_lists: tuple[str, ...]

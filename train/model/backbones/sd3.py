@@ -127,6 +127,7 @@ SD3 = Backbone(
     title="SD3.5",
     advice=_ADVICE,
     model_class="SD3Transformer2DModel",
+    since="0.35",
     file_mark="joint_blocks.0.x_block.attn.qkv.weight",
     folder_mark="pos_embed.pos_embed",
     block_lists=("transformer_blocks",),

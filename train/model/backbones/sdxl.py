@@ -179,6 +179,7 @@ SDXL = Backbone(
     title="SDXL",
     advice=_ADVICE,
     model_class="UNet2DConditionModel",
+    since="0.35",
     # Stable Diffusion 1 and 2 have one block in each place
     file_mark="input_blocks.7.1.transformer_blocks.1.attn1.to_q.weight",
     folder_mark="down_blocks.2.attentions.0.transformer_blocks.1.attn1.to_q.weight",

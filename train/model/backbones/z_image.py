@@ -116,6 +116,7 @@ Z_IMAGE = Backbone(
     title="Z-Image",
     advice=_ADVICE,
     model_class="ZImageTransformer2DModel",
+    since="0.36",
     file_mark="layers.0.attention.qkv.weight",
     folder_mark="all_x_embedder.2-1.weight",
     block_lists=_BLOCKS,
