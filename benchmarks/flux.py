@@ -13,6 +13,7 @@ from torch import Tensor
 from qrlora_core import LayerTarget, flux_targets
 from qrlora_core.storage import TensorSpec
 from qrlora_core.writing import header_bytes
+from train.model.backbones import FLUX
 
 
 class RandomSource:
@@ -26,6 +27,7 @@ class RandomSource:
     """
 
     path = Path("random")
+    backbone = FLUX
 
     def __init__(
         self, double: int, single: int, hidden: int, text: int = 4096, pooled: int = 768, dtype: Any = torch.bfloat16
@@ -43,7 +45,7 @@ class RandomSource:
             "guidance_embeds": True,
             "axes_dims_rope": [16, 56, 56],
         }
-        self.blocks, self._hidden = (double, single), hidden
+        self.blocks, self._hidden = {"transformer_blocks": double, "single_transformer_blocks": single}, hidden
         with init_empty_weights():
             model = FluxTransformer2DModel(**self.config)
         self.specs = {name: TensorSpec(dtype, tuple(value.shape)) for name, value in model.state_dict().items()}
@@ -61,7 +63,13 @@ class RandomSource:
         return self.tensor(f"{layer}.weight")
 
     def targets(self, wanted: Iterable[str] = ()) -> tuple[LayerTarget, ...]:
-        return flux_targets(*self.blocks, self._hidden)
+        return flux_targets(*self.blocks.values(), self._hidden)
+
+    def in_layer(self, name: str) -> bool:
+        """Whether a parameter is the weight or bias of a linear layer of a block."""
+        weight = f"{name.removesuffix('.bias')}.weight" if name.endswith(".bias") else name
+        shape = self.specs[weight].shape if weight in self.specs else ()
+        return len(shape) == 2 and bool(self.backbone.block_of(name))
 
     def write(self, path: Path) -> Path:
         """The model as a diffusers-layout safetensors file, one tensor in memory at a time."""

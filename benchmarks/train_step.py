@@ -1,6 +1,7 @@
 """One training step: ours, a peft LoRA of the same rank on the same layers, and the published layer, in one run.
 
     python -m benchmarks.train_step                                   a mid-size FLUX on this machine's processor
+    python -m benchmarks.train_step --families                        a small model of every family in turn
     python -m benchmarks.train_step --real --device cuda --storage fp8 --pixels 1024          FLUX.1-dev's size
 
 All sides run in turn on one frozen base model with random weights, with the same batch, loss and AdamW. Time: forward,
@@ -14,6 +15,7 @@ import argparse
 import ctypes
 import gc
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,12 +26,15 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from benchmarks.common import machine
+from benchmarks.families import FAMILIES, POOLED
 from benchmarks.flux import RandomSource
 from qrlora_core import Basis, EncodedText, LayerTarget
 from train.config import FitConfig
 from train.data.batches import Batch
+from train.model.backbones import Backbone
 from train.model.backbones.flux import FLUX
 from train.model.layer import inject
+from train.model.source import BaseModel
 from train.model.transformer import DTYPES, load_transformer
 from train.run.denoise import denoising_loss
 from train.run.optim import make_optimizer
@@ -82,6 +87,8 @@ SIDES = {"ours": put_ours, "peft": put_peft, "published": put_published}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--real", action="store_true", help="FLUX.1-dev's size; needs a GPU")
+    parser.add_argument("--families", nargs="*", metavar="NAME", help=f"of {', '.join(FAMILIES)}; without names all")
+    parser.add_argument("--heads", type=int, default=4, help="width of the families' models, in multiples of 128")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--storage", default="", help="bf16, fp8, int8, nf4, fp32 (default: the precision)")
     parser.add_argument("--precision", default="", help="bf16 or fp32 (default: fp32 on a CPU, bf16 elsewhere)")
@@ -93,13 +100,25 @@ def main() -> None:
     args.precision = args.precision or ("fp32" if args.device == "cpu" else "bf16")
     args.storage = args.storage or args.precision
     print(machine())
-    measure(args)
+    if args.families is None:
+        sizes = (19, 38, 3072) if args.real else (2, 4, 512)
+        source = RandomSource(*sizes, dtype=torch.bfloat16 if args.real else torch.float32)
+        measure(args, source, FLUX, random_batch(args.pixels // 8, 512 if args.real else 128))
+        return
+    for name in args.families or FAMILIES:
+        family = FAMILIES[name]
+        print(f"\n{name}")
+        with tempfile.TemporaryDirectory() as folder:
+            model = BaseModel(family.write(Path(folder), args.heads))
+            pooled = POOLED if family.pooled else 0
+            side = args.pixels // family.pixels
+            measure(
+                args, model, model.backbone, random_batch(side, family.tokens, family.channels, family.text, pooled)
+            )
 
 
-def measure(args: argparse.Namespace) -> None:
+def measure(args: argparse.Namespace, source: Any, backbone: Backbone, batch: Batch) -> None:
     device, dtype = torch.device(args.device), DTYPES[args.precision]
-    sizes = (19, 38, 3072) if args.real else (2, 4, 512)
-    source: Any = RandomSource(*sizes, dtype=torch.bfloat16 if args.real else torch.float32)
     model = load_transformer(source, args.storage, args.precision, device)
     if not args.no_checkpointing:
         model.enable_gradient_checkpointing()
@@ -109,7 +128,6 @@ def measure(args: argparse.Namespace) -> None:
         q = torch.linalg.qr(torch.randn(target.shape[0], args.rank, device=device)).Q
         bases[target.name] = Basis(q, torch.randn(args.rank, target.shape[1], device=device))
     config = make_config(FitConfig, {"model": "-", "data": "-", "run_dir": "-", "rank": args.rank, "weight_decay": 0.0})
-    batch = random_batch(args.pixels, 512 if args.real else 128)
     owners = {target.name: model.get_submodule(target.name) for target in targets}
 
     def restore() -> None:
@@ -126,11 +144,13 @@ def measure(args: argparse.Namespace) -> None:
             SIDES[side](model, targets, args.rank, bases.__getitem__, dtype)
             parameters = [p for p in model.parameters() if p.requires_grad]
             optimizer = make_optimizer(parameters, config)
-            step(model, batch, config, optimizer, device, dtype)  # the optimizer's state and the allocator warm up
+            step(
+                model, backbone, batch, config, optimizer, device, dtype
+            )  # the optimizer's state and the allocator warm up
             before = peak(device, reset=True)
             clock = time.process_time if device.type == "cpu" else time.perf_counter
             start = clock()
-            step(model, batch, config, optimizer, device, dtype)
+            step(model, backbone, batch, config, optimizer, device, dtype)
             elapsed, grown = clock() - start, peak(device) - before
             if index:
                 seconds[side].append(elapsed)
@@ -145,18 +165,26 @@ def measure(args: argparse.Namespace) -> None:
     report(seconds, memory, counts, states)
 
 
-def step(model: Any, batch: Batch, config: FitConfig, optimizer: Any, device: torch.device, dtype: torch.dtype) -> None:
-    denoising_loss(model, FLUX, batch, config, device, dtype).backward()  # type: ignore[no-untyped-call]
+def step(
+    model: Any,
+    backbone: Backbone,
+    batch: Batch,
+    config: FitConfig,
+    optimizer: Any,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    denoising_loss(model, backbone, batch, config, device, dtype).backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def random_batch(pixels: int, tokens: int) -> Batch:
-    side = pixels // 8
-    latents, noise = torch.randn(2, 1, 16, side, side)
-    text = EncodedText(torch.randn(1, tokens, 4096), torch.randn(1, 768))
+def random_batch(side: int, tokens: int, channels: int = 16, width: int = 4096, pooled: int = 768) -> Batch:
+    """One picture of side x side latent pixels."""
+    latents, noise = torch.randn(2, 1, channels, side, side)
+    text = EncodedText(torch.randn(1, tokens, width), torch.randn(1, pooled) if pooled else None)
     return Batch(latents, noise, torch.tensor([0.5]), text, None)
 
 

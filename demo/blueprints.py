@@ -67,6 +67,26 @@ def blueprints() -> dict[str, Blueprint]:
             [*files, ("merge", "act")],
             titles,
         ),
+        "Merge two LoRAs": Blueprint(
+            "Any two ordinary LoRAs of one model, of any ranks, with a strength for each.",
+            {
+                "first": node("QRLoRALoadLoRA", lora_name="first_lora.safetensors"),
+                "second": node("QRLoRALoadLoRA", lora_name="second_lora.safetensors"),
+                "merge": node(
+                    "QRLoRAMerge",
+                    alpha=0.8,
+                    beta=0.8,
+                    delta_r_style=["first", 0],
+                    delta_r_content=["second", 0],
+                    on_basis_mismatch="stack",
+                ),
+                "apply": node("QRLoRAApply", delta_r=["merge", 0], strength=1.0),
+            },
+            {"model": [("apply", "model")]},
+            {"model": ("apply", 0)},
+            [("first", "lora_name"), ("second", "lora_name"), ("merge", "alpha"), ("merge", "beta")],
+            {"first": "First", "second": "Second"},
+        ),
         "Merge two adapters into a LoRA": Blueprint(
             "Two adapters and their strengths as one standard LoRA in models/loras, which works without this pack.",
             {**merged, "export": node("QRLoRAExportLoRA", delta_r=["merge", 0], filename="merged")},

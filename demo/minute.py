@@ -22,7 +22,7 @@ from .toy.features import SIZE
 
 NAME = "QR-LoRA in a minute"
 FOLDER = PACK / "example_workflows"
-THUMBNAIL = (480, 480)
+THUMBNAIL = (360, 360)
 GRID = "0, 0.5, 1"
 SEED = 15  # chosen among 32, see `demo.noise`
 PICTURE = "qr_lora_in_a_minute.jpg"  # in web/, where web/qrlora_example.js finds it
@@ -111,9 +111,9 @@ def main() -> int:
         made = template(info)
     (FOLDER / f"{NAME}.json").write_text(json.dumps(made, indent=1, ensure_ascii=True) + "\n", encoding="utf-8")
     sheet.thumbnail(THUMBNAIL)
-    sheet.save(FOLDER / f"{NAME}.jpg", quality=78, optimize=True)
-    sheet.thumbnail((380, 380))
-    sheet.save(PACK / "web" / PICTURE, quality=80, optimize=True)
+    sheet.save(FOLDER / f"{NAME}.jpg", quality=62, optimize=True, progressive=True)
+    sheet.thumbnail((320, 320))
+    sheet.save(PACK / "web" / PICTURE, quality=62, optimize=True, progressive=True)
     print(FOLDER / f"{NAME}.json")
     return 0
 

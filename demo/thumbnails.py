@@ -32,6 +32,7 @@ from .toy.files import BASE, FOLDER
 DOCS = PACK / "docs"
 TILE, GAP = 256, 64
 SEED = 9  # of 32 the one from which a plain sum is drawn clearest, by eye
+EDITED = "a ring in green checked style"
 PAPER, INK = "#f4f1ea", "#33302a"
 
 
@@ -52,7 +53,7 @@ def main() -> None:
     }
     for name, picture in made.items():
         picture.thumbnail(THUMBNAIL)
-        picture.convert("RGB").save(TEMPLATES / f"{name}.jpg", quality=78, optimize=True)
+        picture.convert("RGB").save(TEMPLATES / f"{name}.jpg", quality=70, optimize=True, progressive=True)
     registry(pictures[CONTENT.name], pictures[STYLE.name], drawn["merged"])
 
 
@@ -60,17 +61,24 @@ def two_loras(style: Adapter, content: Adapter, drawn: dict[str, Image.Image]) -
     """Template -> what its merge does, shown by the toy: two files that become one, and both from nothing to all."""
     toy, files = load_toy(BASE), [MergeRecipe.of(one) for one in (style, content)]
 
+    def both(strength: float) -> Adapter:
+        return merged_adapter(merge(files[0], strength, files[1], strength))
+
     def at(strength: float) -> Image.Image:
-        merged = merged_adapter(merge(files[0], strength, files[1], strength))
-        return to_image(sample(patched(toy, merged), [MERGED_PROMPT], [SEED])[0])
+        return to_image(sample(patched(toy, both(strength)), [MERGED_PROMPT], [SEED])[0])
 
     rising: list[Image.Image | str] = []
     for strength in (0.0, 0.4, 0.7, 1.0):
         rising += ([">"] if rising else []) + [at(strength)]
     summed = row([drawn["content"], "+", drawn["style"], "=", at(0.8)])
+    plain, edited = (to_image(sample(by, [EDITED], [SEED])[0]) for by in (toy, patched(toy, both(0.8))))
     return {
         "Merge two LoRAs": titled(summed, "two LoRAs, Z-Image"),
         "Merge two LoRAs, FLUX2 klein": titled(row(rising), "two LoRAs, FLUX.2 klein"),
+        "Merge two LoRAs, Qwen-Image": titled(
+            row([drawn["style"], "+", drawn["content"], "=", at(1.0)]), "two LoRAs, Qwen-Image"
+        ),
+        "Edit with two LoRAs, Kontext": titled(row([plain, ">", edited]), "an edit, FLUX.1 Kontext"),
     }
 
 

@@ -4,6 +4,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from . import adapter_routes
 from .apply import Apply
+from .balance import Balance
 from .block_scale import BlockScaleNode
 from .create_hook import CreateHook
 from .demo import ToyAdapter, ToyModel, ToyTextEncoder, ToyVAE
@@ -33,6 +34,7 @@ NODES: list[type[io.ComfyNode]] = [
     Train,
     TrainOptionsNode,
     Similarity,
+    Balance,
     ScaleSweep,
     ContactSheetNode,
     BlockScaleNode,

@@ -14,6 +14,7 @@ import torch
 from comfy_api.latest import io
 
 from ..qrlora_core import MergeRecipe, Residual, SettingError
+from . import sockets
 
 _SHOWN = 60
 
@@ -39,13 +40,15 @@ def _is_finite(value: Any) -> bool:
 
 
 _SOCKETS: Mapping[str, Expected] = {
-    "DELTA_R": Expected(
+    sockets.DeltaR.io_type: Expected(
         lambda value: isinstance(value, MergeRecipe),
         "a \u0394R adapter or merge",
         "connect Load \u0394R Adapter or Merge \u0394R",
     ),
-    "RESIDUAL": Expected(lambda value: isinstance(value, Residual), "a residual", "connect Load FLUX Residual"),
-    "QRLORA_TRAIN_OPTIONS": Expected(_with("fit_fields"), "options of training", "connect Train \u0394R Options"),
+    sockets.Residual.io_type: Expected(
+        lambda value: isinstance(value, Residual), "a residual", "connect Load FLUX Residual"
+    ),
+    sockets.TrainOptions.io_type: Expected(_with("fit_fields"), "options of training", "connect Train \u0394R Options"),
     "MODEL": Expected(_with("model", "clone"), "a model", "connect a model loader"),
     "CLIP": Expected(
         _with("tokenize", "encode_from_tokens_scheduled"),
@@ -57,6 +60,9 @@ _SOCKETS: Mapping[str, Expected] = {
     "LORA_STACK": Expected(lambda value: isinstance(value, list | tuple), "a stack of LoRAs", "connect a LoRA stacker"),
     "IMAGE": Expected(
         lambda value: isinstance(value, torch.Tensor) and value.dim() == 4, "pictures", "connect Load Image"
+    ),
+    "SIGMAS": Expected(
+        lambda value: isinstance(value, torch.Tensor) and value.dim() == 1, "sigmas", "connect a scheduler"
     ),
     "STRING": Expected(lambda value: isinstance(value, str), "a text", "connect or write one"),
     "COMBO": Expected(lambda value: isinstance(value, str), "one of the listed words", "choose one"),

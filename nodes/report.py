@@ -1,9 +1,22 @@
 """The few lines that a node shows about what it did."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from ..qrlora_core import Adapter, BlockScale, MergeRecipe, MergeReport, Residual, Schedule, SimilarityReport, SweepCell
+from ..qrlora_core import (
+    ACTS,
+    CHOICES,
+    Adapter,
+    BlockScale,
+    MergeRecipe,
+    MergeReport,
+    Residual,
+    Saved,
+    Schedule,
+    SimilarityReport,
+    SweepCell,
+)
 from ..qrlora_plots import ContactSheet, head_lines
 
 
@@ -24,6 +37,20 @@ def residual_text(residual: Residual) -> str:
     size = sum(spec.nbytes for spec in residual.layers.values())
     dtypes = sorted({str(spec.dtype).removeprefix("torch.") for spec in residual.layers.values()})
     return f"{len(residual.layers)} layers, {size / 1e9:.2f} GB, {', '.join(dtypes)}"
+
+
+_MANY_FILES = 4
+
+
+def saved_text(saved: Saved, name: str, folder: str) -> str:
+    """Which file in which folder, and whether it was written now."""
+    lines = [f"{folder}/{name} holds this already: nothing is written"]
+    if saved.is_new:
+        size = f"{saved.path.stat().st_size / 1e6:.1f} MB"
+        lines = [f"saved {folder}/{name} ({size}); the lists of files have it"]
+    if saved.files >= _MANY_FILES:
+        lines.append(f"{saved.files} files have this name by now; bypass this node while you turn strengths")
+    return "\n".join(lines)
 
 
 def merge_text(recipe: MergeRecipe, done: MergeReport, missing: Sequence[str] = ()) -> str:
@@ -52,12 +79,48 @@ def merge_text(recipe: MergeRecipe, done: MergeReport, missing: Sequence[str] = 
     return "\n".join(lines)
 
 
+def balance_text(
+    told: Mapping[str, Any], missing: Sequence[str], evaluations: int, seconds: float, other: Sequence[str] = CHOICES
+) -> str:
+    """What is chosen, what it does, what else could be chosen, and what measuring took."""
+    chosen = told["chosen"]
+    lines = [f"{name}: nothing connected, or bypassed" for name in missing]
+    lines.append(f"{told['choice']}: {_setting(chosen)}")
+    for name in ("style", "content"):
+        if chosen[name] is not None:
+            lines.append(f"{name}: {chosen[name]:.2f} of its effect, purity {chosen[f'{name}_purity']:.2f}")
+        elif name not in missing:
+            lines.append(f"{name}: it changes nothing on this prompt")
+    if ACTS[chosen["act"]].by_prompt:
+        lines.append("drift 0: by the prompt. Encode prompts with QR-LoRA Prompt")
+    else:
+        lines.append(f"drift {chosen['drift']:.2f} ({100 * chosen['moved']:.1f} % of the model's own prediction)")
+    pulls = [(key, value) for key, value in told["pull_without_a_gate"].items() if value is not None]
+    if len(pulls) == 2:
+        lines.append(
+            "without a gate, at 1: " + ", ".join(f"{key.replace('_', ' ')} {value:.2f}" for key, value in pulls)
+        )
+    lines += [f"{name} would be {_setting(told['proposals'][name])}" for name in other if name != told["choice"]]
+    measured = f"{evaluations} predictions in {seconds:.0f} s" if evaluations else "known from the last time"
+    return "\n".join([*lines, measured])
+
+
+def nothing_to_balance() -> str:
+    """Where no adapter is there."""
+    return "no adapter is connected, or all are bypassed: nothing to measure"
+
+
+def _setting(cell: Mapping[str, Any]) -> str:
+    switch = "" if cell["switch"] is None else f", switch {cell['switch']:g}"
+    return f"{cell['act']}, alpha {cell['alpha']:g}, beta {cell['beta']:g}{switch}"
+
+
 def block_text(scale: BlockScale, recipe: MergeRecipe) -> str:
     """What differs from 1, and how many layers have which factor, by this node alone."""
     counts = Counter(round(scale.factor(name), 6) for name in recipe.layer_names)
     if not recipe.terms:
         return "no adapter is connected, or it is bypassed"
-    lines = [str(scale)]
+    lines = [str(scale), *scale.beyond(recipe.layer_names)]
     for factor, count in sorted(counts.items(), reverse=True):
         lines.append(f"{count} layers " + ("off" if factor == 0 else f"x {factor:g}"))
     return "\n".join(lines)

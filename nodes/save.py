@@ -1,7 +1,6 @@
-"""Nodes that write files: adapters, plain LoRAs, residuals. Nothing that exists is ever overwritten."""
+"""Nodes that write files: adapters, plain LoRAs, residuals. Nothing that exists is overwritten, or written twice."""
 
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from ..qrlora_core import (
     BasisMismatchError,
     LayerTarget,
     MergeRecipe,
+    Saved,
     SettingError,
     WeightSlice,
     decompose,
@@ -20,13 +20,13 @@ from ..qrlora_core import (
     merged_adapter,
     own_basis,
     residual_weight,
-    save_adapter,
+    save_once,
     storage_tolerance,
     truncated,
     write_residual,
 )
 from ..qrlora_core.save import AdapterFormat
-from . import host, sockets
+from . import host, report, sockets
 from .arrivals import Node
 from .host import folders
 from .lora_stack import Entry, stack_entries, stack_input, stack_output, with_file
@@ -43,7 +43,7 @@ class SaveDeltaR(Node):
             "QRLoRASaveDeltaR",
             "Save \u0394R Adapter",
             "Writes an adapter or a merge to models/qrlora, or to models/loras, where every LoRA loader finds it. A "
-            "name that is taken gets a number.",
+            "name that is taken gets a number, unless that file holds the same already.",
             inputs=[
                 sockets.DeltaR.Input("delta_r", tooltip="From Load \u0394R Adapter or Merge \u0394R."),
                 _filename("merged", "the folder"),
@@ -93,11 +93,13 @@ class SaveDeltaR(Node):
         if kind == folders.LORAS and format == "published":
             raise SettingError("a published file is no LoRA: save it to models/qrlora, or choose the format portable")
         adapter = merged_adapter(delta_r, progress=host.interruptible)
-        path = free_name(folders.save_folder(kind), filename)
         base_r = _base_r_of(model, adapter) if model is not None else None
-        save_adapter(adapter, path, format=format, base_r=base_r, dtype=_DTYPES.get(dtype), progress=host.interruptible)
+        saved = save_once(
+            adapter, folders.save_folder(kind), filename,
+            format=format, base_r=base_r, dtype=_DTYPES.get(dtype), progress=host.interruptible,
+        )  # fmt: skip
         note = "" if not stack or kind == folders.LORAS else "not in lora_stack: LoRA loaders look into models/loras"
-        return _saved(path, kind, note, stack)
+        return _saved(saved, kind, note, stack)
 
 
 class ExportLoRA(Node):
@@ -109,7 +111,8 @@ class ExportLoRA(Node):
             "QRLoRAExportLoRA",
             "Export as LoRA",
             "Writes an adapter or a merge as a standard LoRA to models/loras, for ComfyUI's own Load LoRA, diffusers "
-            "and others. In float32 it changes the model exactly as Apply QR-LoRA does.",
+            "and others. In float32 it changes the model exactly as Apply QR-LoRA does. What is there already is not "
+            "written again.",
             inputs=[
                 sockets.DeltaR.Input("delta_r", tooltip="From Load \u0394R Adapter or Merge \u0394R."),
                 _filename("qr_lora", "models/loras"),
@@ -144,9 +147,9 @@ class ExportLoRA(Node):
         if rank:
             adapter, lost = truncated(adapter, rank, host.with_progress)
             note = f"rank {adapter.rank}: {100 * lost:.2g} % of the energy left out"
-        path = free_name(folders.save_folder(folders.LORAS), filename)
-        save_adapter(adapter, path, dtype=_DTYPES.get(dtype), progress=host.interruptible)
-        return _saved(path, folders.LORAS, note, stack)
+        folder = folders.save_folder(folders.LORAS)
+        saved = save_once(adapter, folder, filename, dtype=_DTYPES.get(dtype), progress=host.interruptible)
+        return _saved(saved, folders.LORAS, note, stack)
 
 
 class SaveResidual(Node):
@@ -204,7 +207,7 @@ class SaveResidual(Node):
         if adapter is not None and adapter.basis_fingerprint:
             metadata["qrlora.basis_fingerprint"] = adapter.basis_fingerprint
         write_residual(path, targets, _stepwise(targets, residual_of), dtype=_DTYPES[dtype], metadata=metadata)
-        return _saved(path, folders.FOLDER)
+        return _saved(Saved(path, True, 1), folders.FOLDER)
 
 
 def _filename(default: str, folder: str) -> Any:
@@ -219,15 +222,18 @@ def _dtype_input(default: str, tooltip: str) -> Any:
     return io.Combo.Input("dtype", options=options, default=default, optional=True, tooltip=tooltip)
 
 
-def _saved(path: Path, kind: str, note: str = "", stack: Sequence[Entry] | None = None) -> io.NodeOutput:
-    """Name and report of a file that was written, and for nodes that hand on a stack, the stack with it."""
+def _saved(saved: Saved, kind: str, note: str = "", stack: Sequence[Entry] | None = None) -> io.NodeOutput:
+    """Name and report of a file that was written, and for nodes that hand on a stack, the stack with it.
+
+    The page makes its lists of files anew when it reads `qrlora_saved`.
+    """
     folders.forget_names(kind)
-    name = path.relative_to(folders.save_folder(kind).resolve()).as_posix()
-    text = f"saved {name} ({path.stat().st_size / 1e6:.1f} MB)" + (f"\n{note}" if note else "")
+    name = saved.path.relative_to(folders.save_folder(kind).resolve()).as_posix()
+    text = report.saved_text(saved, name, folders.spoken(kind)) + (f"\n{note}" if note else "")
     results: list[Any] = [name]
     if stack is not None:
         results.append(with_file(stack, name) if kind == folders.LORAS else list(stack))
-    return io.NodeOutput(*results, ui={"text": [text]})
+    return io.NodeOutput(*results, ui={"text": [text], "qrlora_saved": [saved.is_new]})
 
 
 def _stepwise(targets: tuple[LayerTarget, ...], residual_of: Callable[[str], Tensor]) -> Callable[[str], Tensor]:

@@ -10,8 +10,10 @@ from comfy_api.latest import io
 CATEGORY = "QR-LoRA"
 ADVANCED = f"{CATEGORY}/advanced"
 
-DeltaR = io.Custom("DELTA_R")
-Residual = io.Custom("RESIDUAL")
+# A list of types connects to whatever has one of them, at both ends and on every host: the names without the prefix are
+# in graphs that were saved before it, on subgraphs' sockets, and on nodes of other packs.
+DeltaR = io.Custom("QRLORA_DELTA_R,DELTA_R")
+Residual = io.Custom("QRLORA_RESIDUAL,RESIDUAL")
 TrainOptions = io.Custom("QRLORA_TRAIN_OPTIONS")
 
 

@@ -20,6 +20,7 @@ from .training.jobs import JOBS
 from .training.request import Request, from_widgets
 from .training.runs import RunFolder
 from .training.service import finished_text, reporting, train
+from .training.strengths import show_strengths
 
 _SHOWN_SAMPLES = 16
 _LOG_LINES = 60
@@ -47,6 +48,11 @@ class Train(Node):
                 io.Image.Output(display_name="samples", tooltip="The sample pictures of the run, oldest first."),
                 io.String.Output(display_name="adapter_name", tooltip="The file's name inside the folder."),
                 io.String.Output(display_name="log", tooltip="The last lines of the trainer's log."),
+                io.Image.Output(
+                    display_name="strengths",
+                    tooltip="Pictures with and without the trigger at strengths 0 to 1, and how much of the concept "
+                    "and of the rest changes with strength.",
+                ),
             ],
             hidden=[io.Hidden.unique_id],
             is_input_list=True,
@@ -85,22 +91,25 @@ class Train(Node):
     def execute(cls, **inputs: Any) -> io.NodeOutput:
         job = JOBS.start(str(cls.hidden.unique_id), session.prompt_id(), session.send)
         with reporting(job):
-            images = inputs.pop("images", None)
-            request = from_widgets(images, **{name: value[0] for name, value in inputs.items()})
+            images, class_images = inputs.pop("images", None), inputs.pop("class_images", None)
+            widgets = {name: value[0] for name, value in inputs.items()}
+            request = from_widgets(images, class_images=class_images, **widgets)
             trained = train(request, job)
             if (version := _version(trained.path)) is not None:
                 _published[trained.path] = version
             name = trained.path.relative_to(folders.place(request.folder).resolve()).as_posix()
-            curve = pictures.loss_curve(job.steps(), name)
+            curve = pictures.loss_curve(job.steps(), name, job.validation())
             decoded = _samples(trained.run, request)
             if decoded is not None:
                 pictures.write_preview(trained.path, decoded[-1])
             samples = pictures.note(_NO_SAMPLES) if decoded is None else decoded
+            strengths = show_strengths(trained.run, request)
             text = finished_text(trained, job)
             job.tell("finished", text)
             shown = "\n".join([*request.warnings, text, report.adapter_text(trained.recipe.adapters[0])])
             log = _log_tail(trained.run.log)
-            return io.NodeOutput(trained.recipe, curve, samples, name, log, ui={"text": [shown]})
+            shown_by_page = {"text": [shown], "qrlora_saved": [True]}
+            return io.NodeOutput(trained.recipe, curve, samples, name, log, strengths, ui=shown_by_page)
 
 
 def _version(path: Path) -> tuple[int, int] | None:
@@ -203,5 +212,17 @@ def _optional() -> list[Any]:
             optional=True,
             tooltip="Where the adapter gets its name. output/qrlora and models/qrlora: Load \u0394R Adapter lists it. "
             "models/loras: ComfyUI's Load LoRA, LoRA managers and Load LoRA as \u0394R do.",
+        ),
+        io.Image.Input(
+            "class_images",
+            optional=True,
+            tooltip="Other pictures of the same class, such as other dogs, drawn by the model itself at best: learnt "
+            "beside, they keep what the model knows of the class (prior preservation).",
+        ),
+        io.String.Input(
+            "class_prompt",
+            default="",
+            optional=True,
+            tooltip="Caption of all class_images, without the trigger: a photo of a dog.",
         ),
     ]

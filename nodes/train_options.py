@@ -39,6 +39,7 @@ class TrainOptions:
         processes: of accelerate.
         stop_seconds: how long the trainer may take to write a checkpoint when it is stopped.
         silence_seconds: how long it may say nothing before it counts as hung.
+        repeats, resolutions: of the pictures, see EncodeConfig.
     """
 
     preset: str = AUTO
@@ -49,6 +50,8 @@ class TrainOptions:
     processes: int = 1
     stop_seconds: float = 30.0
     silence_seconds: float = 1800.0
+    repeats: int = 1
+    resolutions: tuple[str, ...] = ()
 
     def fit_fields(self) -> dict[str, Any]:
         """Fields of FitConfig, the preset's included; what auto leaves out the trainer chooses by what is free."""
@@ -83,7 +86,7 @@ class TrainOptionsNode(Node):
             "Train \u0394R Options",
             "Settings of Train \u0394R beyond the usual ones: memory, optimizer, sampling of timesteps, checkpoints, "
             "processes. Without this node the published defaults are used, in the memory that the card has.",
-            inputs=[*_memory(), *_optimizer(), *_loss(), *_pictures(), *_files()],
+            inputs=[*_memory(), *_optimizer(), *_loss(), *_pictures(), *_files(), *_more()],
             outputs=[sockets.TrainOptions.Output(display_name="options", tooltip="For Train \u0394R.")],
             search_aliases=["qr-lora training settings"],
         )
@@ -102,9 +105,11 @@ class TrainOptionsNode(Node):
         processes: int,
         stop_seconds: float,
         silence_seconds: float,
+        repeats: int = 1,
+        resolutions: str = "",
         **same: Any,
     ) -> io.NodeOutput:
-        fit: dict[str, Any] = {**same, "targets": tuple(filter(None, re.split(r"[\s,;]+", targets)))}
+        fit: dict[str, Any] = {**same, "targets": _words(targets)}
         if base_storage != PRESET:
             fit["base_storage"] = base_storage
         if gradient_checkpointing != PRESET:
@@ -114,8 +119,23 @@ class TrainOptionsNode(Node):
         elif preset != AUTO and base_storage in ("int8", "nf4"):  # those cannot be offloaded, and need it less
             fit["offload"] = 0.0
         return io.NodeOutput(
-            TrainOptions(preset, fit, keep_aspect, flip, resume, processes, stop_seconds, silence_seconds)
+            TrainOptions(
+                preset,
+                fit,
+                keep_aspect,
+                flip,
+                resume,
+                processes,
+                stop_seconds,
+                silence_seconds,
+                repeats,
+                _words(resolutions),
+            )
         )
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(filter(None, re.split(r"[\s,;]+", text)))
 
 
 def _memory() -> list[Any]:
@@ -143,7 +163,8 @@ def _memory() -> list[Any]:
             "offload",
             options=[PRESET, *_OFFLOAD],
             default=PRESET,
-            tooltip="The share of the model's blocks that waits in RAM: slower, fits small cards. Not with int8, nf4.",
+            tooltip="The share of the model's blocks that waits in RAM (on a CPU: in the file) and comes one block "
+            "ahead of its use: slower, fits small cards. Not with int8, nf4.",
         ),
         combo_input("precision", "Arithmetic of the forward pass. What is trained is always float32."),
     ]
@@ -225,5 +246,41 @@ def _files() -> list[Any]:
             max=86400.0,
             step=1.0,
             tooltip="A training that reports nothing for this long counts as hung and is ended.",
+        ),
+        io.Combo.Input(
+            "strengths",
+            options=["auto", "on", "off"],
+            default="auto",
+            optional=True,
+            tooltip="At the end, pictures and curves of the adapter at several strengths, with and without the "
+            "trigger. auto: where that takes at most a tenth of the training.",
+        ),
+    ]
+
+
+def _more() -> list[Any]:
+    """What came later: workflows of before have no values for these."""
+    return [
+        io.Int.Input(
+            "repeats",
+            default=1,
+            min=1,
+            max=10_000,
+            optional=True,
+            tooltip="How often each picture comes in one pass over the data.",
+        ),
+        io.String.Input(
+            "resolutions",
+            default="",
+            optional=True,
+            tooltip="Further resolutions, such as 768, 1024: every picture is trained in each of them. Batches hold "
+            "pictures of one size.",
+        ),
+        number_input("prior_weight", "Weight of the loss on class_images.", optional=True),
+        number_input(
+            "validate_every",
+            "Steps between validation losses (the same noise every time, so that they compare), shown beside the loss; "
+            "0: none.",
+            optional=True,
         ),
     ]

@@ -4,6 +4,8 @@ __version__ = "0.1.0"
 
 from .acts import ACTS, Act, Triggers, merge_acting, triggers_of_both
 from .adapter import METHODS, Adapter, AdapterLayer, LayerInfo
+from .balance import ASKED, Asked, Cell, Point, Products, Prompts, Trial, cells, four_prompts, needed, products, pulls
+from .balance_choice import BY_HAND, CHOICES, EVALUATIONS, balance_report, both_shown, frontier, proposal, shown
 from .basis import (
     JointBasis,
     basis_name,
@@ -25,7 +27,16 @@ from .block_presets import (
     scale_to_json,
 )
 from .blocks import BlockRange, BlockScale, parse_kind_ranges, parse_ranges
-from .cache import CacheItem, EncodedPicture, EncodedText, ModelInputs, TrainingCache, bucket_size, save_cache
+from .cache import (
+    CacheItem,
+    EncodedPicture,
+    EncodedText,
+    ModelInputs,
+    PlainText,
+    TrainingCache,
+    bucket_size,
+    save_cache,
+)
 from .errors import (
     BasisMismatchError,
     FileFormatError,
@@ -38,7 +49,17 @@ from .errors import (
 )
 from .families import Family, LayerKind, family_of_targets, flux_targets, layer_kind
 from .formats import file_kind, is_residual, open_adapter
-from .gate import Gate, content_gate, content_pass_gate, holds, style_gate, style_pass_gate, triggers_of
+from .gate import (
+    Gate,
+    content_gate,
+    content_pass_gate,
+    holds,
+    plain_caption,
+    style_gate,
+    style_pass_gate,
+    triggers_of,
+    without,
+)
 from .linalg import Basis, base_r, core_energy, decompose, residual_weight, restored_weight
 from .lora import OTHER_PARTS, OpenedLora, OtherParts, lora_text, open_lora
 from .merge import MergeReport, OnMismatch, merge, merge_report, merged_adapter
@@ -47,7 +68,7 @@ from .paths import contained_path, free_name
 from .products import LayerSum, Product, layer_sum, term_products
 from .recipe import NOTHING, MergeRecipe, Term
 from .residual import Residual, match_residual, storage_tolerance, value_dtype, write_residual
-from .save import save_adapter
+from .save import Saved, save_adapter, save_once
 from .schedule import PRESETS, Schedule, SchedulePair, content_first, parse_schedule, parse_schedule_pairs
 from .similarity import similarity_report
 from .similarity_schema import SimilarityReport
@@ -59,6 +80,10 @@ from .whole import require_free_name, whole_file
 
 __all__ = [
     "ACTS",
+    "ASKED",
+    "BY_HAND",
+    "CHOICES",
+    "EVALUATIONS",
     "LARGEST_FILE",
     "MAX_COMBINATIONS",
     "METHODS",
@@ -68,11 +93,13 @@ __all__ = [
     "Act",
     "Adapter",
     "AdapterLayer",
+    "Asked",
     "Basis",
     "BasisMismatchError",
     "BlockRange",
     "BlockScale",
     "CacheItem",
+    "Cell",
     "EncodedPicture",
     "EncodedText",
     "Evaluation",
@@ -92,9 +119,14 @@ __all__ = [
     "OpenedLora",
     "OtherParts",
     "PathError",
+    "PlainText",
+    "Point",
     "Product",
+    "Products",
+    "Prompts",
     "QRLoRAError",
     "Residual",
+    "Saved",
     "Schedule",
     "SchedulePair",
     "SettingError",
@@ -104,14 +136,18 @@ __all__ = [
     "TensorFile",
     "Term",
     "TrainingCache",
+    "Trial",
     "Triggers",
     "Truncated",
     "WeightError",
     "WeightSlice",
+    "balance_report",
     "base_r",
     "basis_name",
     "block_factors",
+    "both_shown",
     "bucket_size",
+    "cells",
     "combined",
     "contained_path",
     "content_first",
@@ -123,7 +159,9 @@ __all__ = [
     "family_of_targets",
     "file_kind",
     "flux_targets",
+    "four_prompts",
     "free_name",
+    "frontier",
     "holds",
     "initial_basis",
     "is_residual",
@@ -138,6 +176,7 @@ __all__ = [
     "merge_report",
     "merged_adapter",
     "model_fingerprint",
+    "needed",
     "open_adapter",
     "open_basis",
     "open_lora",
@@ -148,8 +187,12 @@ __all__ = [
     "parse_scales",
     "parse_schedule",
     "parse_schedule_pairs",
+    "plain_caption",
     "preset_names",
     "preset_scale",
+    "products",
+    "proposal",
+    "pulls",
     "require_free_name",
     "residual_weight",
     "restored_weight",
@@ -157,8 +200,10 @@ __all__ = [
     "save_adapter",
     "save_basis",
     "save_cache",
+    "save_once",
     "scale_from_json",
     "scale_to_json",
+    "shown",
     "similarity_report",
     "storage_tolerance",
     "style_gate",
@@ -170,5 +215,6 @@ __all__ = [
     "truncated",
     "value_dtype",
     "whole_file",
+    "without",
     "write_residual",
 ]

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from .errors import SettingError, TargetError
 from .families import Family, layer_kind
+from .written import split_points
 
 LIMIT = 4.0  # strengths of all nodes lie in -4 to 4
 LONGEST_TEXT = 10_000  # characters of a list that a person writes
@@ -82,6 +83,17 @@ class BlockScale:
                     + (f" (it has {others} blocks)" if others and not present else "")
                 )
 
+    def beyond(self, names: Iterable[str]) -> list[str]:
+        """Of each range that goes beyond the last of these layers' blocks, that it does, in words."""
+        last: dict[str, int] = {}
+        for kind in (layer_kind(name, self.family) for name in names):
+            last[kind.block] = max(last.get(kind.block, -1), kind.number)
+        return [
+            f"{_shown(one)}: the last of the {block} blocks is {last[block]}"
+            for _, block, one in self._ranges()
+            if block in last and one.last > last[block] and one.last != _LAST
+        ]
+
     def __str__(self) -> str:
         """What differs from 1, in a few words."""
         names = ("double", "single", "attention", "feed_forward", "image", "text")
@@ -96,7 +108,7 @@ def parse_ranges(text: str, what: str) -> tuple[BlockRange, ...]:
     """Read "0-9: 1.0, 10-18: 0.5"; a single block is "7: 0".
 
     Args:
-        text: ranges, separated by commas, semicolons or lines; an empty text has none.
+        text: ranges, separated by commas, semicolons or lines; an empty text has none. Decimal commas are understood.
         what: how to call the text in messages.
 
     Raises:
@@ -104,9 +116,7 @@ def parse_ranges(text: str, what: str) -> tuple[BlockRange, ...]:
     """
     require_short(text, what)
     found: list[BlockRange] = []
-    for part in (part.strip() for part in re.split(r"[,;\n]", text)):
-        if not part:
-            continue
+    for part in split_points(text, _RANGE.fullmatch):
         match, where = _RANGE.fullmatch(part), f"{what}: {shortened(part)!r}"
         if not match:
             raise SettingError(f"{where} is not a block range; write blocks and a factor, as in '0-9: 0.5'")
@@ -128,11 +138,9 @@ def parse_kind_ranges(text: str, what: str) -> tuple[tuple[str, BlockRange], ...
     """
     require_short(text, what)
     found: dict[str, list[str]] = {}
-    for part in (part.strip() for part in re.split(r"[,;\n]", text)):
-        if not part:
-            continue
-        match = _KIND.fullmatch(part)
-        if not match or ":" not in match[2]:
+    for part in split_points(text, _kind_range):
+        match = _kind_range(part)
+        if match is None:
             raise SettingError(
                 f"{what}: {shortened(part)!r} names no kind of block; write kind, blocks and a factor, as in "
                 "'input 4-5: 0.5' or 'middle: 0'"
@@ -140,6 +148,11 @@ def parse_kind_ranges(text: str, what: str) -> tuple[tuple[str, BlockRange], ...
         rest = match[2] if not match[2].startswith(":") else f"0-{_LAST}{match[2]}"
         found.setdefault(match[1], []).append(rest)
     return tuple((kind, one) for kind, parts in found.items() for one in parse_ranges(", ".join(parts), what))
+
+
+def _kind_range(part: str) -> re.Match[str] | None:
+    match = _KIND.fullmatch(part)
+    return match if match and ":" in match[2] else None
 
 
 def parse_factor(text: str, where: str) -> float:

@@ -7,9 +7,10 @@
 | `mask.<i>` | (height, width) | weight of the loss, 0 to 1, where the picture has one |
 | `text.<j>.embeds` | (tokens, width) | what the model sees of the text; zeros are no text to models that know masks |
 | `text.<j>.pooled` | (width,) | CLIP's pooled output, for the families that take one |
+| `plain.embeds`, `plain.pooled` | as `text` | the first picture's caption without the trigger, see `PlainText` |
 
 The header's `qrlora.cache` is JSON: `{"version": 1, "items": [{"name", "text", "caption", "repeats", "is_class"}, ...],
-"empty_text": j or null}`. Item i has latent i; `text` is its caption's j.
+"empty_text": j or null}`. Item i has latent i; `text` is its caption's j. `qrlora.plain` is `{"trigger", "prompt"}`.
 """
 
 import hashlib
@@ -31,6 +32,7 @@ from .writing import verify_checksum, write_tensors
 CACHE_VERSION = 1
 MAX_REPEATS = 10_000
 _SOURCE_KEY = "qrlora.source_key"
+_PLAIN, _PLAIN_KEY = "plain", "qrlora.plain"
 _STORED = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -69,6 +71,20 @@ class EncodedText(NamedTuple):
     def map(self, change: Callable[[Tensor], Tensor]) -> "EncodedText":
         """The same of every tensor that is there."""
         return EncodedText(change(self.embeds), None if self.pooled is None else change(self.pooled))
+
+
+class PlainText(NamedTuple):
+    """A caption without the trigger: nothing that is trained on, and no part of what tells data from others.
+
+    Attributes:
+        trigger: what was taken out.
+        prompt: what is left, in words.
+        text: of that.
+    """
+
+    trigger: str
+    prompt: str
+    text: EncodedText
 
 
 class ModelInputs(NamedTuple):
@@ -124,6 +140,7 @@ def save_cache(
     metadata: dict[str, str] | None = None,
     overwrite: bool = False,
     source_key: str = "",
+    plain: PlainText | None = None,
 ) -> Path:
     """Write a training cache, checked by opening it before it takes its name.
 
@@ -135,6 +152,7 @@ def save_cache(
         metadata: more strings for the header.
         source_key: a digest of everything that the content follows from (pixels, captions, encoders, settings). Two
             caches with one key are the same data, although encoding twice may give other last bits.
+        plain: the first picture's caption without the trigger.
 
     Raises:
         FileFormatError: the counts, shapes or references do not fit together.
@@ -150,10 +168,11 @@ def save_cache(
             tensors[f"latent.{index}.flip"] = picture.flipped
         if picture.mask is not None:
             tensors[f"mask.{index}"] = picture.mask
-    for index, text in enumerate(texts):
-        tensors[f"text.{index}.embeds"] = text.embeds
+    named = {f"text.{index}": text for index, text in enumerate(texts)} | ({_PLAIN: plain.text} if plain else {})
+    for key, text in named.items():
+        tensors[f"{key}.embeds"] = text.embeds
         if text.pooled is not None:
-            tensors[f"text.{index}.pooled"] = text.pooled
+            tensors[f"{key}.pooled"] = text.pooled
     for key, tensor in tensors.items():
         require_finite(tensor, key)
         if key.startswith("mask.") and not 0 <= float(tensor.min()) <= float(tensor.max()) <= 1:
@@ -162,6 +181,8 @@ def save_cache(
     header = {"qrlora.format": "training_cache", "qrlora.cache": json.dumps(table), **(metadata or {})}
     if source_key:
         header[_SOURCE_KEY] = source_key
+    if plain:
+        header[_PLAIN_KEY] = json.dumps({"trigger": plain.trigger, "prompt": plain.prompt})
     specs = {
         key: TensorSpec(tensor.dtype if tensor.dtype in _STORED else torch.float32, tuple(tensor.shape))
         for key, tensor in tensors.items()
@@ -230,19 +251,29 @@ class TrainingCache:
         return self._tensor(key) if key in self._file.specs else None
 
     def text(self, index: int) -> EncodedText:
-        pooled = f"text.{index}.pooled"
-        return EncodedText(
-            self._tensor(f"text.{index}.embeds"), self._tensor(pooled) if pooled in self._file.specs else None
-        )
+        return self._text(f"text.{index}")
+
+    def plain(self) -> PlainText | None:
+        """The first picture's caption without the trigger; None where there is none, as in caches of old."""
+        if _PLAIN_KEY not in self.metadata:
+            return None
+        words = json.loads(self.metadata[_PLAIN_KEY])
+        return PlainText(words["trigger"], words["prompt"], self._text(_PLAIN))
+
+    def _text(self, key: str) -> EncodedText:
+        pooled = f"{key}.pooled"
+        return EncodedText(self._tensor(f"{key}.embeds"), self._tensor(pooled) if pooled in self._file.specs else None)
 
     def identity(self) -> str:
         """What tells these data from others: the key of what they were made from, else the fingerprint."""
         return self.metadata.get(_SOURCE_KEY) or self.fingerprint()
 
     def fingerprint(self) -> str:
-        """Sixteen hex digits of everything in the file."""
+        """Sixteen hex digits of everything in the file that is trained on."""
         digest = hashlib.sha256(self.metadata["qrlora.cache"].encode())
         for key, spec in sorted(self._file.specs.items()):
+            if key.startswith(f"{_PLAIN}."):
+                continue
             digest.update(f"{key}{spec.dtype}{spec.shape}".encode())
             digest.update(self._tensor(key).contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()[:16]
@@ -267,16 +298,28 @@ class TrainingCache:
             if item.text >= self.text_count:
                 raise FileFormatError(f"{name}: item {item.name} names text {item.text} of {self.text_count}")
         for index in range(self.text_count):
-            embeds, pooled = specs.get(f"text.{index}.embeds"), specs.get(f"text.{index}.pooled")
-            one_kind = (pooled is None) == ("text.0.pooled" not in specs)
-            if embeds is None or len(embeds.shape) != 2 or not one_kind or (pooled and len(pooled.shape) != 1):
-                raise FileFormatError(f"{name}: text {index} is incomplete")
-            if 0 in embeds.shape or (pooled and 0 in pooled.shape):
-                raise FileFormatError(f"{name}: text {index} is empty")
+            self._check_text(f"text.{index}", f"text {index}")
+        if _PLAIN_KEY in self.metadata:
+            self._check_text(_PLAIN, "the caption without the trigger")
+            try:
+                words = json.loads(self.metadata[_PLAIN_KEY])
+                if not all(isinstance(words[key], str) for key in ("trigger", "prompt")):
+                    raise TypeError(str(words))
+            except (KeyError, TypeError, ValueError, RecursionError) as error:
+                raise FileFormatError(f"{name}: {_PLAIN_KEY} is damaged ({error!r:.80})") from error
         if self.empty_text is not None and not 0 <= self.empty_text < self.text_count:
             raise FileFormatError(f"{name}: the empty caption is text {self.empty_text} of {self.text_count}")
         if not any(not item.is_class for item in self.items):
             raise FileFormatError(f"{name} holds no picture to train on")
+
+    def _check_text(self, key: str, title: str) -> None:
+        specs, name = self._file.specs, self.path.name
+        embeds, pooled = specs.get(f"{key}.embeds"), specs.get(f"{key}.pooled")
+        one_kind = (pooled is None) == ("text.0.pooled" not in specs)
+        if embeds is None or len(embeds.shape) != 2 or not one_kind or (pooled and len(pooled.shape) != 1):
+            raise FileFormatError(f"{name}: {title} is incomplete")
+        if 0 in embeds.shape or (pooled and 0 in pooled.shape):
+            raise FileFormatError(f"{name}: {title} is empty")
 
 
 def _log_ratio(first: float, second: float) -> float:

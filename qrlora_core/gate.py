@@ -1,6 +1,7 @@
 """Acting by the prompt: a term takes part only where a prompt's text holds its trigger (design, section 14)."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from .adapter import Adapter
@@ -13,6 +14,7 @@ _SYNTAX = re.compile(r"\\([()])|[()\[\]{}]|:\s*[+-]?\d+(?:\.\d+)?(?=\s*[)\]}]|$)
 MAX_TRIGGERS = 100
 # What did best on the tuning pairs of the study (docs/fusion.md) where predictions are composed
 DOUBLED, HALF_UNTIL = 2.0, 0.75
+_EMPTY = re.compile(r"[(\[{]\s*(?::\s*[+-]?\d+(?:\.\d+)?)?\s*[)\]}]")  # what is left of "(<c>:1.2)"
 _SPACE = re.compile(r"\s+")
 _TRIGGER_KEYS = ("qrlora.trigger", "modelspec.trigger_phrase")
 
@@ -62,6 +64,24 @@ def holds(prompt: str, trigger: str) -> bool:
     before = r"(?<!\w)" if word[0].isalnum() else ""
     after = r"(?!\w)" if word[-1].isalnum() else ""
     return re.search(before + re.escape(word) + after, text) is not None
+
+
+def without(prompt: str, triggers: Iterable[str]) -> str:
+    """A prompt without these triggers; brackets and weights that held nothing else go with them.
+
+    Where a trigger stands in a way that only `holds` sees (in brackets word by word), the prompt is taken in lower
+    case and without brackets.
+    """
+    for word in triggers:
+        prompt = _removed(prompt, word)
+        if holds(prompt, word):
+            prompt = _removed(_plain(prompt), word)
+    return prompt
+
+
+def plain_caption(caption: str, trigger: str) -> str | None:
+    """A caption without the trigger that it was trained with; None where it holds none."""
+    return without(caption, [trigger]) if holds(caption, trigger) else None
 
 
 def triggers_of(adapter: Adapter, given: str = "") -> tuple[str, ...]:
@@ -127,6 +147,19 @@ def content_pass_gate(
 ) -> Gate:
     """When a content acts that has a pass of its own: throughout, and doubled beside a style."""
     return Gate(triggers, rivals, None, Schedule(((1.0, DOUBLED), (0.0, DOUBLED)), "sigma"), prompt)
+
+
+def _removed(prompt: str, trigger: str) -> str:
+    word = trigger.strip()
+    if not word:
+        return prompt
+    pattern = r"\s+".join(re.escape(part) for part in word.split())
+    before = r"(?<!\w)" if word[0].isalnum() else ""
+    after = r"(?!\w)" if word[-1].isalnum() else ""
+    text = re.sub(before + pattern + after, "", prompt, flags=re.IGNORECASE)
+    while text != (emptied := _EMPTY.sub("", text)):
+        text = emptied
+    return _SPACE.sub(" ", text).strip()
 
 
 def _plain(text: str) -> str:

@@ -21,12 +21,19 @@ def free_name(folder: Path, name: str, ending: str = ".safetensors") -> Path:
     Raises:
         PathError: the name is empty, absolute, or leaves the folder.
     """
+    return numbered_names(folder, name, ending)[-1]
+
+
+def numbered_names(folder: Path, name: str, ending: str = ".safetensors") -> list[Path]:
+    """The paths of a name that are taken, first the one without a number, and last the one that is free.
+
+    Args, Raises: see `free_name`.
+    """
     path = contained_path(folder, name.strip().removesuffix(ending) + ending)
-    number, candidate = 1, path
-    while candidate.exists() or candidate.is_symlink():  # a link that leads nowhere takes its name, too
-        number += 1
-        candidate = path.with_name(f"{path.stem}_{number:05}{ending}")
-    return candidate
+    found = [path]
+    while found[-1].exists() or found[-1].is_symlink():  # a link that leads nowhere takes its name, too
+        found.append(path.with_name(f"{path.stem}_{len(found) + 1:05}{ending}"))
+    return found
 
 
 def contained_path(folder: Path, name: str) -> Path:

@@ -3,7 +3,7 @@
 import datetime
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,11 +22,15 @@ from .formats import (
     portable_key,
 )
 from .linalg import require_finite
-from .storage import TensorSpec
-from .writing import write_tensors
+from .paths import numbered_names
+from .storage import TensorFile, TensorSpec
+from .writing import CONTENT, content_hash, write_tensors
 
 AdapterFormat = Literal["portable", "published"]
 ADAPTER_FORMATS: tuple[str, ...] = ("portable", "published")
+
+# What two files of one content may differ in
+_PASSING = ("modelspec.title", "modelspec.date", "qrlora.pack_version", CONTENT)
 
 Entry = tuple[str, TensorSpec, Callable[[AdapterLayer], Tensor]]
 
@@ -62,21 +66,7 @@ def save_adapter(
         WeightError: a tensor holds NaN or Inf.
         FileFormatError: what was written does not read back.
     """
-    if format not in ADAPTER_FORMATS:
-        raise FileFormatError(f"format is {format!r}, expected one of {', '.join(ADAPTER_FORMATS)}")
-    entries = _portable_entries if format == "portable" else _published_entries
-    plan = {name: [_stored(entry, dtype) for entry in entries(adapter, name, base_r)] for name in adapter.layers}
-    specs = {key: spec for layer in plan.values() for key, spec, _ in layer}
-
-    def stream() -> Iterable[tuple[str, Tensor]]:
-        names = list(plan)
-        for name in names if progress is None else progress(names):
-            tensors = adapter.layer(name)
-            for key, spec, pick in plan[name]:
-                tensor = pick(tensors).to(spec.dtype)
-                require_finite(tensor, f"{key} as {spec.dtype}")
-                yield key, tensor
-
+    written = _Written(adapter, format, base_r, dtype, progress)
     fields = standard_metadata(adapter) | {"qrlora.format": format} | dict(metadata or {})
 
     def check(temporary: Path) -> None:
@@ -90,13 +80,56 @@ def save_adapter(
         if problem:  # outside of `except`: a traceback would keep the map open, and Windows could not delete the file
             raise FileFormatError(f"{adapter.name} cannot be saved as {format}: {problem}")
 
-    return write_tensors(path, specs, stream(), fields, overwrite=overwrite, check=check)
+    return write_tensors(path, written.specs, written.stream(), fields, overwrite=overwrite, check=check, content=True)
+
+
+class Saved(NamedTuple):
+    """Where an adapter lies: the file, whether it was written now, and how many files have the name by now."""
+
+    path: Path
+    is_new: bool
+    files: int
+
+
+def save_once(
+    adapter: Adapter,
+    folder: Path,
+    name: str,
+    *,
+    format: AdapterFormat = "portable",
+    base_r: Callable[[str], Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+    progress: Progress | None = None,
+) -> Saved:
+    """`save_adapter` under a free name, unless a file of that name, with or without a number, holds the same already.
+
+    The same are files with the same tensors, bit for bit, and the same metadata but for title, date and versions.
+
+    Args:
+        folder, name: see `free_name`.
+        adapter, format, base_r, dtype, progress: see `save_adapter`.
+
+    Raises:
+        as `save_adapter`; and PathError when the name is refused.
+    """
+    *taken, free = numbered_names(folder, name)
+    written = _Written(adapter, format, base_r, dtype, progress)
+    fields = standard_metadata(adapter) | {"qrlora.format": format}
+    alike = [path for path in taken if _is_alike(path, written.specs, fields)]
+    if alike:
+        found = content_hash(written.specs, written.stream())
+        for path in alike:
+            if TensorFile(path).metadata[CONTENT] == found:
+                return Saved(path, False, len(taken))
+    save_adapter(adapter, free, format=format, base_r=base_r, dtype=dtype, progress=progress)
+    return Saved(free, True, len(taken) + 1)
 
 
 def standard_metadata(adapter: Adapter) -> dict[str, str]:
     """Header fields of an adapter: modelspec's, and ours under `qrlora.`; what the source file said is kept."""
     family = family_of_targets(adapter.targets)
     kept = {key: value for key, value in adapter.metadata.items() if key.startswith(("qrlora.", "modelspec."))}
+    kept.pop(CONTENT, None)  # of the file that it was read from
     fields = {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": f"{family.architecture if family else 'unknown'}/lora",
@@ -113,6 +146,49 @@ def standard_metadata(adapter: Adapter) -> dict[str, str]:
     if adapter.basis_fingerprint:
         fields["qrlora.basis_fingerprint"] = adapter.basis_fingerprint
     return fields
+
+
+class _Written:
+    """The tensors of a file to be: their specs, and a stream that computes them layer by layer.
+
+    Raises:
+        FileFormatError: there is no such format.
+        BasisMismatchError: it needs tensors that the adapter does not hold.
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        format: AdapterFormat,
+        base_r: Callable[[str], Tensor] | None,
+        dtype: torch.dtype | None,
+        progress: Progress | None,
+    ) -> None:
+        if format not in ADAPTER_FORMATS:
+            raise FileFormatError(f"format is {format!r}, expected one of {', '.join(ADAPTER_FORMATS)}")
+        entries = _portable_entries if format == "portable" else _published_entries
+        self._adapter, self._progress = adapter, progress
+        self._plan = {name: [_stored(one, dtype) for one in entries(adapter, name, base_r)] for name in adapter.layers}
+        self.specs = {key: spec for layer in self._plan.values() for key, spec, _ in layer}
+
+    def stream(self) -> Iterable[tuple[str, Tensor]]:
+        names = list(self._plan)
+        for name in names if self._progress is None else self._progress(names):
+            tensors = self._adapter.layer(name)
+            for key, spec, pick in self._plan[name]:
+                tensor = pick(tensors).to(spec.dtype)
+                require_finite(tensor, f"{key} as {spec.dtype}")
+                yield key, tensor
+
+
+def _is_alike(path: Path, specs: Mapping[str, TensorSpec], fields: Mapping[str, str]) -> bool:
+    """Whether a file has these names, shapes, dtypes and fields; then its content is worth a look."""
+    try:
+        file = TensorFile(path)
+    except FileFormatError:  # another file of that name, or none that can be read
+        return False
+    theirs, ours = ({key: one for key, one in each.items() if key not in _PASSING} for each in (file.metadata, fields))
+    return CONTENT in file.metadata and file.specs == specs and theirs == ours
 
 
 def _stored(entry: Entry, dtype: torch.dtype | None) -> Entry:

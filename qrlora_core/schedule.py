@@ -9,6 +9,7 @@ from typing import Literal
 
 from .blocks import parse_factor
 from .errors import SettingError
+from .written import split_points
 
 Over = Literal["steps", "sigma"]
 
@@ -71,6 +72,8 @@ class Schedule:
 def parse_schedule(text: str, over: Over = "steps") -> Schedule:
     """Read "0: 1, 0.3: 1, 0.6: 0": places and factors, separated by commas, semicolons or lines.
 
+    A decimal comma is understood ("0,5: 1"), because every part has a colon.
+
     Args:
         text: the points. For "steps" they rise from 0 to 1, for "sigma" they fall.
         over: what a place is.
@@ -81,9 +84,7 @@ def parse_schedule(text: str, over: Over = "steps") -> Schedule:
     if len(text) > _LONGEST:
         raise SettingError(f"schedule: {len(text)} letters are too many; write a few points as in '0: 1, 0.5: 0'")
     points: list[tuple[float, float]] = []
-    for part in (part.strip() for part in re.split(r"[,;\n]", text)):
-        if not part:
-            continue
+    for part in split_points(text, _POINT.fullmatch):
         match = _POINT.fullmatch(part)
         if not match:
             raise SettingError(f"schedule: {part!r} is not a point; write a place and a factor, as in '0.5: 1'")

@@ -74,7 +74,8 @@ class TensorFile:
         self.path = Path(path)
         try:
             self._version = _version(self.path.stat())
-            with safe_open(str(self.path), framework="pt", device="cpu") as file:  # checks header and length
+            # numpy's way maps the file for reading; torch's wants as much memory as the file is large
+            with safe_open(str(self.path), framework="np") as file:  # checks header and length
                 self.metadata: dict[str, str] = dict(file.metadata() or {})
             entries, start = _header(self.path)
             raw = {key: (str(entry["dtype"]), tuple(entry["shape"])) for key, entry in entries.items()}

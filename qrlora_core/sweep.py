@@ -9,6 +9,7 @@ from .errors import SettingError
 from .merge import OnMismatch
 from .recipe import MergeRecipe
 from .schedule import Schedule, SchedulePair, parse_schedule_pairs
+from .written import split_numbers
 
 MAX_COMBINATIONS = 100
 
@@ -26,6 +27,8 @@ class SweepCell(NamedTuple):
 def parse_scales(text: str, what: str) -> tuple[float, ...]:
     """Read "0.6, 0.8, 1.0", or "0:1:0.25" for first, last and step, or both together. What occurs twice counts once.
 
+    Decimal commas are read where they can be told from separators, see `split_numbers`.
+
     Args:
         text: numbers from -4 to 4, separated by commas, semicolons or lines.
         what: how to call the text in messages.
@@ -35,9 +38,8 @@ def parse_scales(text: str, what: str) -> tuple[float, ...]:
     """
     require_short(text, what)
     values: list[Decimal] = []
-    for part in (part.strip() for part in text.replace(";", ",").replace("\n", ",").split(",")):
-        if part:
-            values += _expanded(part, what)
+    for part in split_numbers(text, what, _is_number):
+        values += _expanded(part, what)
         if len(values) > MAX_COMBINATIONS:
             part = shortened(part)
             raise SettingError(f"{what}: {part!r} gives more than {MAX_COMBINATIONS} numbers; take a larger step")
@@ -109,6 +111,14 @@ def _expanded(part: str, what: str) -> list[Decimal]:
     if count > MAX_COMBINATIONS:
         raise SettingError(f"{what}: {part!r} gives {count} numbers, more than {MAX_COMBINATIONS}; take a larger step")
     return [first + index * step for index in range(count)]
+
+
+def _is_number(part: str) -> bool:
+    """Whether a part is a factor, or a range."""
+    try:
+        return bool(_expanded(part, ""))
+    except SettingError:
+        return False
 
 
 def _decimal(piece: str, part: str, what: str) -> Decimal:

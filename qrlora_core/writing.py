@@ -16,6 +16,7 @@ from .storage import DTYPE_NAMES, TensorFile, TensorSpec
 from .whole import whole_file
 
 CHECKSUM = "qrlora.sha256"  # of the whole file, with sixty-four zeros in the place of the checksum itself
+CONTENT = "modelspec.hash_sha256"  # of the tensors' bytes alone, whatever the header says: "0x" and hex digits
 _NO_CHECKSUM = "0" * 64
 _BLOCK = 1 << 22
 
@@ -29,6 +30,7 @@ def write_tensors(
     overwrite: bool = False,
     check: Callable[[Path], None] | None = None,
     checksum: bool = False,
+    content: bool = False,
 ) -> Path:
     """Write a safetensors file one tensor at a time; it appears whole or not at all.
 
@@ -43,6 +45,7 @@ def write_tensors(
         overwrite: replace an existing file; otherwise it is an error, raised before anything is written.
         check: called with the temporary file before it takes its name; what it raises ends the writing.
         checksum: keep a SHA-256 of everything in the header, for `verify_checksum`.
+        content: keep the tensors' `content_hash` in the header; one of the two.
 
     Returns:
         The path.
@@ -52,21 +55,34 @@ def write_tensors(
         FileFormatError: `tensors` does not yield what `specs` announced.
     """
     path = Path(path)
-    header = header_bytes(specs, {CHECKSUM: _NO_CHECKSUM, **metadata} if checksum else metadata)
+    placeholder = {CHECKSUM: _NO_CHECKSUM} if checksum else {CONTENT: f"0x{_NO_CHECKSUM}"} if content else {}
+    header = header_bytes(specs, {**placeholder, **{key: metadata[key] for key in metadata if key not in placeholder}})
     total = len(header) + sum(spec.nbytes for spec in specs.values())
     with whole_file(path, overwrite=overwrite, check=check) as file:
         free = shutil.disk_usage(path.parent).free
         if free < total:
             raise PathError(f"{path.name} needs {size_text(total)}, the disk has {size_text(free)} free")
         file.write(header)
-        digest = hashlib.sha256(header)
-        written = _write_stream(file, specs, tensors, digest.update if checksum else lambda data: None)
+        digest = hashlib.sha256(header if checksum else b"")
+        written = _write_stream(file, specs, tensors, digest.update if placeholder else lambda data: None)
         if written != list(specs):
             raise FileFormatError(f"{path.name}: {len(written)} of {len(specs)} tensors were written")
-        if checksum:
+        if placeholder:
             file.seek(header.index(_NO_CHECKSUM.encode()))
             file.write(digest.hexdigest().encode())
     return path
+
+
+def content_hash(specs: Mapping[str, TensorSpec], tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """What a file of these tensors would have as CONTENT, without writing it.
+
+    Raises:
+        FileFormatError: `tensors` does not yield what `specs` announced.
+    """
+    digest = hashlib.sha256()
+    for key, tensor in tensors:
+        digest.update(_content(key, tensor, specs[key]))
+    return f"0x{digest.hexdigest()}"
 
 
 def verify_checksum(path: Path) -> bool:
@@ -130,11 +146,18 @@ def _write_stream(
     written: list[str] = []
     expected = iter(specs)
     for key, tensor in tensors:
-        if key != next(expected, None) or tuple(tensor.shape) != specs[key].shape:
-            raise FileFormatError(f"tensor {key} {tuple(tensor.shape)} was not announced at this place")
-        data = tensor.detach().to("cpu", specs[key].dtype).contiguous()
-        content = data.reshape(-1).view(torch.uint8).numpy().data
+        if key != next(expected, None):
+            raise FileFormatError(f"tensor {key} was not announced at this place")
+        content = _content(key, tensor, specs[key])
         file.write(content)
         on_data(content)
         written.append(key)
     return written
+
+
+def _content(key: str, tensor: Tensor, spec: TensorSpec) -> memoryview:
+    """A tensor's bytes as a file holds them."""
+    if tuple(tensor.shape) != spec.shape:
+        raise FileFormatError(f"tensor {key} {tuple(tensor.shape)} was not announced at this place")
+    data = tensor.detach().to("cpu", spec.dtype).contiguous()
+    return data.reshape(-1).view(torch.uint8).numpy().data

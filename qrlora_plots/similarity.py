@@ -80,7 +80,7 @@ def similarity_figure(report: Report, *, fixed_scale: bool = True) -> "Figure":
         raise PlotsUnavailableError(
             f"plots need matplotlib, which is not installed; run: {sys.executable} -m pip install matplotlib"
         ) from error
-    with matplotlib.rc_context({"font.family": _fonts(), "axes.axisbelow": True, "font.size": 10}):
+    with matplotlib.rc_context({"font.family": plot_fonts(), "axes.axisbelow": True, "font.size": 10}):
         figure = Figure(figsize=SIZE, dpi=DPI, facecolor="white")
         _head(figure, report)
         bottom = 0.825
@@ -351,7 +351,7 @@ def _short(name: str, limit: int = 70) -> str:
     return name if len(name) <= limit else f"{name[: limit // 2]}...{name[-limit // 2 :]}"
 
 
-def _fonts() -> list[str]:
+def plot_fonts() -> list[str]:
     """matplotlib's own font, then what is installed for names in other scripts."""
     from matplotlib import font_manager
 

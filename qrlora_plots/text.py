@@ -70,13 +70,19 @@ def one_line(text: str) -> str:
 
 
 def draw_line(
-    draw: ImageDraw.ImageDraw, box: tuple[int, int, int, int], text: str, size: int, *, align: str = "center"
+    draw: ImageDraw.ImageDraw,
+    box: tuple[int, int, int, int],
+    text: str,
+    size: int,
+    *,
+    align: str = "center",
+    fill: tuple[int, int, int] = INK,
 ) -> None:
     """One line of text in the middle of a box (left, top, right, bottom)."""
     shown, size = fitted(text, size, box[2] - box[0])
     width = text_size(shown, size)[0]
     left = {"center": (box[0] + box[2] - width) // 2, "left": box[0], "right": box[2] - width}[align]
-    draw.text((left, (box[1] + box[3]) // 2), shown, fill=INK, font=font_for(shown, size), anchor="lm")
+    draw.text((left, (box[1] + box[3]) // 2), shown, fill=fill, font=font_for(shown, size), anchor="lm")
 
 
 def text_card(lines: Sequence[str], *, width: int = 900, size: int = 20) -> Image.Image:

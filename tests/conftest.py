@@ -34,13 +34,17 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Where several processes share the tests, a file stays in one of them, and so do all files that ask the server."""
+    """Where several processes share the tests, a file stays in one of them. So do all files that ask the server, and
+    those that ask it through a browser: two servers, each of which takes long to start, and no more.
+    """
     from xdist.scheduler import LoadScopeScheduling
 
     class ByServer(LoadScopeScheduling):
         def _split_scope(self, nodeid):
             file = nodeid.split("::")[0]
-            return "server" if file.startswith("tests/host/") and file not in WITHOUT_SERVER else file
+            if not file.startswith("tests/host/") or file in WITHOUT_SERVER:
+                return file
+            return "browser" if file.startswith("tests/host/test_browser") else "server"
 
     return ByServer(config, log)
 

@@ -90,6 +90,21 @@ class Fake:
         path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(size))
         self.emit("sample", step=number, file=f"samples/{path.name}")
 
+    def strengths(self, number):
+        """Curves, and latents (8, 16, 8, 8) of zeros."""
+        folder = self.run / "strengths"
+        folder.mkdir(exist_ok=True)
+        lists = {"strengths": [0.2, 0.6, 1.0, 1.2], "shown": [0.2, 0.7, 1.0, None], "drift": [0.1, 0.3, 0.45, 0.5]}
+        pictures = {"file": f"step-{number:08}.safetensors", "strengths": [0.0, 0.6, 0.8, 1.0]}
+        prompts = {"with_trigger": "a <c> dog", "without": "a dog"}
+        table = {"schema": "qr-lora/strengths", "version": 1, **lists, "prompts": prompts, "pictures": pictures}
+        (folder / f"step-{number:08}.json").write_text(json.dumps(table))
+        size = 8 * 4 * 16 * 8 * 8
+        header = json.dumps({"latent": {"dtype": "F32", "shape": [8, 16, 8, 8], "data_offsets": [0, size]}}).encode()
+        path = folder / pictures["file"]
+        path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(size))
+        self.emit("strengths", step=number, file=f"strengths/step-{number:08}.json", **lists)
+
     def newest(self):
         names = sorted(path.stem for path in (self.run / "checkpoints").glob("step-*.safetensors"))
         return int(names[-1].split("-")[1]) if names else 0
@@ -117,6 +132,8 @@ def ok(fake):
             fake.sample(number)
         print(f"step {number}", flush=True)
         time.sleep(fake.part.get("seconds", 0.02))
+    if fake.part.get("strengths"):
+        fake.strengths(fake.steps)
     fake.finish()
     return 0
 

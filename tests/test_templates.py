@@ -69,7 +69,11 @@ def test_every_template_has_a_picture_of_its_own():
     assert len(set(pictures)) == len(pictures)
 
 
-def test_two_loras_are_merged_alike_for_both_families():
+TWO_LORAS = ("Merge two LoRAs, FLUX2 klein", "Merge two LoRAs, Qwen-Image", "Edit with two LoRAs, Kontext")
+
+
+@pytest.mark.parametrize("other", TWO_LORAS)
+def test_two_loras_are_merged_alike_for_all_families(other):
     """The part that is this pack's: the same nodes, values and links, whatever loads and samples."""
 
     def ours(stem):
@@ -86,7 +90,7 @@ def test_two_loras_are_merged_alike_for_both_families():
     def ours_is(node):
         return node["type"].startswith("QRLoRA")
 
-    assert ours("Merge two LoRAs") == ours("Merge two LoRAs, FLUX2 klein")
+    assert ours("Merge two LoRAs") == ours(other)
     assert len(ours("Merge two LoRAs")[0]) == 4
 
 

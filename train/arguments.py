@@ -14,7 +14,8 @@ _MISMATCH = (
     "and rank, and says what is lost; raise refuses"
 )
 _ABOUT = """\
-Train and handle QR-LoRA adapters of FLUX.1, FLUX.2, Qwen-Image and Z-Image. Nothing is ever downloaded.
+Train and handle QR-LoRA adapters of FLUX.1, FLUX.2, Qwen-Image, Z-Image, Krea 2, SD3.5 and SDXL. Nothing is ever
+downloaded.
 
 A first run, with the base model as a ComfyUI file (flux1-dev.safetensors) and as diffusers' folder (FLUX.1-dev):
 
@@ -44,7 +45,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_channel(command)
     command.add_argument("--dry-run", action="store_true", help="print settings, memory estimate and layers, then end")
     command = _command(commands, "check", "can this machine train? versions, device, memory, model; in seconds")
-    _add_settings(command, FitConfig)
+    _add_settings(command, FitConfig, needed=False)
     command.add_argument("--no-data", action="store_true", help="the training cache does not exist yet")
     command.add_argument("--json", action="store_true", help="one JSON object instead of lines")
     _add_tools(commands)
@@ -117,8 +118,13 @@ _GROUPS = {
 }
 
 
-def _add_settings(parser: argparse.ArgumentParser, config: Any) -> None:
-    """`--settings`, and one flag per setting, in groups. A flag that is not given is None: a file's value stays."""
+def _add_settings(parser: argparse.ArgumentParser, config: Any, needed: bool = True) -> None:
+    """`--settings`, and one flag per setting, in groups. A flag that is not given is None: a file's value stays.
+
+    `needed`: whether the command cannot do without the settings that have no default.
+    """
+    required = [f"--{one.name.replace('_', '-')} ..." for one in fields(config) if one.default is MISSING and needed]
+    parser.usage = " ".join([parser.prog, *required, "[settings, see --help]"])  # a line instead of a page
     parser.add_argument("--settings", type=Path, help="a .toml or .json file with settings; flags win over it")
     group: Any = parser
     for setting in fields(config):

@@ -114,6 +114,12 @@ class FitConfig:
     base_storage: Storage | Auto = setting(
         "auto", "how the base is held; int8 needs torchao, nf4 bitsandbytes; auto: as exact as memory allows"
     )
+    fp8_products: bool = setting(
+        False,
+        "multiply a base that is held in fp8 as it is (RTX 40 and newer): faster, and inputs are rounded to fp8",
+        trajectory=False,  # where it is on it decides, see prepare
+        key=False,
+    )
     gradient_checkpointing: bool | Auto = setting(
         "auto",
         "recompute blocks in the backward pass: far less memory, a third slower; auto: where memory asks for it",
@@ -122,7 +128,7 @@ class FitConfig:
     )
     offload: float | Auto = setting(
         "auto",
-        "share of the blocks' weights that waits in RAM; auto: as little as memory allows",
+        "share of the blocks' weights that waits in RAM (on a CPU: in the file); auto: as little as memory allows",
         low=0.0,
         high=1.0,
         trajectory=False,
@@ -153,6 +159,12 @@ class FitConfig:
     validation_draws: int = setting(
         8, "noises and timesteps of a validation loss", low=1, high=1024, trajectory=False, key=False
     )
+    strengths: Literal["auto", "on", "off"] = setting(
+        "auto",
+        "at the end: pictures and curves of the adapter at several strengths; auto: where they are a tenth of the work",
+        trajectory=False,
+        key=False,
+    )
 
     def __post_init__(self) -> None:
         check(self)
@@ -167,6 +179,8 @@ class FitConfig:
             )
         if self.method == "qr" and self.init == "random":
             raise ConfigError("init random is about \u0394R; method qr has none and starts from Q and R")
+        if self.fp8_products and self.base_storage != "fp8":
+            raise ConfigError(f"fp8_products needs base_storage fp8, which is {self.base_storage}")
         if self.offload not in (AUTO, 0.0) and self.base_storage in ("int8", "nf4"):
             raise ConfigError("offload works with base_storage bf16, fp16, fp32 and fp8")
 
@@ -202,6 +216,9 @@ class EncodeConfig:
     trigger: str = setting("", "trigger word; replaces [trigger] in captions and prompts", text=True)
     repeats: int = setting(1, "how often each picture counts in one pass over the data", low=1, high=10_000)
     resolution: int = setting(512, "side of the square whose area all buckets have", low=64, high=4096)
+    resolutions: tuple[str, ...] = setting(
+        (), "further sides, such as 768 1024: every picture is there in each of them", numbers=True
+    )
     buckets: bool = setting(True, "keep aspect ratios; otherwise every picture becomes a square")
     bucket_step: int = setting(64, "sides of buckets are multiples of this", low=16, high=512)
     center_crop: bool = setting(True, "cut what the bucket does not take from the middle; otherwise at random (seed)")
@@ -224,10 +241,23 @@ class EncodeConfig:
             raise ConfigError("captions is 'prompt', but instance_prompt is empty")
         if bool(self.class_pictures) != bool(self.class_prompt):
             raise ConfigError("class_pictures and class_prompt go together")
-        if self.resolution % 16 or self.bucket_step % 16:
-            raise ConfigError("resolution and bucket_step are multiples of 16 (8 by the VAE, 2 by the patches)")
-        if self.bucket_step > self.resolution:
-            raise ConfigError(f"bucket_step {self.bucket_step} is larger than resolution {self.resolution}")
+        for side in self.sides:
+            if side % 16 or self.bucket_step % 16:
+                raise ConfigError("resolution and bucket_step are multiples of 16 (8 by the VAE, 2 by the patches)")
+            if self.bucket_step > side:
+                raise ConfigError(f"bucket_step {self.bucket_step} is larger than resolution {side}")
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """All resolutions, each once.
+
+        Raises:
+            ConfigError: one of the further ones is no number from 64 to 4096.
+        """
+        for text in self.resolutions:
+            if not (text.isascii() and text.isdecimal() and len(text) < 5 and 64 <= int(text) <= 4096):
+                raise ConfigError(f"resolutions holds {text[:40]!r}, expected numbers from 64 to 4096")
+        return tuple(dict.fromkeys((self.resolution, *map(int, self.resolutions))))
 
 
 def as_table(config: FitConfig | EncodeConfig) -> dict[str, Any]:

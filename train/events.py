@@ -18,7 +18,9 @@ from typing import Any, Literal, TextIO, get_args
 
 VERSION = 1
 
-Kind = Literal["started", "phase", "step", "validation", "sample", "saved", "finished", "stopped", "failed"]
+Kind = Literal[
+    "started", "phase", "step", "validation", "sample", "strengths", "saved", "finished", "stopped", "failed"
+]
 KINDS: tuple[str, ...] = get_args(Kind)
 
 _NUMBER = (int, float)
@@ -46,6 +48,8 @@ FIELDS: Mapping[str, Mapping[str, tuple[type, ...]]] = MappingProxyType(
         "validation": {"step": (int,), "loss": _NUMBER},
         # file: a safetensors file of sample latents, relative to run_dir
         "sample": {"step": (int,), "file": (str,)},
+        # file: JSON with what the adapter does at several strengths, relative to run_dir; its lists come along
+        "strengths": {"step": (int,), "file": (str,)},
         # what: checkpoint or adapter; file: relative to run_dir where it lies inside, otherwise as given
         "saved": {"step": (int,), "what": (str,), "file": (str,)},
         # the adapter was written, opened again and checked

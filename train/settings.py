@@ -35,6 +35,7 @@ def setting(
     trajectory: bool = True,
     key: bool = True,
     text: bool = False,
+    numbers: bool = False,
 ) -> Any:
     """One field of a record of settings.
 
@@ -44,9 +45,18 @@ def setting(
         low, high: the range of a number, both included.
         trajectory: a run that is resumed must have the same.
         key: it is part of what identifies a run.
+        numbers: its list may hold whole numbers, which are kept as texts.
         text: it ends in a file or a tokenizer and must be valid Unicode; a path may hold whatever its system gave.
     """
-    details = {"help": help, "low": low, "high": high, "trajectory": trajectory, "key": key, "text": text}
+    details = {
+        "help": help,
+        "low": low,
+        "high": high,
+        "trajectory": trajectory,
+        "key": key,
+        "text": text,
+        "numbers": numbers,
+    }
     metadata = MappingProxyType(details)
     if default is MISSING:
         return field(metadata=metadata)
@@ -166,10 +176,10 @@ def _check_text(one: "Field[Any]", value: str) -> None:
 
 
 def _converted(one: "Field[Any]", value: Any) -> Any:
-    """JSON and TOML know no tuples and write 1 for 1.0; nothing else is converted."""
+    """JSON and TOML know no tuples and write 1 for 1.0 and lists of numbers; nothing else is converted."""
     kind = plain_type(one)
     if kind is tuple and isinstance(value, Sequence) and not isinstance(value, str):
-        return tuple(value)
+        return tuple(str(item) if one.metadata["numbers"] and type(item) is int else item for item in value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         with suppress(OverflowError):  # the range check says what is wrong with a number of 400 digits
             return float(value)

@@ -2,15 +2,20 @@
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { followChoice } from "./qrlora_chosen.js";
+import { refreshLists } from "./qrlora_lists.js";
 import { addStyle, reportWidget, show } from "./qrlora_report.js";
 import { began, executed, failed, restore, succeeded } from "./qrlora_runs.js";
 import { loadWords } from "./qrlora_words.js";
 
-// Two hues that none of ComfyUI's own types beside them in a FLUX graph has.
-const COLORS = { DELTA_R: "#1FBFA8", RESIDUAL: "#B07D52" };
+// Hues that none of ComfyUI's own types beside them in a FLUX graph has. Two of our types have an older name as well, and a
+// link between two such sockets has both.
+const COLORS = { QRLORA_TRAIN_OPTIONS: "#8FA3BF" };
+for (const [name, color] of Object.entries({ DELTA_R: "#1FBFA8", RESIDUAL: "#B07D52" })) {
+  for (const type of [name, `QRLORA_${name}`, `QRLORA_${name},${name}`]) COLORS[type] = color;
+}
 // Those that report, which have their box from the start: what a run shows must not make a node grow.
 const REPORTS = [
-  ...["Apply", "BlockScale", "ContactSheet", "CreateHook", "ExportLoRA", "LoadDeltaR", "LoadResidual", "Merge"],
+  ...["Apply", "Balance", "BlockScale", "ContactSheet", "CreateHook", "ExportLoRA", "LoadDeltaR", "LoadResidual", "Merge"],
   ...["FromLoRAStack", "LoadLoRA", "Prompt", "SaveDeltaR", "SaveResidual", "ScaleSweep", "Schedule", "Similarity", "ToyAdapter"],
 ].map((name) => `QRLoRA${name}`);
 
@@ -18,7 +23,8 @@ function paint() {
   Object.assign(app.canvas?.default_connection_color_byType ?? {}, COLORS);
   Object.assign(window.LGraphCanvas?.link_type_colors ?? {}, COLORS);
   for (const [type, color] of Object.entries(COLORS)) {
-    document.documentElement.style.setProperty(`--color-datatype-${type}`, color);
+    // for the new renderer, which reads a list as its first name with the rest to fall back on
+    if (!type.includes(",")) document.documentElement.style.setProperty(`--color-datatype-${type}`, color);
   }
   app.canvas?.setDirty(true, true);
 }
@@ -51,6 +57,7 @@ app.registerExtension({
       onExecuted?.call(this, output, ...rest);
       executed(this);
       show(this, output);
+      if (output?.qrlora_saved?.some(Boolean)) refreshLists();
     };
   },
 });

@@ -80,6 +80,7 @@ function attach(node) {
     getMaxHeight: () => HEIGHT + 2 * MARGIN,
   });
   widget.serialize = false;
+  widget.label = translated("Blocks"); // what the page's list of parameters calls it
   node.qrloraBlocks = (kinds) => draw(svg, kinds);
   draw(svg, []);
   const [width, height] = node.computeSize();

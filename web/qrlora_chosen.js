@@ -1,7 +1,7 @@
 // What is in the adapter that was chosen, and the picture beside its file: before anything runs.
 import { api } from "../../scripts/api.js";
 import { ERROR_TEXT, put } from "./qrlora_report.js";
-import { translated } from "./qrlora_words.js";
+import { translated, translatedReport } from "./qrlora_words.js";
 
 const NODE = "QRLoRALoadDeltaR";
 const WIDGET = "delta_r_name";
@@ -16,7 +16,7 @@ export async function showChosen(node) {
     const { text, picture, error } = await answer.json();
     if (chosen() !== name) return; // another one meanwhile
     node.qrloraPicture = picture ? pictureOf(name, api.apiURL(`/qrlora/adapter/picture?${query}`)) : null;
-    if (text) put(node, text);
+    if (text) put(node, translatedReport(text));
     else put(node, String(error ?? ""), ERROR_TEXT);
   } catch (error) {
     console.warn("QR-LoRA: the adapter that was chosen could not be asked about", error);

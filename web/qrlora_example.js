@@ -2,6 +2,7 @@
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { nodeById } from "./qrlora_graph.js";
+import { translated } from "./qrlora_words.js";
 
 const WIDGET = "qrlora_example";
 const VIEW = "qrlora_view";
@@ -17,10 +18,10 @@ function show(node) {
   Object.assign(element.style, { margin: 0, height: `${HEIGHT}px`, minHeight: `${HEIGHT}px`, textAlign: "center" });
   const picture = document.createElement("img");
   picture.src = new URL(name, import.meta.url).href;
-  picture.alt = "An earlier run of this workflow";
+  picture.alt = translated("An earlier run of this workflow");
   Object.assign(picture.style, { maxWidth: "100%", height: `${HEIGHT - 20}px`, objectFit: "contain" });
   const caption = document.createElement("figcaption");
-  caption.textContent = "An earlier run. Press Run for your own.";
+  caption.textContent = translated("An earlier run. Press Run for your own.");
   Object.assign(caption.style, { font: "12px/20px sans-serif", color: "var(--input-text, #ddd)" });
   element.append(picture, caption);
   // Never part of the workflow: neither a widget value nor an input of the prompt.
@@ -31,6 +32,7 @@ function show(node) {
     getMaxHeight: () => HEIGHT + 2 * MARGIN,
   });
   widget.serialize = false;
+  widget.label = translated("Example"); // what the page's list of parameters calls it
 }
 
 function remove(node) {

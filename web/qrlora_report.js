@@ -1,5 +1,5 @@
 // The few lines that a node shows about what it did, in a box that it has from the start.
-import { translated } from "./qrlora_words.js";
+import { translated, translatedReport } from "./qrlora_words.js";
 
 const WIDGET = "qrlora_report";
 const EMPTY = "What it did stands here after a run.";
@@ -14,6 +14,8 @@ export function addStyle() {
   const style = document.createElement("style");
   style.textContent = `
     [data-qrlora-report]:empty::before { content: attr(data-qrlora-report); opacity: 0.6; }
+    /* the line by which the new renderer parts the colours of a socket with two types, where both have one colour */
+    .slot-dot:has([fill*="QRLORA_"]) { --inner-stroke: transparent; }
     [data-qrlora-report] img { float: right; height: ${HEIGHT - 8}px; margin-left: 8px; border-radius: 4px; }
   `;
   document.head.append(style);
@@ -27,6 +29,7 @@ export function reportWidget(node) {
     boxSizing: "border-box",
     height: `${HEIGHT}px`,
     minHeight: `${HEIGHT}px`, // the new renderer shrinks what may shrink
+    contain: "size", // and lets what is long make the node grow
     padding: "4px 8px",
     overflow: "auto",
     whiteSpace: "pre-wrap",
@@ -47,6 +50,7 @@ export function reportWidget(node) {
     getMaxHeight: () => HEIGHT + 2 * MARGIN,
   });
   widget.serialize = false;
+  widget.label = translated("Report"); // what the page's list of parameters calls it
   const [width, height] = node.computeSize();
   node.setSize([Math.max(node.size[0], width), Math.max(node.size[1], height)]);
   return widget;
@@ -54,10 +58,15 @@ export function reportWidget(node) {
 
 // A node that ran once for each item of a list reports as often; what is the same is shown once.
 function summary(reports) {
-  if (!Array.isArray(reports)) return String(reports);
+  if (!Array.isArray(reports)) return translatedReport(reports);
   const counts = new Map();
   for (const report of reports) counts.set(report, (counts.get(report) ?? 0) + 1);
-  return [...counts].map(([report, count]) => (count > 1 ? `${count} times: ${report}` : report)).join("\n");
+  return [...counts]
+    .map(([english, count]) => {
+      const report = translatedReport(english);
+      return count > 1 ? translated("{count} times: {report}", { count, report }) : report;
+    })
+    .join("\n");
 }
 
 // color: of the text. The picture of an adapter that was chosen stays beside it.

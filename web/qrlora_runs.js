@@ -43,7 +43,7 @@ function isOpen(workflow) {
 }
 
 // "custom_nodes.qr-lora.nodes.host.places.PlaceError" is for the log; the last word is for the node.
-function sentence({ exception_type: type, exception_message: message }) {
+export function sentence({ exception_type: type, exception_message: message }) {
   return [String(type ?? "").split(".").pop(), String(message ?? "").trim()].filter(Boolean).join(": ");
 }
 

@@ -1,5 +1,6 @@
 // The curve of a delta R Schedule, drawn as it is typed. The server reads the same text when the node runs.
 import { app } from "../../scripts/app.js";
+import { translated } from "./qrlora_words.js";
 
 const NODE = "QRLoRASchedule";
 const WIDGET = "qrlora_curve";
@@ -12,6 +13,17 @@ function value(node, name) {
   return node.widgets?.find((widget) => widget.name === name)?.value;
 }
 
+// Points as they are written. A comma separates, unless that leaves what is no point: then one between digits is decimal.
+// The same rule as qrlora_core/written.py.
+function parts(text) {
+  const isPoint = (part) => /^[^:]+:[^:]+$/.test(part);
+  const trimmed = (list) => list.map((part) => part.trim()).filter(Boolean);
+  const plain = trimmed(text.split(/[,;\n]/));
+  if (plain.every(isPoint)) return plain;
+  const decimal = trimmed(text.split(/[;\n]|,(?!\d)|(?<!\d),/)).map((part) => part.replace(/(?<=\d),(?=\d)/g, "."));
+  return decimal.every(isPoint) ? decimal : plain;
+}
+
 // [[place from 0 at the left to 1 at the right, factor], ...], or null when the text cannot be read.
 function points(node, presets) {
   const preset = value(node, "preset");
@@ -21,8 +33,7 @@ function points(node, presets) {
   const falling = preset === "points" && value(node, "over") === "sigma";
   const text = preset === "points" ? value(node, "points") : presets[preset];
   const found = [];
-  for (const part of String(text ?? "").split(/[,;\n]/)) {
-    if (!part.trim()) continue;
+  for (const part of parts(String(text ?? ""))) {
     const [place, factor, ...more] = part.split(":").map((one) => (one.trim() === "" ? NaN : Number(one)));
     if (more.length || !Number.isFinite(place) || !Number.isFinite(factor) || Math.abs(factor) > 4) return null;
     found.push([falling ? 1 - Math.min(place, 1) : place, factor]);
@@ -43,7 +54,7 @@ function draw(svg, curve) {
   if (!curve) {
     const text = add("text", { x: WIDTH / 2, y: HEIGHT / 2, "text-anchor": "middle", "font-size": 11 });
     text.setAttribute("fill", "var(--error-text, #ff6b6b)");
-    text.textContent = "places and factors, as in 0: 1, 0.5: 0";
+    text.textContent = translated("places and factors, as in 0: 1, 0.5: 0");
     return;
   }
   const factors = curve.map(([, factor]) => factor);
@@ -63,7 +74,7 @@ function attach(node, presets) {
   svg.setAttribute("viewBox", `0 0 ${WIDTH} ${HEIGHT}`);
   svg.setAttribute("preserveAspectRatio", "none");
   svg.setAttribute("role", "img");
-  svg.setAttribute("aria-label", "strength over the sampling, from the first step at the left");
+  svg.setAttribute("aria-label", translated("strength over the sampling, from the first step at the left"));
   const element = document.createElement("div");
   Object.assign(element.style, {
     boxSizing: "border-box",
@@ -81,6 +92,7 @@ function attach(node, presets) {
     getMaxHeight: () => HEIGHT + 2 * MARGIN,
   });
   widget.serialize = false;
+  widget.label = translated("Curve"); // what the page's list of parameters calls it
   const redraw = () => draw(svg, points(node, presets));
   for (const one of node.widgets) {
     if (!["preset", "points", "over", "switch"].includes(one.name)) continue;

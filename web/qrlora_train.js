@@ -1,9 +1,12 @@
 // The Train node's own view of its run: from the server's messages, and after a reload from what it still knows.
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
-import { nodeById, openWorkflow, workflowOf } from "./qrlora_graph.js";
+import { everyNode, nodeById, openWorkflow, workflowOf } from "./qrlora_graph.js";
+import { sentence } from "./qrlora_runs.js";
 import { Job } from "./qrlora_train_job.js";
 import { HEIGHT, Panel } from "./qrlora_train_panel.js";
+import { followQueue } from "./qrlora_train_queue.js";
+import { translated } from "./qrlora_words.js";
 
 const NODE = "QRLoRATrain";
 const WIDGET = "qrlora_train";
@@ -14,6 +17,8 @@ const jobs = new Map(); // node id as the server names it ("5", or "1:5" in a su
 let early = []; // messages that came before the state was known
 let asking = false;
 let drawing = 0;
+let waiting = new Map(); // node id -> entries of the queue before it
+let lookAtQueue = () => {};
 
 function find(id) {
   const node = nodeById(id);
@@ -67,7 +72,11 @@ async function catchUp() {
   early ??= [];
   try {
     const answer = await api.fetchApi("/qrlora/train/state");
-    if (answer.ok) for (const state of (await answer.json()).jobs ?? []) take(state, true);
+    if (answer.ok) {
+      const states = (await answer.json()).jobs ?? [];
+      forget(new Set(states.map(({ node, run }) => `${node} ${run}`)));
+      for (const state of states) take(state, true);
+    }
   } catch (error) {
     console.warn("QR-LoRA: the state of training runs could not be read", error); // the next message still shows
   }
@@ -75,6 +84,23 @@ async function catchUp() {
   early = null;
   asking = false;
   for (const message of waiting) take(message);
+  draw();
+}
+
+// A training that was live before ComfyUI was started anew is none any more.
+function forget(known) {
+  for (const job of jobs.values()) {
+    if (job.ended || known.has(`${job.node} ${job.run}`)) continue;
+    Object.assign(job, { state: "stopped", text: translated("ComfyUI was restarted; queue again to go on."), reason: "" });
+  }
+}
+
+// What ends a node before it has a job of its own: an input that is not what it expects.
+function failed({ detail }) {
+  if (detail?.node_type !== NODE) return;
+  const id = String(detail.node_id);
+  if (jobs.get(id)?.prompt === (detail.prompt_id ?? null) && jobs.get(id).ended) return; // it has said so itself
+  take({ node: id, prompt_id: detail.prompt_id, run: "", state: "failed", text: sentence(detail), events: [] });
   draw();
 }
 
@@ -88,9 +114,9 @@ async function stop(job) {
     });
     if (answer.ok) return "";
     const reason = (await answer.json().catch(() => ({}))).error ?? `status ${answer.status}`;
-    return `The server did not stop the run: ${reason}`;
+    return translated("The server did not stop the run: {reason}", { reason });
   } catch (error) {
-    return `The server could not be asked to stop: ${error.message}`;
+    return translated("The server could not be asked to stop: {reason}", { reason: error.message });
   }
 }
 
@@ -98,10 +124,14 @@ function picture(job, step) {
   return api.apiURL(`/qrlora/train/sample?run=${encodeURIComponent(job.run)}&step=${step}`);
 }
 
+function sheet(job, step) {
+  return api.apiURL(`/qrlora/train/strengths?run=${encodeURIComponent(job.run)}&step=${step}`);
+}
+
 function panel(node) {
   const known = node.widgets?.find((widget) => widget.name === WIDGET);
   if (known) return known.qrloraPanel;
-  const made = new Panel({ stop, picture });
+  const made = new Panel({ stop, picture, sheet });
   // Never part of the workflow: neither a widget value nor an input of the prompt.
   const widget = node.addDOMWidget(WIDGET, WIDGET, made.element, {
     serialize: false,
@@ -110,6 +140,7 @@ function panel(node) {
     getMinHeight: () => HEIGHT + 2 * MARGIN, // no more is ever asked for, so nothing that is shown moves the graph
   });
   widget.serialize = false;
+  widget.label = translated("Training"); // what the page's list of parameters calls it
   widget.qrloraPanel = made;
   made.element.addEventListener("wheel", (event) => zoom(event, made), { passive: false });
   for (const kind of ["Down", "Move", "Up"]) {
@@ -175,23 +206,40 @@ function draw() {
       if (node && here(job, node) && (!job.ended || shown.get(node)?.ended !== false)) shown.set(node, job);
     }
     for (const [node, job] of shown) panel(node)?.show(job);
+    const turns = new Map([...waiting].map(([id, before]) => [find(id), before]).reverse()); // the first one counts
+    for (const { node } of everyNode()) {
+      if (node.type !== NODE) continue;
+      if (!shown.has(node)) panel(node)?.show(panel(node).job); // one that the server has forgotten
+      panel(node)?.queued(turns.get(node) ?? null);
+    }
   });
 }
 
 // At once: the host drops messages that nobody listens to, and a run may be going on while the page loads.
 api.addEventListener("qrlora.train", ({ detail }) => {
   if (early) return early.push(detail);
+  const known = jobs.get(String(detail?.node))?.prompt;
   take(detail);
+  if (known !== detail?.prompt_id) lookAtQueue(); // its turn has come
   draw();
 });
+api.addEventListener("execution_error", failed);
 
 app.registerExtension({
   name: "QR-LoRA.Train",
   setup() {
     api.addEventListener("reconnected", catchUp);
+    lookAtQueue = followQueue(
+      (prompt, node) => jobs.get(node)?.prompt === prompt,
+      (found) => {
+        waiting = found;
+        draw();
+      },
+    );
     return catchUp();
   },
   afterConfigureGraph() {
+    lookAtQueue(); // the workflow that is open now may be in it
     draw(); // undo and a change of tab make every node anew
   },
   beforeRegisterNodeDef(nodeType, nodeData) {

@@ -4,16 +4,16 @@ import { translated } from "./qrlora_words.js";
 const SVG = "http://www.w3.org/2000/svg";
 // A blue and the vermilion of Okabe and Ito, told apart by every kind of colour vision; width and shape differ as well.
 // Mixed with the text's colour they keep their contrast on light and on dark palettes.
-const TEXT = "var(--input-text, #ddd)";
+export const TEXT = "var(--input-text, #ddd)";
 export const BLUE = `color-mix(in srgb, #2a93d5 72%, ${TEXT})`;
-const ORANGE = `color-mix(in srgb, #d55e00 72%, ${TEXT})`;
+export const ORANGE = `color-mix(in srgb, #d55e00 72%, ${TEXT})`;
 const FAINT = `color-mix(in srgb, ${TEXT} 22%, transparent)`;
 const RAW = `color-mix(in srgb, ${TEXT} 55%, transparent)`;
 const MARGIN = { left: 44, right: 8, top: 20, bottom: 20 };
 const FONT = 11;
 const LOG_FROM = 10; // a smoothed loss that falls to a tenth is read on a logarithmic scale
 
-function shape(parent, name, attributes, style = {}) {
+export function shape(parent, name, attributes, style = {}) {
   const element = document.createElementNS(SVG, name);
   for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
   Object.assign(element.style, style);
@@ -135,8 +135,12 @@ export class Chart {
     this.element.setAttribute(
       "aria-label",
       end
-        ? `Loss curve up to step ${end.step} of ${job.steps}: smoothed loss ${number(end.smoothed)}`
-        : "Loss curve: no steps yet",
+        ? translated("Loss curve up to step {step} of {steps}: smoothed loss {loss}", {
+            step: end.step,
+            steps: job.steps,
+            loss: number(end.smoothed),
+          })
+        : translated("Loss curve: no steps yet"),
     );
   }
 
@@ -150,7 +154,8 @@ export class Chart {
     if (x < 0 || x > this.inner[0]) return this.#legend();
     const bucket = this.job.curve.nearest(this.scale.step(x));
     this.cursor.setAttribute("d", `M${this.scale.x(bucket.step)} 0v${this.inner[1]}`);
-    const raw = bucket.low === bucket.high ? number(bucket.low) : `${number(bucket.low)} to ${number(bucket.high)}`;
+    const [low, high] = [number(bucket.low), number(bucket.high)];
+    const raw = bucket.low === bucket.high ? low : translated("{low} to {high}", { low, high });
     this.#label(
       MARGIN.left,
       13,

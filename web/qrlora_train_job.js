@@ -104,6 +104,7 @@ export class Job {
     this.curve = new Curve();
     this.validation = [];
     this.samples = [];
+    this.strengths = null; // the event of that name: step, strengths, shown, drift
     this.phase = null;
     this.step = 0;
     this.steps = 0;
@@ -149,6 +150,9 @@ export class Job {
       case "sample":
         this.#sample(event.step);
         break;
+      case "strengths":
+        if ([event.strengths, event.shown, event.drift].every(Array.isArray)) this.strengths = event;
+        break;
       case "failed":
         this.reason = String(event.message ?? "");
         break;
@@ -164,6 +168,7 @@ export class Job {
     this.curve.cut(first);
     this.validation = this.validation.filter(({ step }) => step <= first);
     this.samples = this.samples.filter((step) => step <= first);
+    if (this.strengths?.step !== first) this.strengths = null;
     this.step = first;
     this.steps = steps;
     this.reason = "";

@@ -1,6 +1,7 @@
 // What the Train node shows of its run: built once, filled by `show`. Text is only ever set as text.
 import { BLUE, Chart, count, number } from "./qrlora_train_chart.js";
-import { translated } from "./qrlora_words.js";
+import { Strengths } from "./qrlora_train_strengths.js";
+import { translated, translatedReport } from "./qrlora_words.js";
 
 export const HEIGHT = 380;
 const TEXT = "var(--input-text, #ddd)";
@@ -11,9 +12,11 @@ const PHASES = {
   model: "Loading the model",
   train: "Training",
   sample: "Sampling",
+  strengths: "Trying strengths",
   save: "Saving",
 };
 const STATES = {
+  queued: "Queued",
   preparing: "Preparing",
   running: "Training",
   stopping: "Stopping",
@@ -35,10 +38,13 @@ function make(parent, tag, style = {}, attributes = {}) {
 
 export class Panel {
   // stop(job): asks the server, resolves to an error message or "". picture(job, step): address of a sample.
-  constructor({ stop, picture }) {
+  // sheet(job, step): address of the picture of several strengths.
+  constructor({ stop, picture, sheet }) {
     this.picture = picture;
+    this.sheet = sheet;
     this.job = null;
     this.scaling = "";
+    this.before = null;
     this.element = make(null, "div", {
       boxSizing: "border-box",
       display: "flex",
@@ -66,6 +72,8 @@ export class Panel {
       scrollbarWidth: "none", // it would cover the pictures
     });
     this.samples.setAttribute("aria-label", translated("Newest samples"));
+    this.strengths = new Strengths();
+    this.element.append(this.strengths.element);
     this.message = make(this.element, "div", {
       flex: "0 0 auto",
       height: "2.7em",
@@ -171,6 +179,13 @@ export class Panel {
     this.show(this.job);
   }
 
+  // before: entries of the queue that run before this node's; null when it is not in the queue.
+  queued(before) {
+    if (before === this.before) return;
+    this.before = before;
+    this.show(this.job);
+  }
+
   // lines: what the node said when it was executed; also without a run, when the adapter was there already.
   report(lines) {
     this.lines = lines;
@@ -182,8 +197,9 @@ export class Panel {
     if (job?.run !== this.job?.run) this.refused = "";
     this.job = job;
     const state = job?.state ?? (this.lines ? "finished" : "idle");
+    const live = ["preparing", "running", "stopping"].includes(state);
     if (!["preparing", "running"].includes(state)) this.asked = false;
-    const shown = this.asked ? "stopping" : state;
+    const shown = this.asked ? "stopping" : this.before !== null && !live ? "queued" : state;
     Object.assign(this.element.dataset, {
       state: shown,
       step: job?.step ?? 0,
@@ -193,13 +209,15 @@ export class Panel {
     put(this.title, heading(shown, job));
     put(this.steps, job?.steps ? translated("step {step} / {steps}", { step: count(job.step), steps: count(job.steps) }) : "");
     this.#progress(shown, job);
-    const live = shown === "running" || shown === "stopping";
-    put(this.eta, live && Number.isFinite(job.eta) ? translated("{time} left", { time: duration(job.eta) }) : live ? "" : this.scaling);
-    this.eta.title = translated(live ? "Time left" : "The update is scaled by alpha / rank; alpha 0 means as rank");
+    const counting = shown === "running" || shown === "stopping";
+    const left = counting && Number.isFinite(job.eta) ? translated("{time} left", { time: duration(job.eta) }) : "";
+    put(this.eta, counting ? left : this.scaling);
+    this.eta.title = translated(counting ? "Time left" : "The update is scaled by alpha / rank; alpha 0 means as rank");
     put(this.speed, Number.isFinite(job?.seconds) ? speed(job.seconds) : "");
     put(this.memory, job?.peak > 0 ? translated("peak {size} GB", { size: (job.peak / 1e9).toFixed(1) }) : "");
     this.chart.draw(job);
     this.#pictures(job);
+    this.strengths.show(job?.strengths, job?.strengths && this.sheet(job, job.strengths.step));
     put(this.message, this.refused || this.#message(state, job));
     const read = state === "failed" || job?.warnings.length; // not watched
     this.message.style.height = read ? "6.75em" : "2.7em";
@@ -207,15 +225,15 @@ export class Panel {
     this.button.style.opacity = this.button.disabled ? "0.45" : "1";
     this.button.style.cursor = this.button.disabled ? "default" : "pointer";
     put(this.button, translated(shown === "stopping" ? "Stopping" : "Stop"));
-    put(this.hint, hint(shown, job));
+    put(this.hint, shown === "queued" ? turn(this.before) : hint(shown, job));
   }
 
   #message(state, job) {
     if (state === "finished" && this.lines) return this.lines;
     // Of a step the server's line says what stands above already.
     const stepping = state === "running" && job.lastEvent === "step" && job.curve.last;
-    const text = stepping ? losses(job) : job ? job.text || job.reason : translated(IDLE);
-    return [...(job?.warnings ?? []), text].join("\n");
+    const text = stepping ? losses(job) : job ? translatedReport(job.text || job.reason) : translated(IDLE);
+    return [...(job?.warnings ?? []).map(translatedReport), text].join("\n");
   }
 
   #progress(state, job) {
@@ -297,6 +315,13 @@ function heading(state, job) {
 function losses(job) {
   const values = { loss: number(job.curve.last.smoothed), rate: number(job.rate) };
   return translated("smoothed loss {loss}, learning rate {rate}", values);
+}
+
+function turn(before) {
+  if (!before) return translated("Waits for the nodes before it.");
+  return translated(before === 1 ? "One entry of the queue runs before it." : "{count} entries of the queue run before it.", {
+    count: before,
+  });
 }
 
 function hint(state, job) {

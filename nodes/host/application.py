@@ -25,7 +25,8 @@ from ...qrlora_core.linalg import ORTHONORMAL, orthonormality_error
 from ...qrlora_core.residual import Restored
 from . import patches
 from .initial_basis import initial_bases
-from .live import can_be_live, live_clone
+from .live import live_clone
+from .live_store import can_be_live
 from .places import Place, load_device, own_weight, place_layers, quantised
 from .protocols import ModelPatcher
 from .restore import RestoredWeight, add_restored, plain_clone

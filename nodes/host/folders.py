@@ -141,6 +141,12 @@ def save_folder(kind: str = FOLDER) -> Path:
     return Path(folder_paths.get_folder_paths(kind)[0])
 
 
+def spoken(kind: str) -> str:
+    """How messages call the folder where files of a kind are written: its last two parts, "models/loras" by default."""
+    folder = save_folder(kind)
+    return f"{folder.parent.name}/{folder.name}"
+
+
 def place(label: str) -> Path:
     """Where a node writes adapters, by what its drop-down says (see `PLACES`)."""
     kind = PLACES[label]

@@ -19,8 +19,10 @@ from ...qrlora_core import (
     FileFormatError,
     ModelInputs,
     PathError,
+    PlainText,
     TrainingCache,
     bucket_size,
+    plain_caption,
     save_cache,
 )
 from ...train.config import EncodeConfig
@@ -38,11 +40,14 @@ _RECIPE = 2  # raised when the same pictures would be encoded otherwise
 
 
 class Picture(NamedTuple):
-    """`load()` gives (height, width, 3 or 4), 0 to 1; the fourth channel is alpha."""
+    """`load()` gives (height, width, 3 or 4), 0 to 1; the fourth channel is alpha. `is_class`: of the class, for prior
+    preservation.
+    """
 
     name: str
     caption: str
     load: Callable[[], Tensor]
+    is_class: bool = False
 
 
 def graph_pictures(batches: Sequence[Tensor], caption: str) -> list[Picture]:
@@ -52,6 +57,21 @@ def graph_pictures(batches: Sequence[Tensor], caption: str) -> list[Picture]:
     pictures = [picture for batch in batches for picture in batch]
     return [
         Picture(f"image {number}", caption, functools.partial(_plain, picture))
+        for number, picture in enumerate(pictures, 1)
+    ]
+
+
+def class_pictures(batches: Sequence[Tensor], prompt: str) -> list[Picture]:
+    """Pictures of the class, and what they all are called; none where none are connected, whatever the prompt.
+
+    Raises:
+        DatasetError: there are pictures and no prompt.
+    """
+    if batches and not prompt.strip():
+        raise DatasetError("class_images need a class_prompt, such as 'a photo of a dog', without the trigger")
+    pictures = [picture for batch in batches for picture in batch]
+    return [
+        Picture(f"class image {number}", prompt.strip(), functools.partial(_plain, picture), True)
         for number, picture in enumerate(pictures, 1)
     ]
 
@@ -73,10 +93,13 @@ def cache_key(pictures: Sequence[Picture], settings: EncodeConfig, clip: Clip, v
     digest = hashlib.sha256()
     for picture in pictures:
         pixels = picture.load().contiguous()
-        digest.update(json.dumps([picture.caption, list(pixels.shape)]).encode())
+        described = [picture.caption, list(pixels.shape), *(["class"] if picture.is_class else [])]
+        digest.update(json.dumps(described).encode())
         digest.update(pixels.numpy().data)
     settings_used = [encoders.weights_identity(clip), encoders.weights_identity(vae), empty_caption, _RECIPE]
     settings_used += [settings.resolution, settings.bucket_step, settings.buckets, settings.flip, settings.mask]
+    if len(settings.sides) > 1 or settings.repeats > 1:  # caches from before there were these keep their names
+        settings_used += [settings.sides, settings.repeats]
     digest.update(json.dumps(settings_used).encode())
     return digest.hexdigest()[:16]
 
@@ -91,16 +114,22 @@ class Encoders(NamedTuple):
 
 
 def encode(
-    path: Path, pictures: Sequence[Picture], settings: EncodeConfig, graph: Encoders, empty_caption: bool
+    path: Path,
+    pictures: Sequence[Picture],
+    settings: EncodeConfig,
+    graph: Encoders,
+    empty_caption: bool,
+    trigger: str = "",
 ) -> Path:
     """Write the training cache with the graph's own CLIP and VAE, unless it is there already.
 
     Args:
         path: named after `cache_key`.
         pictures: what to encode.
-        settings: resolution, buckets, flip, mask.
+        settings: resolutions, repeats, buckets, flip, mask.
         graph: what they are encoded with.
         empty_caption: also encode "", for caption dropout.
+        trigger: also encode the first caption without it, which is not trained on and so no part of `cache_key`.
 
     Raises:
         DatasetError: a picture cannot be read, or its mask leaves nothing to train on.
@@ -115,21 +144,29 @@ def encode(
             log.warning("QR-LoRA: the cache is encoded again: %s", error)
     captions = list(dict.fromkeys(picture.caption for picture in pictures))
     texts = captions + ([""] if empty_caption and "" not in captions else [])
-    items = [CacheItem(picture.name, captions.index(picture.caption), picture.caption) for picture in pictures]
-    work: list[Any] = [*texts, *pictures]
+    items = [
+        CacheItem(picture.name, captions.index(picture.caption), picture.caption, settings.repeats, picture.is_class)
+        for picture in pictures
+        for _ in settings.sides
+    ]
+    plain = plain_caption(captions[0], trigger)
+    sized = [(picture, side) for picture in pictures for side in settings.sides]
+    work: list[Any] = [*texts, *([] if plain is None else [plain]), *sized]
     encoded_texts: list[EncodedText] = []
     encoded: list[EncodedPicture] = []
     for item in host.with_progress(work):
         if isinstance(item, str):
             encoded_texts.append(encoders.encode_text(graph.clip, item, graph.base, graph.taken))
         else:
-            encoded.append(_encoded(item, settings, graph))
+            picture, side = item
+            encoded.append(_encoded(picture, side, settings, graph))
+    without = None if plain is None else PlainText(trigger, plain, encoded_texts.pop())
     useless = path.is_file()
     empty_text = texts.index("") if "" in texts else None
     try:
         save_cache(
             path, items, encoded, encoded_texts, empty_text=empty_text, overwrite=useless, source_key=path.stem,
-            metadata={_MADE_FOR: graph.base.name},
+            metadata={_MADE_FOR: graph.base.name}, plain=without,
         )  # fmt: skip
     except PathError:
         if useless or not path.is_file():  # otherwise another ComfyUI wrote the same meanwhile
@@ -137,10 +174,10 @@ def encode(
     return path
 
 
-def _encoded(picture: Picture, settings: EncodeConfig, graph: Encoders) -> EncodedPicture:
+def _encoded(picture: Picture, side: int, settings: EncodeConfig, graph: Encoders) -> EncodedPicture:
     pixels = picture.load()
     height, width = pixels.shape[:2]
-    size = bucket_size(width, height, settings.resolution, settings.bucket_step, settings.buckets)
+    size = bucket_size(width, height, side, settings.bucket_step, settings.buckets)
     pixels = encoders.resized(pixels, *size)
     color, alpha = pixels[..., :3], pixels[..., 3] if pixels.shape[-1] > 3 else None
 

@@ -38,6 +38,7 @@ class Job:
         self._stride = 1
         self._last: dict[str, dict[str, Any]] = {}
         self._samples: list[int] = []
+        self._validation: dict[int, dict[str, Any]] = {}
 
     @property
     def active(self) -> bool:
@@ -61,7 +62,14 @@ class Job:
                     self._add_step(event)
                     continue
                 if kind == "started":  # what came after the checkpoint is done again
-                    self._steps = {at: earlier for at, earlier in self._steps.items() if at <= event["first_step"]}
+                    first = event["first_step"]
+                    self._steps = {at: earlier for at, earlier in self._steps.items() if at <= first}
+                    self._validation = {at: earlier for at, earlier in self._validation.items() if at <= first}
+                if kind == "validation":
+                    self._validation[event["step"]] = event
+                    while len(self._validation) > _KEPT_STEPS:
+                        del self._validation[next(iter(self._validation))]
+                    continue
                 if kind == "sample" and step not in self._samples:
                     self._samples.append(event["step"])
                 self._last[kind] = event
@@ -82,6 +90,11 @@ class Job:
         """Step events in order, thinned evenly when there are many; of a step that was done twice the later one."""
         with self._lock:
             return [self._steps[step] for step in sorted(self._steps)]
+
+    def validation(self) -> list[dict[str, Any]]:
+        """Validation events in order."""
+        with self._lock:
+            return [self._validation[step] for step in sorted(self._validation)]
 
     def catch_up(self, events: Iterable[TrainEvent]) -> None:
         """Remember what an earlier start of the same run did, and send all of it to the pages, thinned."""
@@ -104,8 +117,8 @@ class Job:
         self._send(MESSAGE, message)
 
     def summary(self) -> dict[str, Any]:
-        """What a page needs to draw all of it: the steps that are kept, the last event of every other kind."""
-        steps = self.steps()
+        """What a page needs to draw all of it: the steps that are kept, the validation, the last event of others."""
+        steps = self.steps() + self.validation()
         with self._lock:
             others = list(self._last.values())
             samples = [f"step-{step:08}" for step in sorted(self._samples)]

@@ -15,9 +15,11 @@ from ..host import folders
 from ..host.protocols import Clip, Vae
 from ..train_options import TrainOptions
 from . import dataset
+from .dataset import class_pictures
 from .runs import RunFolder, key_of
 
 _ENDING = ".safetensors"
+_NO_CLASS_IMAGES = "class_prompt is set, but class_images is empty or bypassed: trained without pictures of the class"
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +28,7 @@ class Request:
 
     Attributes:
         model: the base model's file.
-        pictures: with captions.
+        pictures: with captions; those of the class, too.
         clip, vae: the graph's.
         output_name: of the adapter, inside the folder.
         fit: fields of FitConfig that the node's own widgets hold.
@@ -94,6 +96,8 @@ def from_widgets(
     rank: int,
     options: TrainOptions | None = None,
     folder: str = folders.RESULTS,
+    class_images: Sequence[Tensor] | None = None,
+    class_prompt: str = "",
     **fit: Any,
 ) -> Request:
     """A request from what the node's inputs hold.
@@ -102,27 +106,33 @@ def from_widgets(
         DatasetError, PathError, ConfigError: one of them is wrong.
     """
     options = options or TrainOptions()
-    for name, text in (("trigger", trigger), ("instance_prompt", instance_prompt), ("output_name", output_name)):
+    texts = {"trigger": trigger, "instance_prompt": instance_prompt, "class_prompt": class_prompt}
+    for name, text in (*texts.items(), ("output_name", output_name)):
         _require_unicode(name, text)
     trigger = trigger.strip()
-    pictures = _pictures(images, dataset, instance_prompt.strip(), trigger)
+    own = _pictures(images, dataset, instance_prompt.strip(), trigger)
+    of_class = class_pictures([batch for batch in class_images or () if batch is not None], class_prompt)
     encode = make_config(
         EncodeConfig,
         {"pipeline": "-", "pictures": ("-",), "output": "-", "resolution": resolution, "flip": options.flip},
         {"buckets": options.keep_aspect, "mask": bool(options.fit.get("use_mask", True)), "trigger": trigger},
+        {"repeats": options.repeats, "resolutions": options.resolutions},
     )
     numbers = {"rank": rank, "alpha": alpha or float(rank)}
     prompt = instance_prompt.strip().replace("[trigger]", trigger)  # for the metadata; the captions were checked above
     return Request(
         model=folders.model_file(model_name),
-        pictures=pictures,
+        pictures=[*own, *of_class],
         clip=clip,
         vae=vae,
         output_name=checked_name(output_name, folder),
         fit={**fit, **numbers, "trigger": trigger, "prompt": prompt},
         encode=encode,
         options=options,
-        warnings=caption_warnings([picture.caption for picture in pictures], trigger),
+        warnings=[
+            *caption_warnings([picture.caption for picture in own], trigger),
+            *([_NO_CLASS_IMAGES] if class_prompt.strip() and not of_class else []),
+        ],
         folder=folder,
     )
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from aiohttp import web
 from server import PromptServer
 
-from ...qrlora_core import FileFormatError, QRLoRAError, TensorFile, contained_path
+from ...qrlora_core import FileFormatError, PathError, QRLoRAError, TensorFile, contained_path
 from ..host import encoders, folders
 from ..host.base_format import BaseFormat, base_format
 from ..visitors import own_pages
@@ -56,6 +56,18 @@ def register() -> None:
             return web.json_response({"error": str(error)}, status=404)
         return web.Response(body=png, content_type="image/png", headers={"Cache-Control": "private, max-age=3600"})
 
+    @server.routes.get("/qrlora/train/strengths")
+    @own_pages
+    async def strengths(request: web.Request) -> web.Response:
+        step = request.query.get("step", "")
+        if not (step.isascii() and step.isdigit() and len(step) < 10):
+            return web.json_response({"error": "step is a number"}, status=400)
+        try:
+            png = await asyncio.to_thread(strengths_png, request.query.get("run", ""), int(step))
+        except QRLoRAError as error:
+            return web.json_response({"error": str(error)}, status=404)
+        return web.Response(body=png, content_type="image/png", headers={"Cache-Control": "no-cache"})
+
     @server.routes.post("/qrlora/train/stop")
     @own_pages
     async def stop(request: web.Request) -> web.Response:
@@ -88,6 +100,19 @@ def sample_png(run: str, step: int) -> bytes:
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def strengths_png(run: str, step: int) -> bytes:
+    """The picture of an adapter at several strengths, as the node left it in the run folder.
+
+    Raises:
+        PathError: the name leaves the folder of runs, or there is no such picture (yet).
+    """
+    path = RunFolder(contained_path(folders.runs_folder(), run)).strengths(step, ".png")
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise PathError(f"{path.name} is not there: {error.strerror or error}") from error
 
 
 def _format_of(run: RunFolder) -> BaseFormat | None:

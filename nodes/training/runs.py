@@ -6,6 +6,7 @@
 | `events.jsonl` | what it reported, of all its starts |
 | `log.txt` | its output |
 | `checkpoints/`, `samples/` | where it goes on from, and sample latents |
+| `strengths/` | what the adapter does at several strengths: numbers, latents, and the picture of both |
 | `adapter-<steps>.safetensors` | the result after that many steps |
 | `result.json` | which results were checked, and under which names they were published |
 | `lock`, `trainer.json`, `stop` | who trains here now; asks it to stop |
@@ -76,6 +77,10 @@ class RunFolder:
         """Step -> file of sample latents, in order."""
         files = sorted((self.folder / "samples").glob("step-*.safetensors"))
         return {int(name[1]): path for path in files if (name := _CHECKPOINT.fullmatch(path.name))}
+
+    def strengths(self, steps: int, ending: str) -> Path:
+        """What the adapter of so many steps does at several strengths: ".json", ".safetensors" or ".png"."""
+        return self.folder / "strengths" / f"step-{steps:08}{ending}"
 
     def write(self, path: Path, values: Any) -> None:
         """JSON into the folder, whole or not at all."""

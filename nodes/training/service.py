@@ -89,7 +89,7 @@ def _fit(request: Request, job: Job, run: RunFolder, data_key: str, lock: int) -
     log.info("QR-LoRA: %s", preflight.summary(report))
     graph = dataset.Encoders(request.clip, request.vae, base_format(request.model), preflight.taken(report))
     job.tell("preparing", f"encoding {len(request.pictures)} pictures with the graph's CLIP and VAE")
-    dataset.encode(data, request.pictures, request.encode, graph, config.caption_dropout > 0)
+    dataset.encode(data, request.pictures, request.encode, graph, config.caption_dropout > 0, config.trigger)
     if _stop_asked(job):
         raise session.Interrupted()
     session.free_models()
@@ -193,11 +193,12 @@ def _pause(job: Job, seconds: float) -> None:
 def finished_text(trained: Trained, job: Job) -> str:
     """One line about how it ended."""
     steps = job.steps()
+    file = f"{trained.path.name} in {'/'.join(trained.path.parent.parts[-2:])}"
     if not trained.is_new:
-        return f"already trained: {trained.path.name}"
+        return f"already trained: {file}"
     if not steps:
-        return f"finished: {trained.path.name}"
+        return f"finished: {file}"
     last = steps[-1]
     seconds = last["step"] * sum(step["seconds"] for step in steps) / len(steps)  # of many steps a part is kept
     loss = last["smoothed_loss"]
-    return f"finished: {trained.path.name}, {last['step']} steps in {spoken_duration(seconds)}, loss {loss:.4f}"
+    return f"finished: {file}, {last['step']} steps in {spoken_duration(seconds)}, loss {loss:.4f}"

@@ -83,6 +83,8 @@ def describe(event: TrainEvent) -> str:
         return f"{data['phase']}{count}: {data['text']}" if data["text"] else f"{data['phase']}{count}"
     if event.kind == "saved":
         return f"step {data['step']}: {data['what']} saved"
+    if event.kind == "strengths":
+        return f"step {data['step']}: looked at strengths"
     if event.kind == "sample":
         return f"step {data['step']}: sample"
     if event.kind == "validation":

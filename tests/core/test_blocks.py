@@ -101,6 +101,9 @@ def test_nothing_is_read_before_the_merge():
         (" 3 : -.5 ;\n7-7:2 ", ((3, 3, -0.5), (7, 7, 2.0))),
         ("", ()),
         (" , ", ()),
+        ("0-9: 0,5, 10-18: 1", ((0, 9, 0.5), (10, 18, 1.0))),
+        ("7: 0,5", ((7, 7, 0.5),)),
+        ("0: 0,5: 1", ((0, 0, 0.0), (5, 5, 1.0))),  # as it always was
     ],
 )
 def test_ranges(text, ranges):
@@ -124,6 +127,20 @@ def test_bad_ranges_are_shown(text, words):
     with pytest.raises(core.SettingError, match="double_ranges") as caught:
         core.parse_ranges(text, "double_ranges")
     assert words in str(caught.value)
+
+
+def test_ranges_of_other_kinds_with_decimal_commas():
+    ranges = core.parse_kind_ranges("input 4-5: 0,5, middle: 0", "other_ranges")
+    assert ranges == (("input", (4, 5, 0.5)), ("middle", (0, 9999, 0.0)))
+
+
+def test_a_range_that_goes_on_beyond_the_last_block_is_told():
+    names = list(make(1).layers)
+    scale = core.BlockScale(double_ranges=core.parse_ranges("0-18: 0.5", "double_ranges"))
+    assert scale.beyond(names) == ["0-18: 0.5: the last of the double blocks is 0"]
+    assert core.BlockScale(double_ranges=core.parse_ranges("0: 0.5", "double_ranges")).beyond(names) == []
+    everywhere = core.parse_kind_ranges("double: 0.5", "other_ranges")
+    assert core.BlockScale(other_ranges=everywhere).beyond(names) == []
 
 
 def test_a_range_of_no_block_is_refused():

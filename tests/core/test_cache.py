@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import qrlora_core as core
-from qrlora_core import CacheItem, EncodedPicture, EncodedText, TrainingCache, bucket_size, save_cache
+from qrlora_core import CacheItem, EncodedPicture, EncodedText, PlainText, TrainingCache, bucket_size, save_cache
 
 
 def parts(pictures=2, **changes):
@@ -67,6 +67,38 @@ def test_a_damaged_cache_is_refused(path):
     path.write_bytes(content)
     with pytest.raises(core.FileFormatError, match="is damaged: its content does not match its checksum"):
         TrainingCache(path)
+
+
+def plain(**changes):
+    return PlainText("<c>", "a dog", EncodedText(torch.ones(3, 8), torch.ones(7)))._replace(**changes)
+
+
+def test_a_caption_without_the_trigger_is_no_part_of_the_data(path, tmp_path):
+    """A run that began with a cache of old goes on with one that was written since."""
+    made = parts()
+    save_cache(path, **made)
+    assert TrainingCache(path).plain() is None
+    other = tmp_path / "other.safetensors"
+    save_cache(other, **made, plain=plain())
+    old, new = TrainingCache(path), TrainingCache(other)
+    found = new.plain()
+    assert (found.trigger, found.prompt) == ("<c>", "a dog") and torch.equal(found.text.embeds, torch.ones(3, 8))
+    assert new.fingerprint() == old.fingerprint() and new.text_count == old.text_count == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"text": EncodedText(torch.ones(3, 8), None)}, "without the trigger is incomplete"),
+        ({"text": EncodedText(torch.ones(3), torch.ones(7))}, "without the trigger is incomplete"),
+        ({"text": EncodedText(torch.ones(0, 8), torch.ones(7))}, "without the trigger is empty"),
+        ({"trigger": 3}, "qrlora.plain is damaged"),
+    ],
+)
+def test_a_caption_without_the_trigger_that_does_not_fit(path, change, message):
+    with pytest.raises(core.FileFormatError, match=message):
+        save_cache(path, **parts(), plain=plain(**change))
+    assert not path.exists()
 
 
 def test_the_key_of_the_source_is_the_identity(path, tmp_path):

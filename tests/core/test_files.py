@@ -5,7 +5,9 @@ import json
 import os
 import shutil
 import struct
+import sys
 
+import psutil
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,7 +18,7 @@ import qrlora_core as core
 from qrlora_core import writing
 from qrlora_core.families import FLUX, native_layers, native_place
 from qrlora_core.storage import TensorFile, TensorSpec
-from qrlora_core.writing import CHECKSUM, size_text, verify_checksum, write_tensors
+from qrlora_core.writing import CHECKSUM, header_bytes, size_text, verify_checksum, write_tensors
 from tests.core.test_merge import NAMES, make
 
 LAYER = "transformer.transformer_blocks.0.attn.to_q"
@@ -480,3 +482,17 @@ def test_rows_of_a_tensor(tmp_path):
 
 def test_size_text():
     assert [size_text(n) for n in (2_000, 2_500_000, 3.2e8, 4e9)] == ["2.0 kB", "2.5 MB", "0.32 GB", "4.00 GB"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a hole in a file takes room")
+def test_a_file_that_is_larger_than_memory(tmp_path):
+    """A bf16 model of 24 GB on a machine of 16: nothing but a row of it is read."""
+    memory = psutil.virtual_memory().total + psutil.swap_memory().total
+    spec = TensorSpec(torch.float8_e4m3fn, (memory // 2**20 + 1024, 2**20))
+    with (tmp_path / "large.safetensors").open("wb") as file:
+        header = header_bytes({"x": spec}, {"name": "large"})
+        file.write(header)
+        file.truncate(len(header) + spec.nbytes)
+    opened = TensorFile(tmp_path / "large.safetensors")
+    assert opened.specs == {"x": spec} and opened.metadata["name"] == "large"
+    assert not opened.rows("x", spec.shape[0] - 1, 1).float().any()

@@ -24,6 +24,18 @@ def test_sigma_falls():
 
 
 @pytest.mark.parametrize(
+    "text,points",
+    [
+        ("0: 1, 0,5: 0", ((0, 1), (0.5, 0))),
+        ("0,3: 1; 0,6: 0,25", ((0.3, 1), (0.6, 0.25))),
+        ("0:1,1:0", ((0, 1), (1, 0))),  # as it always was
+    ],
+)
+def test_decimal_commas_are_understood(text, points):
+    assert core.parse_schedule(text).points == points
+
+
+@pytest.mark.parametrize(
     "text,over,words",
     [
         ("", "steps", "empty"),

@@ -27,6 +27,14 @@ ROOT = Path(__file__).resolve().parents[2]
         ("0:1:0.4", (0.0, 0.4, 0.8)),  # the last one is not stepped over
         ("0.9; 1:1:1\n0.9", (0.9, 1.0)),
         ("-1", (-1.0,)),
+        ("0,5", (0.5,)),  # 5 is no factor
+        ("0,6; 0,8; 1", (0.6, 0.8, 1.0)),
+        ("0,6, 0,8, 1,0", (0.6, 0.8, 1.0)),
+        ("0:1:0,25", (0.0, 0.25, 0.5, 0.75, 1.0)),
+        ("0,1", (0.0, 1.0)),  # as it always was
+        ("0,1,2", (0.0, 1.0, 2.0)),
+        ("0,0.5,1", (0.0, 0.5, 1.0)),
+        ("0,2;0,4", (0.2, 0.4)),
     ],
 )
 def test_lists(text, values):
@@ -54,6 +62,9 @@ def test_any_list_comes_back(hundredths):
         ("1e999", "out of range"),
         ("0:1:1e-9", "'0:1:1e-9' gives 1000000001 numbers"),
         ("0:1:0.02, -1:0:0.02", "more than 100 numbers"),
+        ("0,1, 0,2", "not clear which commas separate and which are decimal; write decimals with a point, as in 0.5"),
+        ("0,1\n2,3", "not clear which commas"),
+        ("0,5, x", "'5' is out of range"),
     ],
 )
 def test_bad_lists_are_shown(text, words):

@@ -19,6 +19,7 @@ import comfy.sd
 import comfy.utils
 import qr_lora_pack.nodes.host.application as application
 import qr_lora_pack.nodes.host.live as live
+import qr_lora_pack.nodes.host.live_store as live_store
 import qr_lora_pack.nodes.host.patches as patches
 import qr_lora_pack.nodes.host.steps as steps
 import qr_lora_pack.qrlora_core as core
@@ -371,14 +372,14 @@ def memory_ends():
         kind = type(error).__name__
         for title, owner, name, mode in (
             ("step", live._Hook, "_add", "live"),
-            ("layout", live, "term_products", "live"),
+            ("layout", live_store, "term_products", "live"),
             ("patch", patches.RecipePatch, "change", "patch"),
         ):
             terms = core.merge(style, 0.9, content, 1.0 + (title == "layout"))
             with Failing(owner, name, error, 5):
                 try:
                     if title == "layout":
-                        live._stores.pop(patcher.model, None)
+                        live_store._stores.pop(patcher.model, None)
                     sample(apply(patcher, terms, mode=mode))
                     found[f"{kind} {title} raised"] = False
                 except (torch.OutOfMemoryError, MemoryError):

@@ -169,7 +169,8 @@ def test_a_run_from_start_to_end_moves_nothing(train, vue):
     send(train, "running", {"event": "validation", "time": 200, "step": 100, "loss": 0.2}, step(101))
     assert "validation" in panel(train)["text"] and points(train, "validation") == 1
     send(train, "running", *[{"event": "sample", "time": 201, "step": one, "file": "x"} for one in (50, 100)])
-    links = train.js(f"return [...{PANEL}.querySelectorAll('a')].map((one) => one.getAttribute('href'))")
+    samples = f"""[...{PANEL}.querySelectorAll('a[href*="step="]')]"""
+    links = train.js(f"return {samples}.map((one) => one.getAttribute('href'))")
     assert [link.split("step=")[1] for link in links] == ["100", "50"], "the newest comes first"
     assert train.js(place) == before
     send(train, "failed", {"event": "failed", "time": 300, "reason": "memory", "message": "m"}, text="line\n" * 30)

@@ -8,6 +8,7 @@ import os
 
 import pytest
 
+from demo.server import PACK
 from demo.workflow import editable
 from tests.host import browser
 from tests.host.training import node, train_graph
@@ -19,6 +20,7 @@ pytestmark = [
 
 STEPS = 80
 WINDOW = (2200, 1500)
+TITLE = 30  # of a node, above its place
 PANEL = "document.querySelector('[data-qrlora-train]')"
 # Each node's place and size as the graph knows them, and as the new renderer draws them; whole pixels.
 RECTANGLES = """
@@ -118,3 +120,22 @@ def test_a_training_with_samples_moves_no_node(server, page, vue, side_panel):
     page.wait(f"return {PANEL}?.dataset.state === 'finished'")
     assert settled(page) == before, "saved and opened again, a node has another size"
     assert page.errors() == []
+
+
+@pytest.mark.parametrize("vue", [False, True], ids=["classic", "vue"])
+def test_in_no_template_do_nodes_lie_on_one_another(server, page, vue):
+    """As large as the page makes them; a node that gains an input grows in all saved graphs."""
+    browser.set_settings(server, {"Comfy.VueNodes.Enabled": vue})
+    page.open()
+    found = {}
+    for path in sorted((PACK / "example_workflows").glob("*.json")):
+        page.load_template(path.stem)
+        count = len(json.loads(path.read_text(encoding="utf-8"))["nodes"])
+        page.wait("return app.graph.nodes.length === arguments[0]", 60, count)
+        boxes = [(name, box[:4]) for name, box in settled(page).items()]
+        for index, (name, (left, top, width, height)) in enumerate(boxes):
+            for other, (x, y, w, h) in boxes[index + 1 :]:
+                above, below = (top + height, y - TITLE) if top < y else (y + h, top - TITLE)
+                if min(left + width, x + w) - max(left, x) > 1 and above - below > 1:
+                    found.setdefault(path.stem, []).append((name, other, above - below))
+    assert not found

@@ -190,14 +190,34 @@ def test_a_first_run_makes_no_node_grow(server, page, vue):
     """Nodes as they are when they are put into a graph, one below the other."""
     opened(page, merge_graph(alpha=0.25 + vue / 10), vue)
     page.js("for (const node of app.graph.nodes) node.setSize(node.computeSize())")
-    sizes = "app.graph.nodes.map((node) => [...node.size].map(Math.round))"
-    page.js("return new Promise((done) => setTimeout(done, 500))")
-    before = page.js(f"return {sizes}")
+    sizes = "app.graph.nodes.map((node) => [node.type, ...[...node.size].map(Math.round)])"
+
+    def settled():
+        """The sizes, once they have been the same for a second: the new renderer lays out when it has time."""
+        return page.driver.execute_async_script(
+            f"""
+            const done = arguments[0];
+            let [before, since] = ["", performance.now()];
+            const look = () => {{
+              const now = JSON.stringify({sizes});
+              if (now !== before) [before, since] = [now, performance.now()];
+              if (performance.now() - since > 1000) return done(JSON.parse(now));
+              requestAnimationFrame(look);
+            }};
+            look();
+            """
+        )
+
+    before = settled()
     run(page)
     reported(page, "QRLoRAMerge", "15 layers")
     reported(page, "QRLoRASaveDeltaR", "reported")
-    page.js("return new Promise((done) => setTimeout(done, 300))")
-    assert page.js(f"return {sizes}") == before
+    assert settled() == before
+    page.js(
+        "for (const node of app.graph.nodes)"
+        "  node.widgets.find((one) => one.name === 'qrlora_report').element.textContent = 'a long report '.repeat(200)"
+    )
+    assert settled() == before, "what is long scrolls"
 
 
 @pytest.mark.parametrize(

@@ -21,12 +21,12 @@ WINDOW = (2600, 1500)
 LONG = 100_000  # steps that nobody waits for
 PANELS = "[...document.querySelectorAll('[data-qrlora-train]')]"
 # The panel of the node that trains now, or trained last.
-BUSY = f"{PANELS}.find((one) => !['idle', 'finished'].includes(one.dataset.state))"
+BUSY = f"{PANELS}.find((one) => !['idle', 'queued', 'finished'].includes(one.dataset.state))"
 
 
 @pytest.fixture(autouse=True)
 def steps_that_take_a_while(fake):
-    fake.play("ok", seconds=0.1, sample_every=5)
+    fake.play("ok", seconds=0.1, sample_every=5, strengths=True)
 
 
 def set_steps(page, run, steps, others):
@@ -83,7 +83,7 @@ def test_queue_watch_reload_stop_resume(server, page, vue):
     assert drawn >= 5
     later = grown(page, first + 5)
     assert points(page) > drawn, "the curve does not grow"
-    assert page.js(f"return {PANELS}.filter((one) => one.dataset.state === 'idle').length") == 1, "one after another"
+    assert page.js(f"return {PANELS}.filter((one) => one.dataset.state === 'queued').length") == 1, "one after another"
 
     page.open()  # in the middle
     page.wait(f"return {PANELS}.length === 2", 60)
@@ -106,6 +106,11 @@ def test_queue_watch_reload_stop_resume(server, page, vue):
     starts = {event["first_step"] for event in events if event["event"] == "started"}
     assert starts == {0, stopped}, "the run was begun again instead of gone on with"
     page.wait(f"return {PANELS}.some((one) => one.querySelector('img')?.naturalWidth > 0)", 60)  # a sample's picture
+    row = f"{PANELS}[0].querySelector('[data-qrlora-strengths]')"
+    assert page.js(f"return getComputedStyle({row}).display") == "flex"
+    assert page.js(f"return {row}.querySelector('[data-series=shown]').getAttribute('d').match(/L/g).length") == 3
+    assert "concept shown 1.00" in page.js(f"return {row}.innerText")
+    assert page.js(f"return fetch({row}.href).then((answer) => answer.headers.get('content-type'))") == "image/png"
     until = time.monotonic() + 120
     while not list((server.base / "output").glob("out_*.png")) and time.monotonic() < until:
         time.sleep(0.2)

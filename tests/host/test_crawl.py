@@ -109,7 +109,8 @@ def inputs_of(info, kind):
 def good_graph(info, kind):
     """A graph that runs one node with its defaults; None when it needs what no other node here gives."""
     links = {"MODEL": ["1", 0], "IMAGE": ["pictures", 0], "STRING": None, "CONDITIONING": ["6", 0], "VAE": ["9", 0]}
-    links |= {"DELTA_R": ["2", 0], "RESIDUAL": ["rest", 0], "CLIP": ["clip", 0], "HOOKS": None, "LORA_STACK": None}
+    links |= {"QRLORA_DELTA_R,DELTA_R": ["2", 0], "QRLORA_RESIDUAL,RESIDUAL": ["rest", 0], "CLIP": ["clip", 0]}
+    links |= {"HOOKS": None, "LORA_STACK": None}
     values = {}
     required = info[kind]["input"].get("required", {})
     for name, (what, settings) in inputs_of(info, kind).items():
@@ -119,7 +120,7 @@ def good_graph(info, kind):
             link = links.get(what)
             if link is None and name in required:
                 return None
-            if link is not None and (name in required or what == "DELTA_R"):
+            if link is not None and (name in required or what.startswith("QRLORA_DELTA_R")):
                 values[name] = link
         elif isinstance(what, list) or what == "COMBO":
             options = what if isinstance(what, list) else settings.get("options", [])
@@ -129,6 +130,8 @@ def good_graph(info, kind):
     for name in ("delta_r_name",):
         if name in values:
             values[name] = "official_style.safetensors"
+    if kind == "QRLoRABalance":  # it would ask the model hundreds of times for each value
+        values |= {"grid": 2, "points": 1, "size": 64}
     if "residual_name" in values:
         values["residual_name"] = "official_residual_fp16.safetensors"
     graph = {key: WORKFLOW[key] for key in ("1", "2", "6", "9")}
@@ -207,8 +210,10 @@ def test_no_input_of_any_node_does_harm(server, outside):
         if graph is None or kind == "QRLoRATrain":
             continue
         crawled.add(kind)
-        for name, (what, settings) in inputs_of(info, kind).items():
-            for value in hostile_values(what, settings, outside):
+        for place, (name, (what, settings)) in enumerate(inputs_of(info, kind).items()):
+            values = hostile_values(what, settings, outside)
+            # six texts that are read in one way, and a large picture after each run: each value for two of them
+            for value in values[place % 3 :: 3] if (kind, what) == ("QRLoRABalance", "STRING") else values:
                 changed = {**graph, "node": {"class_type": kind, "inputs": {**graph["node"]["inputs"], name: value}}}
                 status, ticket = submit(server, changed)
                 answers[status] = answers.get(status, 0) + 1

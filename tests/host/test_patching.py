@@ -10,7 +10,7 @@ from tests.host.conftest import HOST, run_probe
 
 NODES = "LoadResidual LoadDeltaR Merge Apply SaveResidual SaveDeltaR ExportLoRA Train TrainOptions Similarity"
 NODES += " ScaleSweep ContactSheet BlockScale CreateHook Schedule Prompt ToyModel ToyAdapter ToyTextEncoder ToyVAE"
-NODES += " LoadLoRA FromLoRAStack"
+NODES += " LoadLoRA FromLoRAStack Balance"
 
 
 OLDER = ("0.3.64", "0.8.0")  # the oldest that the pack promises to work in, and one between

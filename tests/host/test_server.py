@@ -110,13 +110,25 @@ def test_saved_and_exported_files(server, golden):
     assert not list(server.base.rglob("*.tmp"))
 
 
-def test_names_that_are_taken_get_a_number(server):
-    for strength in (0.2, 0.3):
-        server.queue(workflow(strength, export=node("QRLoRAExportLoRA", delta_r=["4", 0], filename="taken")))
+def test_a_name_that_is_taken_gets_a_number_unless_the_file_is_the_same(server):
+    said = []
+    for strength in (0.2, 0.3, 0.2):
+        entry = server.queue(workflow(strength, out=node("QRLoRAExportLoRA", delta_r=["4", 0], filename="taken")))
+        said.append(entry["outputs"]["out"]["text"][0])
     assert {path.name for path in (server.base / "models" / "loras").glob("taken*")} == {
         "taken.safetensors",
         "taken_00002.safetensors",
     }
+    assert said[0].startswith("saved models/loras/taken.safetensors (") and said[0].endswith("lists of files have it")
+    assert said[2] == "models/loras/taken.safetensors holds this already: nothing is written"
+
+
+def test_many_files_of_a_name_are_told(server):
+    for strength in (0.21, 0.22, 0.23, 0.24):
+        save = node("QRLoRASaveDeltaR", delta_r=["4", 0], filename="turned", format="portable")
+        said = server.queue(workflow(strength, save=save))["outputs"]["save"]["text"][0]
+    assert said.startswith("saved models/qrlora/turned_00004.safetensors")
+    assert "4 files have this name by now; bypass this node while you turn strengths" in said
 
 
 @pytest.mark.parametrize("name", ["../vae/test_vae.safetensors", "/etc/passwd", "..\\x", "absent.safetensors"])

@@ -225,3 +225,44 @@ def test_a_sample_is_served_as_a_picture(server, whole):
     name = urllib.parse.quote(run_of(server, "content").name)
     with urllib.request.urlopen(f"{server.url}/qrlora/train/sample?run={name}&step={STEPS}", timeout=10) as answer:
         assert answer.headers["Content-Type"] == "image/png" and answer.read().startswith(b"\x89PNG")
+
+
+def test_class_pictures_several_sizes_and_a_validation_loss(server):
+    """Each picture in each size, those of the class marked; losses of validation are told."""
+    more = {"repeats": 2, "resolutions": "128, 64", "prior_weight": 0.5, "validate_every": 2}
+    graph = train_graph("prior", more, vae=VAE, steps=4, class_images=["other", 0], class_prompt="a photo of a dog")
+    graph["other"] = node("LoadImage", image="picture 1.png")
+    server.queue(graph)
+    run = next(path for path in runs(server) if path.name.startswith("prior-"))
+    lines = [json.loads(line) for line in (run / "events.jsonl").read_text(encoding="utf-8").splitlines()]
+    losses = [line["loss"] for line in lines if line["event"] == "validation"]
+    assert [line["step"] for line in lines if line["event"] == "validation"] == [2, 4]
+    assert all(0 < loss < 100 for loss in losses) and losses[0] != losses[1]
+    settings = json.loads((run / "settings.json").read_text(encoding="utf-8"))
+    assert settings["prior_weight"] == 0.5
+    with safe_open(settings["data"], "pt") as file:
+        items = json.loads(file.metadata()["qrlora.cache"])["items"]
+        sizes = [file.get_slice(f"latent.{index}").get_shape()[1:] for index in range(len(items))]
+    assert [item["is_class"] for item in items] == [False, False, True, True]
+    assert [item["repeats"] for item in items] == [2] * 4
+    assert len({tuple(size) for size in sizes[:2]}) == 2 and max(max(size) for size in sizes[1::2]) > 8
+
+
+def test_class_pictures_need_a_prompt(server):
+    graph = train_graph("alone", {}, vae=VAE, steps=4, class_images=["picture", 0])
+    with pytest.raises(WorkflowError) as error:
+        server.queue(graph)
+    assert "class_images need a class_prompt" in training.text_of(error)
+
+
+def test_class_pictures_that_are_bypassed_count_as_nothing(fake):
+    """What is left of them is the prompt; people bypass to compare."""
+    entry = fake.queue(train_graph("without", {}, steps=4, class_prompt="a photo of a dog"))
+    assert "class_images is empty or bypassed: trained without" in entry["outputs"]["train"]["text"][0]
+
+
+def test_resolutions_that_are_no_numbers_are_refused(server):
+    graph = train_graph("sizes", {"resolutions": "large"}, vae=VAE, steps=4)
+    with pytest.raises(WorkflowError) as error:
+        server.queue(graph)
+    assert "resolutions holds 'large'" in training.text_of(error)

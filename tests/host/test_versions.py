@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from demo import server as instance
 from demo.server import GOLDEN, PACK, ran
 from tests.host.test_patching import NODES, older_hosts
+from tests.host.test_socket_types import through_a_foreign_node
 
 WORKFLOW = json.loads((PACK / "tests" / "workflows" / "merge_api.json").read_text(encoding="utf-8"))
 HELPERS = "QRLoRATest"  # how the names of the helper pack's nodes begin
@@ -43,3 +44,4 @@ def test_main_job_on_older_servers(host, templates, tmp_path):
         graph["4"]["inputs"]["alpha"] = 0.5
         again = ran(running.queue(graph))
         assert {"4", "5"} <= again and not again & {"1", "2", "3"}
+        running.queue(through_a_foreign_node())

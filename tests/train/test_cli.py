@@ -83,6 +83,20 @@ def test_help_on_a_terminal_that_knows_few_letters():
 
 
 @pytest.mark.parametrize(
+    "command,usage",
+    [
+        ("fit", "fit --model ... --data ... --run-dir ... [settings, see --help]"),
+        ("encode", "encode --pipeline ... --pictures ... --output ... [settings, see --help]"),
+        ("check", "check [settings, see --help]"),
+    ],
+)
+def test_usage_is_one_line_that_names_what_is_needed(command, usage, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    assert capsys.readouterr().out.splitlines()[:2] == [f"usage: python -m train {usage}", ""]
+
+
+@pytest.mark.parametrize(
     "arguments",
     [
         [],

@@ -90,6 +90,20 @@ def test_texts_are_those_of_the_pipeline(run, folder, tmp_path):
         assert torch.equal(cache.text(index).pooled, pooled[0])
 
 
+def test_the_first_caption_is_encoded_without_its_trigger_too(run, folder, tmp_path):
+    path = str(tiny.picture(tmp_path / "a.png"))
+    cache = run(pictures=[path], trigger="<c>", instance_prompt="a photo of a [trigger] dog")
+    plain = cache.plain()
+    assert (plain.trigger, plain.prompt) == ("<c>", "a photo of a dog") and cache.text_count == 2
+    pipeline = FluxPipeline.from_pretrained(folder, transformer=None, vae=None)
+    with torch.no_grad():
+        embeds, pooled, _ = pipeline.encode_prompt(plain.prompt, None, max_sequence_length=tiny.TOKENS)
+    assert torch.equal(plain.text.embeds, embeds[0]) and torch.equal(plain.text.pooled, pooled[0])
+    none = run(pictures=[path], instance_prompt="a photo of a <c> dog", output=str(tmp_path / "none.safetensors"))
+    assert none.plain() is None, "no trigger is named"
+    assert none.fingerprint() == cache.fingerprint()
+
+
 def test_one_caption_is_encoded_once(run, tmp_path):
     paths = [str(tiny.picture(tmp_path / f"{name}.png")) for name in "abc"]
     cache = run(pictures=paths, captions="prompt")
@@ -117,6 +131,20 @@ def test_class_pictures_and_unicode_paths(run, tmp_path):
         ("a b.png", "a photo", False),
         ("c.jpg", "a dog", True),
     ]
+
+
+def test_every_picture_in_several_sizes(run, folder, tmp_path):
+    """Also those of the class; a size that is named twice is there once."""
+    own, other = tiny.picture(tmp_path / "a.png", 200, 100), tiny.picture(tmp_path / "c.png", 64, 64, seed=4)
+    more = {"class_pictures": [str(other)], "class_prompt": "a dog", "repeats": 3}
+    cache = run(pictures=[str(own)], resolutions=["96", "64", "96"], **more)
+    sizes = [bucket_size(*size, side, 16) for size in ((200, 100), (64, 64)) for side in (64, 96)]
+    assert [cache.latent_shape(index)[1:] for index in range(4)] == [(h // 8, w // 8) for w, h in sizes]
+    assert [(item.name, item.repeats, item.is_class) for item in cache.items] == [
+        ("a.png", 3, False), ("a.png", 3, False), ("c.png", 3, True), ("c.png", 3, True),
+    ]  # fmt: skip
+    cut = ImageOps.fit(Image.open(own), sizes[1], Image.Resampling.LANCZOS)
+    torch.testing.assert_close(cache.latent(1), latent_of(folder, cut), atol=1e-5, rtol=1e-4)
 
 
 def test_mask_is_the_alpha_channel_and_hides_no_colours(run, folder, tmp_path):
@@ -269,6 +297,13 @@ def test_out_of_memory_says_what_to_do(run, tmp_path, monkeypatch):
     assert caught.value.reason == "memory"
 
 
+def test_resolutions_may_be_numbers_as_in_a_settings_file():
+    base = {"pipeline": "p", "pictures": ["a"], "output": "o"}
+    assert make_config(EncodeConfig, base, {"resolutions": [768, 1024]}).sides == (512, 768, 1024)
+    with pytest.raises(ConfigError, match="expected a list of names"):
+        make_config(EncodeConfig, base, {"resolutions": [768.5]})
+
+
 @pytest.mark.parametrize(
     "settings, message",
     [
@@ -277,6 +312,9 @@ def test_out_of_memory_says_what_to_do(run, tmp_path, monkeypatch):
         ({"class_prompt": "a dog"}, "go together"),
         ({"resolution": 100}, "multiples of 16"),
         ({"bucket_step": 128}, "larger than resolution"),
+        ({"resolutions": ["128", "large"]}, "resolutions holds 'large', expected numbers from 64 to 4096"),
+        ({"resolutions": ["8192"]}, "resolutions holds '8192'"),
+        ({"resolutions": ["100"]}, "multiples of 16"),
     ],
 )
 def test_settings_that_contradict(settings, message):

@@ -1,12 +1,15 @@
 """Every family: read from both layouts, its gradient that of plain autograd, its training resumable bit by bit; what
 was trained in diffusers is what ComfyUI applies."""
 
+import inspect
 import json
+import math
 import os
 import subprocess
 from dataclasses import replace
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,15 +18,16 @@ from torch.func import functional_call
 from qrlora_core import EncodedText, TrainingCache, decompose, open_adapter
 from tests.train.families import FAMILIES, save_data, save_single_file
 from tests.train.test_fit import StopAt, same, tensors
+from tests.train.tiny import sparse_model
 from train.config import FitConfig
 from train.data.batches import Sampler
 from train.errors import TrainError
 from train.events import EventWriter
-from train.model.backbones.sdxl import kept_of_blocks
 from train.model.layer import inject, trained_parameters
 from train.model.source import BaseModel
 from train.model.transformer import load_transformer
 from train.run.denoise import denoising_loss, prediction
+from train.run.estimate import Available, choose_memory
 from train.run.fit import fit, train
 from train.run.lock import held_run_folder
 from train.run.output import save
@@ -219,8 +223,8 @@ def test_relatives_are_told_apart(tmp_path):
 def test_a_diffusers_that_is_too_old_names_the_command(family):
     _, _, folder = family
     source = BaseModel(folder / "model.safetensors")
-    source.backbone = replace(source.backbone, model_class="OfTomorrow2DModel")
-    with pytest.raises(TrainError, match="does not know .* -m pip install --upgrade diffusers") as caught:
+    source.backbone = replace(source.backbone, model_class="OfTomorrow2DModel", since="9.1")
+    with pytest.raises(TrainError, match='does not know .*, which needs 9.1: .* --upgrade "diffusers>=9.1"') as caught:
         load_transformer(source)
     assert caught.value.reason == "library"
 
@@ -231,7 +235,6 @@ COUNTED = {
     ("flux2", "single_transformer_blocks"): "num_single_layers",
     ("qwen_image", "transformer_blocks"): "num_layers",
     ("z_image", "layers"): "n_layers",
-    ("sd3", "transformer_blocks"): "num_layers",
     ("krea2", "transformer_blocks"): "num_layers",
 }
 
@@ -278,6 +281,16 @@ def test_activations_are_those_that_autograd_keeps(name, blocks, checkpointing, 
     assert (more - less) / unit == pytest.approx(expected, rel=0.25)
 
 
+@pytest.mark.parametrize("dual", [(), (0,), (0, 1)])
+def test_activations_of_blocks_that_attend_twice(dual, tmp_path):
+    small = replace(FAMILIES["sd3"], arguments=FAMILIES["sd3"].arguments | {"dual_attention_layers": dual})
+    kept, source = kept_by_autograd(small, tmp_path / "model.safetensors", 32, 64, False)
+    whole, recomputed = source.backbone.activations(source.specs, 32, 32, 64)
+    # the last block has less: what it makes of the text goes nowhere
+    assert kept / 4 == pytest.approx(sum(whole), rel=0.1)
+    assert recomputed == [192 * (256 + 64)] * 3
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("widths, depths", [((64, 64, 128), (1, 1, 2)), ((64, 128, 128), (1, 2, 3))])
 def test_activations_of_a_u_net(checkpointing, widths, depths, tmp_path):
@@ -286,6 +299,66 @@ def test_activations_of_a_u_net(checkpointing, widths, depths, tmp_path):
     changes["attention_head_dim"] = tuple(width // 64 for width in widths)
     small = replace(FAMILIES["sdxl"], arguments=FAMILIES["sdxl"].arguments | changes)
     kept, source = kept_by_autograd(small, tmp_path / "model.safetensors", 32, 77, checkpointing)
-    whole, recomputed = kept_of_blocks(source.specs, 32, 32, 77)
+    whole, recomputed = source.backbone.activations(source.specs, 32, 32, 77)
     assert kept / 4 == pytest.approx(sum(recomputed if checkpointing else whole), rel=0.1)
-    assert source.backbone.activations(source.specs, 32, 32, 77, True) == sum(recomputed) + max(whole)
+
+
+# as the published models' own config.json says it: what shapes must tell, and numbers of weights and adapted layers
+PUBLISHED = {
+    "SDXL 1.0": (
+        "UNet2DConditionModel",
+        {
+            "sample_size": 128, "block_out_channels": [320, 640, 1280], "layers_per_block": 2,
+            "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+            "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+            "transformer_layers_per_block": [1, 2, 10], "cross_attention_dim": 2048,
+            "attention_head_dim": [5, 10, 20], "use_linear_projection": True, "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
+        },
+        2.57, 700, (2048, 1280),
+    ),
+    "SD3.5 medium": (
+        "SD3Transformer2DModel",
+        {
+            "num_layers": 24, "num_attention_heads": 24, "attention_head_dim": 64, "joint_attention_dim": 4096,
+            "caption_projection_dim": 1536, "pooled_projection_dim": 2048, "pos_embed_max_size": 384,
+            "dual_attention_layers": [*range(13)], "qk_norm": "rms_norm",
+        },
+        2.47, 24 * 12 + 13 * 4 - 3, (4096, 2048),
+    ),
+    "SD3.5 large": (
+        "SD3Transformer2DModel",
+        {
+            "num_layers": 38, "num_attention_heads": 38, "attention_head_dim": 64, "joint_attention_dim": 4096,
+            "caption_projection_dim": 2432, "pooled_projection_dim": 2048, "pos_embed_max_size": 192,
+            "dual_attention_layers": [], "qk_norm": "rms_norm",
+        },
+        8.06, 38 * 12 - 3, (4096, 2048),
+    ),
+    "Krea 2": ("Krea2Transformer2DModel", {}, 12.8, 28 * 8, (12 * 2560,)),
+    "FLUX.1 Fill": (
+        "FluxTransformer2DModel", {"in_channels": 384, "out_channels": 64, "guidance_embeds": True},
+        11.9, 342, (4096, 768),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_are_told_by_their_shapes(name, tmp_path):
+    """Files with a header of the real shapes and a hole for data: family, configuration, layers, an estimate."""
+    kind, arguments, billions, layers, texts = PUBLISHED[name]
+    source = BaseModel(sparse_model(tmp_path / "model.safetensors", getattr(diffusers, kind), arguments))
+    assert source.backbone.model_class == kind and source.facts.text_widths == texts
+    own = inspect.signature(getattr(diffusers, kind).__init__).parameters
+    expected = {key: parameter.default for key, parameter in own.items()} | arguments
+    for key, value in source.config.items():
+        if key != "sample_size":
+            assert json.dumps(value) == json.dumps(expected[key]), key
+    assert sum(math.prod(spec.shape) for spec in source.specs.values()) == pytest.approx(billions * 1e9, rel=0.02)
+    targets = source.targets()
+    assert len(targets) == layers
+    config = make_config(FitConfig, {"model": "m", "data": "d", "run_dir": "r"})
+    side = 64
+    shapes = [(source.facts.channels, side, side, 256, texts[0])]
+    plan, estimate = choose_memory(config, source, targets, shapes, Available(10**11, 24 * 10**9))
+    assert estimate.vram < 24e9 and plan.base_storage in ("bf16", "fp8")

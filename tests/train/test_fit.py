@@ -327,16 +327,23 @@ def test_two_processes_equal_one(settings, elsewhere):
     one = settings(gradient_accumulation=2, steps=3)
     fit(one)
     # where there is no GPU, "auto" has to find that out in both processes, and then does what "cpu" does
-    two = elsewhere(one, gradient_accumulation=1, device="cpu" if torch.cuda.is_available() else "auto")
+    device = "cpu" if torch.cuda.is_available() else "auto"
+    two = elsewhere(one, gradient_accumulation=1, device=device, strengths="on", sample_steps=1)
     line, events = command(two)
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     done = subprocess.run([*launch, *line[1:]], cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert events_of(events).count("started") == events_of(events).count("finished") == 1
+    assert events_of(events).count("strengths") == 1, "one process looks at strengths, the other waits"
     ours, theirs = (load_file(Path(config.run_dir) / "adapter.safetensors") for config in (one, two))
     for key, value in ours.items():
         assert torch.allclose(value, theirs[key], rtol=1e-5, atol=1e-7), key
+
+
+def test_processes_wait_long_for_one_that_works_alone(settings):
+    """NCCL's own ten minutes would end a training whose first process still looks at strengths."""
+    assert make_accelerator(settings()).init_handler.timeout.total_seconds() >= 3600
 
 
 def test_processes_that_do_not_find_each_other_are_refused(settings, monkeypatch):

@@ -50,6 +50,14 @@ def test_a_right_prediction_leads_to_the_picture(predicts):
     torch.testing.assert_close(between, process.mixed(latents, noise, half), atol=1e-4, rtol=1e-4)
 
 
+def test_a_step_from_noise_alone_is_finite():
+    """Where noise is predicted and the last step holds nothing else, there is nothing to divide by."""
+    process, noise = Discrete("epsilon", zero_snr=True), drawn()[1]
+    predicted = noise * 1.001
+    made = process.step(noise, predicted, torch.ones(3), torch.full((3,), 0.5))
+    assert made.isfinite().all() and made.abs().max() < 100
+
+
 def test_flow_is_that_of_diffusers():
     latents, noise, sigmas = drawn()
     scheduler = FlowMatchEulerDiscreteScheduler()
@@ -72,7 +80,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "keys, name",
-    [((), "epsilon"), (("v_pred",), "v"), (("v_pred", "ztsnr"), "v, zero terminal SNR")],
+    [((), "epsilon"), (("v_pred",), "v"), (("v_pred", "ztsnr"), "v, zero terminal SNR"), (("ztsnr",), "epsilon")],
 )
 def test_what_a_checkpoint_predicts(checkpoint, tmp_path, keys, name):
     save_file(load_file(checkpoint) | {key: torch.zeros(()) for key in keys}, tmp_path / "x.safetensors")

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -108,8 +109,14 @@ def picture(path: Path, width: int = 96, height: int = 64, mode: str = "RGB", se
 
 def sparse_flux(path: Path, double: int = 19, single: int = 38, dtype: torch.dtype = torch.bfloat16) -> Path:
     """FLUX.1's real shapes in diffusers' names: a header, and a hole where the data would be."""
+    arguments = {"num_layers": double, "num_single_layers": single, "guidance_embeds": True}
+    return sparse_model(path, FluxTransformer2DModel, arguments, dtype)
+
+
+def sparse_model(path: Path, kind: Any, arguments: dict[str, Any], dtype: torch.dtype = torch.bfloat16) -> Path:
+    """The same of any of diffusers' models."""
     with init_empty_weights():
-        model = FluxTransformer2DModel(num_layers=double, num_single_layers=single, guidance_embeds=True)
+        model = kind(**arguments)
     specs = {name: TensorSpec(dtype, tuple(value.shape)) for name, value in model.state_dict().items()}
     with path.open("wb") as file:
         header = header_bytes(specs, {})

@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from qrlora_core import CacheItem, EncodedPicture, EncodedText, bucket_size, save_cache
+from qrlora_core import CacheItem, EncodedPicture, EncodedText, PlainText, bucket_size, plain_caption, save_cache
 
 from ..config import EncodeConfig
 from ..errors import OUT_OF_MEMORY, TrainError
@@ -66,8 +66,9 @@ def encode(config: EncodeConfig) -> Path:
         log.warning("%s", warning)
     device = chosen_device(config.device)
     texts = list(dict.fromkeys(["", *(source.caption for source in sources)]))
+    plain = plain_caption(own_captions[0], config.trigger)
     try:
-        encoded_texts = _encode_texts(folder, config, texts, device)
+        encoded_texts = _encode_texts(folder, config, texts if plain is None else [*texts, plain], device)
         with _dataset_errors():
             pictures = _encode_pictures(folder, config, sources, device)
     except OUT_OF_MEMORY as error:
@@ -79,9 +80,11 @@ def encode(config: EncodeConfig) -> Path:
     items = [
         CacheItem(source.path.name, texts.index(source.caption), source.caption, config.repeats, source.is_class)
         for source in sources
+        for _ in config.sides
     ]
     metadata = {"qrlora.trigger": config.trigger, "qrlora.prompt": prompt}
-    return save_cache(output, items, pictures, encoded_texts, empty_text=0, metadata=metadata)
+    without = None if plain is None else PlainText(config.trigger, plain, encoded_texts.pop())
+    return save_cache(output, items, pictures, encoded_texts, empty_text=0, metadata=metadata, plain=without)
 
 
 def _sources(config: EncodeConfig) -> list[Source]:
@@ -168,23 +171,26 @@ def _require_vocabulary(pipeline: Any, part: str, encoder: str) -> None:
 def _encode_pictures(
     folder: PipelineFolder, config: EncodeConfig, sources: Sequence[Source], device: torch.device
 ) -> list[EncodedPicture]:
-    """Latents of every picture."""
+    """Latents of every picture, in every size."""
     vae = folder.load_vae(DTYPES[config.precision], device)
     if config.precision == "fp16" and vae.config.get("force_upcast"):  # its numbers do not fit into fp16
         vae.float()
     family = folder.backbone.pipeline
     pictures = [
-        _encode_picture(config, family, vae, source.path, number)
+        _encode_picture(config, family, vae, source.path, number, side)
         for number, source in enumerate(tqdm(sources, desc="pictures"))
+        for side in config.sides
     ]
     del vae
     _free(device)
     return pictures
 
 
-def _encode_picture(config: EncodeConfig, family: Pipeline, vae: Any, path: Path, number: int) -> EncodedPicture:
+def _encode_picture(
+    config: EncodeConfig, family: Pipeline, vae: Any, path: Path, number: int, side: int
+) -> EncodedPicture:
     picture = read_picture(path)
-    size = bucket_size(*picture.size, config.resolution, config.bucket_step, config.buckets)
+    size = bucket_size(*picture.size, side, config.bucket_step, config.buckets)
     generator = generator_of(config.seed, "encode", number)
     x, y = torch.rand(2, generator=generator).tolist()
     cut = fitted(picture, size, (0.5, 0.5) if config.center_crop else (x, y))

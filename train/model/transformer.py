@@ -1,25 +1,28 @@
 """The frozen transformer: built empty, filled tensor by tensor, held in as few bits as asked for, by diffusers' means.
 
-No step holds the model twice. The library's casting and offloading hooks work in training too: autograd keeps what a
-layer computed with, and with gradient checkpointing that is one block at a time.
+No step holds the model twice. The library's casting hooks work in training too: autograd keeps what a layer computed
+with, and with gradient checkpointing that is one block at a time. Blocks that wait elsewhere are `streaming`'s.
 """
 
+import functools
 import importlib.util
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
-from diffusers.hooks import apply_group_offloading, apply_layerwise_casting
+from diffusers.hooks import apply_layerwise_casting
 from diffusers.quantizers import DiffusersAutoQuantizer
-from torch import nn
+from torch import Tensor, nn
 
 from ..config import Precision, Storage
 from ..errors import TrainError
 from .backbones import Backbone
+from .fp8 import cast_linear, fp8_linear, multiply_in_fp8, require_fp8_products
 from .source import BaseModel
+from .streaming import Stream
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.float8_e4m3fn}
 BITS: dict[Storage, float] = {"fp32": 32, "bf16": 16, "fp16": 16, "fp8": 8, "int8": 8.1, "nf4": 4.5}
@@ -33,6 +36,8 @@ def load_transformer(
     device: torch.device | None = None,
     offload: float = 0.0,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    fp8_products: bool = False,
 ) -> Any:
     """Load a base model, frozen.
 
@@ -41,12 +46,14 @@ def load_transformer(
         storage: how the linear layers of the blocks are held.
         precision: what the model computes in; all other weights are held so, too.
         device: where it computes.
-        offload: share of the blocks that wait in RAM and come to the device for each use, 0 to 1.
+        offload: share of the blocks that wait in RAM, or in the file where the model computes on the CPU, and come for
+            each use, 0 to 1.
         on_progress: called with (tensors done, tensors in all).
+        fp8_products: multiply what is held in fp8 as it is, see `fp8_linear`.
 
     Raises:
-        TrainError: reason "library" when a quantisation's package is not installed or diffusers is too old, "model"
-            when tensors are missing.
+        TrainError: reason "settings" when it cannot multiply in fp8, "library" when a quantisation's package is not
+            installed or diffusers is too old, "model" when tensors are missing.
 
     Returns:
         Diffusers' model of the source's family. Held in few bits are the linear layers of its blocks; the rest is small
@@ -54,6 +61,8 @@ def load_transformer(
     """
     device = device or torch.device("cpu")
     compute = DTYPES[precision]
+    if fp8_products:
+        require_fp8_products(device)
     backbone = source.backbone
     with init_empty_weights():
         model = _model_class(backbone)(**source.config)
@@ -65,26 +74,55 @@ def load_transformer(
     quantizer = _quantizer(storage, compute, device, outside)
     if quantizer is not None:
         quantizer.preprocess_model(model, device_map=None, keep_in_fp32_modules=[])
-    waiting = _waiting_blocks(source.blocks, offload) if device.type != "cpu" else set()
+    waiting = _waiting_blocks(source.blocks, offload)
     casts = quantizer is None and storage != precision
+    held = DTYPES[storage if casts else precision]
+    stream = Stream(device, compute, fp8_linear if fp8_products else cast_linear)
+    _let_wait(model, source, waiting, expected, held, stream)
     for done, name in enumerate(sorted(expected), 1):
-        value = source.tensor(name)
-        value = value.to(DTYPES[storage] if casts and source.in_layer(name) else compute)
-        place = torch.device("cpu") if backbone.block_of(name) in waiting else device
-        if quantizer is not None and quantizer.check_if_quantized_param(model, value, name, {}):
-            quantizer.create_quantized_param(model, value, name, place, {}, [])
-        else:
-            set_module_tensor_to_device(model, name, place, value=value, dtype=value.dtype)
+        if not (backbone.block_of(name) in waiting and source.in_layer(name)):
+            value = source.tensor(name)
+            value = value.to(DTYPES[storage] if casts and source.in_layer(name) else compute)
+            if quantizer is not None and quantizer.check_if_quantized_param(model, value, name, {}):
+                quantizer.create_quantized_param(model, value, name, device, {}, [])
+            else:
+                set_module_tensor_to_device(model, name, device, value=value, dtype=value.dtype)
         on_progress(done, len(expected))
     model.requires_grad_(False)
     if casts:
         for block in (block for name in source.blocks for block in model.get_submodule(name).children()):
+            if fp8_products:
+                multiply_in_fp8(block, compute)
             # an empty tuple, not None: None would cast the block as a whole, later adapters with it
             apply_layerwise_casting(block, DTYPES[storage], compute, skip_modules_pattern=())
-    for name in waiting:
-        # leaf by leaf, and before adapters go in: those stay on the device, with their gradients
-        apply_group_offloading(model.get_submodule(name), device, torch.device("cpu"), "leaf_level", non_blocking=True)
     return model
+
+
+def _let_wait(
+    model: nn.Module,
+    source: BaseModel,
+    waiting: Collection[str],
+    names: Iterable[str],
+    held: torch.dtype,
+    stream: Stream,
+) -> None:
+    """Replace the linear layers of blocks by ones whose weights come one block ahead of their use."""
+    of_block: dict[str, list[str]] = {}
+    for name in sorted(names):
+        if source.in_layer(name):
+            of_block.setdefault(source.backbone.block_of(name), []).append(name)
+    for kind, count in source.blocks.items():
+        for block in (f"{kind}.{index}" for index in range(count)):
+            if block in waiting:
+                readers = {
+                    name.removeprefix(f"{block}."): functools.partial(_waiting_tensor, source, name, held)
+                    for name in of_block[block]
+                }
+                stream.add(model.get_submodule(block), readers)
+
+
+def _waiting_tensor(source: BaseModel, name: str, held: torch.dtype) -> Tensor:
+    return source.tensor(name).to(held)
 
 
 def install_hint(package: str) -> str:
@@ -131,7 +169,8 @@ def _model_class(backbone: Backbone) -> Any:
     except AttributeError as error:
         raise TrainError(
             "library",
-            f"diffusers {diffusers.__version__} does not know {backbone.title}; {install_hint('--upgrade diffusers')}",
+            f"diffusers {diffusers.__version__} does not know {backbone.title}, which needs {backbone.since}: "
+            + install_hint(f'--upgrade "diffusers>={backbone.since}"'),
         ) from error
 
 

@@ -18,8 +18,12 @@ from ..model.transformer import BITS, DTYPES, NEEDS
 
 # Backward works on gradients and products of about this many tensors of a block's widest width besides.
 _WORKING = 12.0
-# What CUDA, its libraries and its allocator's gaps take.
+# What CUDA, its libraries and its allocator's gaps take. Without it Python and the libraries count as they are.
 _OVERHEAD = 1_000_000_000
+# On a CPU: code and buffers of libraries that are first touched by a step, and what the allocator keeps of the tensors
+# that came and went, as a share of those of one block. Measured.
+_LIBRARIES = 150_000_000
+_GAPS = 0.8
 _OFFLOAD_STEPS = 20
 # Bytes per trained number: itself, its gradient, the optimizer's state
 _OPTIMIZER_BYTES = {"adamw": 4 + 4 + 8, "adamw8bit": 4 + 4 + 2.1, "prodigy": 4 + 4 + 16}
@@ -84,7 +88,7 @@ def choose_memory(
     """
     plan, estimate = None, None
     for plan in _plans(config, source, available, storage):
-        estimate = estimate_memory(config, plan, source, targets, shapes)
+        estimate = estimate_memory(config, plan, source, targets, shapes, available)
         if not _lacking(estimate, available):
             break
     assert plan is not None and estimate is not None, "there is at least one plan"
@@ -97,6 +101,7 @@ def estimate_memory(
     source: BaseModel,
     targets: Sequence[LayerTarget],
     shapes: Sequence[tuple[int, ...]],
+    available: Available,
 ) -> MemoryEstimate:
     """Add up what `fit` will hold.
 
@@ -106,33 +111,59 @@ def estimate_memory(
         source: base model.
         targets: the adapted layers.
         shapes: per bucket: channels, height, width of the latents, tokens and width of the texts.
+        available: says whether the model lies on a graphics card.
     """
     compute = DTYPES[config.precision].itemsize
+    on_cpu = available.vram is None
     inside = sum(math.prod(spec.shape) for name, spec in source.specs.items() if source.in_layer(name))
     outside = sum(math.prod(s.shape) for s in source.specs.values()) - inside
     blocks = int(inside * BITS[plan.base_storage] / 8)
     offloaded = int(blocks * plan.offload)
-    # weights that are cast for use are kept as cast until the backward pass has used them
+    largest = _largest_block(source)
+    # weights that are cast for use are kept as cast until the backward pass has used them, those that come for it as
+    # they are; two blocks of these are there besides
     casts = plan.base_storage != config.precision and plan.base_storage not in ("int8", "nf4")
-    live = _largest_block(source) if plan.gradient_checkpointing else inside
+    live = largest if plan.gradient_checkpointing else inside
+    cast = live * compute if casts else 0
+    moved = 0
+    if plan.offload:
+        moved = int(2 * largest * BITS[plan.base_storage] / 8)
+        if not plan.gradient_checkpointing and not casts:
+            moved += offloaded
     columns = sum(t.shape[0] if config.method != "qr" else t.shape[0] + t.shape[1] for t in targets)
     beside = Path(config.training_adapter) if config.training_adapter else None
     trained = config.rank * sum(t.shape[1] if config.method != "qr" else sum(t.shape) for t in targets)
     return MemoryEstimate(
         weights=blocks - offloaded + outside * compute,
-        offloaded=offloaded,
+        offloaded=0 if on_cpu else offloaded,
         trained=int(trained * _OPTIMIZER_BYTES[config.optimizer]),
         basis=config.rank * columns * (4 if config.method == "qr" else compute)
         + (beside.stat().st_size if beside is not None and beside.is_file() else 0),
-        activations=max(_activations(config, plan, source, shape) for shape in shapes) + casts * live * compute,
-        overhead=_OVERHEAD,
+        activations=max(_activations(config, plan, source, targets, shape) for shape in shapes) + cast + moved,
+        overhead=_overhead_of_cpu(config, plan, source, shapes) if on_cpu else _OVERHEAD,
     )
 
 
 def free_memory(device: torch.device) -> Available:
-    """What is free now."""
-    vram = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
-    return Available(psutil.virtual_memory().available, vram)
+    """What is free now; on a CPU that is what this process holds already, too."""
+    free = psutil.virtual_memory().available
+    if device.type == "cuda":
+        return Available(free, torch.cuda.mem_get_info(device)[0])
+    return Available(free + _own_memory(), None)
+
+
+def _overhead_of_cpu(config: FitConfig, plan: MemoryPlan, source: BaseModel, shapes: Sequence[tuple[int, ...]]) -> int:
+    """What a process takes beside all that is counted."""
+    passing = 0.0
+    if not plan.offload:  # with it the allocator keeps nothing, see prepare
+        passing = _GAPS * max(sum(_of_one_block(config, source, shape)) for shape in shapes)
+    return _own_memory() + _LIBRARIES + int(passing)
+
+
+def _own_memory() -> int:
+    """What Python and the libraries take, and nothing else yet."""
+    held: int = psutil.Process().memory_info().rss
+    return held
 
 
 def require_memory(estimate: MemoryEstimate, available: Available) -> None:
@@ -155,7 +186,7 @@ def _lacking(estimate: MemoryEstimate, available: Available) -> tuple[str, int, 
     """Which memory is too small: its name, what is needed, what is free."""
     if available.vram is not None and estimate.vram > available.vram:
         return "GPU memory", estimate.vram, available.vram
-    needed = estimate.ram if available.vram is not None else estimate.vram + estimate.offloaded
+    needed = estimate.ram if available.vram is not None else estimate.vram
     return ("RAM", needed, available.ram) if needed > available.ram else None
 
 
@@ -167,7 +198,7 @@ def _plans(config: FitConfig, source: BaseModel, available: Available, storage: 
     for held in storages:
         yield from (MemoryPlan(held, switch, first) for switch in switches)
     last = storages[-1]
-    if config.offload == "auto" and available.vram is not None and last not in NEEDS:
+    if config.offload == "auto" and last not in NEEDS:
         yield from (MemoryPlan(last, switches[-1], step / _OFFLOAD_STEPS) for step in range(1, _OFFLOAD_STEPS + 1))
 
 
@@ -181,7 +212,7 @@ def _storages(config: FitConfig, source: BaseModel) -> Sequence[Storage]:
 def memory_text(estimate: MemoryEstimate, available: Available) -> str:
     """What a run takes of what is free, in words."""
     if available.vram is None:
-        return f"{gigabytes(estimate.vram + estimate.offloaded)} of {gigabytes(available.ram)} free RAM"
+        return f"{gigabytes(estimate.vram)} of {gigabytes(available.ram)} free RAM"
     return (
         f"{gigabytes(estimate.vram)} of {gigabytes(available.vram)} free GPU memory and {gigabytes(estimate.ram)} of "
         f"{gigabytes(available.ram)} free RAM"
@@ -225,16 +256,41 @@ def _largest_block(source: BaseModel) -> int:
     return max(sizes.values())
 
 
-def _activations(config: FitConfig, plan: MemoryPlan, source: BaseModel, shape: tuple[int, ...]) -> int:
+def _activations(
+    config: FitConfig, plan: MemoryPlan, source: BaseModel, targets: Sequence[LayerTarget], shape: tuple[int, ...]
+) -> int:
+    """Bytes that autograd keeps, and what the backward pass works on."""
+    block, working = _of_one_block(config, source, shape)
+    compute = config.batch_size * DTYPES[config.precision].itemsize
+    if source.backbone.activations is not None:
+        _, height, width, text, _ = shape
+        whole, recomputed = source.backbone.activations(source.specs, height, width, text)
+        return int(
+            (compute * sum(recomputed) + block if plan.gradient_checkpointing else compute * sum(whole)) + working
+        )
+    # before the first layer that is adapted nothing is kept
+    adapted = {source.backbone.block_of(target.name).rpartition(".")[0] for target in targets}
+    lists = list(source.blocks)
+    lists = lists[min((lists.index(name) for name in adapted if name in lists), default=0) :]
+    counts = source.backbone.activation_counts
+    if plan.gradient_checkpointing:  # a block that is recomputed keeps its input only
+        return int(sum(source.blocks[name] for name in lists) * _unit(config, source, shape) + block + working)
+    kept = sum(counts[name] * source.blocks[name] for name in lists)
+    return int(kept * _unit(config, source, shape) + working)
+
+
+def _of_one_block(config: FitConfig, source: BaseModel, shape: tuple[int, ...]) -> tuple[float, float]:
+    """Bytes of what the largest block keeps while it is recomputed, and of what the backward pass works on."""
+    unit = _unit(config, source, shape)
+    if source.backbone.activations is not None:
+        _, height, width, text, _ = shape
+        whole, _ = source.backbone.activations(source.specs, height, width, text)
+        return max(whole) * config.batch_size * DTYPES[config.precision].itemsize, _WORKING * unit
+    return max(source.backbone.activation_counts.values()) * unit, _WORKING * unit
+
+
+def _unit(config: FitConfig, source: BaseModel, shape: tuple[int, ...]) -> int:
+    """Bytes of tokens * hidden size."""
     _, height, width, text, _ = shape
     tokens = config.batch_size * (source.backbone.tokens(height, width) + text)
-    bytes_each = tokens * source.facts.hidden * DTYPES[config.precision].itemsize
-    counts, blocks = source.backbone.activation_counts, source.blocks
-    if source.backbone.activations is not None:
-        numbers = source.backbone.activations(source.specs, height, width, text, plan.gradient_checkpointing)
-        return int(config.batch_size * numbers * DTYPES[config.precision].itemsize + bytes_each * _WORKING)
-    if plan.gradient_checkpointing:  # a block that is recomputed keeps its input only
-        kept = sum(blocks.values()) + max(counts.values())
-    else:
-        kept = sum(counts[name] * count for name, count in blocks.items())
-    return int(bytes_each * (kept + _WORKING))
+    return tokens * source.facts.hidden * DTYPES[config.precision].itemsize

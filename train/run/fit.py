@@ -21,12 +21,13 @@ from .checkpoint import BASIS, OPTIMIZER, PARAMETER, basis_sketch, newest_checkp
 from .denoise import denoising_loss, sample_latents
 from .lock import held_run_folder
 from .optim import optimizer_state
-from .output import save
+from .output import announce, save
 from .prepare import prepare
 from .processes import make_accelerator
 from .reporter import Reporter
 from .state import TrainingState
 from .stop import Stopped, StopWatch
+from .strengths import show_strengths
 
 
 def fit(config: FitConfig, events: EventWriter | None = None, watch: StopWatch | None = None) -> Path:
@@ -54,7 +55,10 @@ def fit(config: FitConfig, events: EventWriter | None = None, watch: StopWatch |
                 state = prepare(config, accelerator, reporter, watch)
                 reporter.emit("started", **_started(state))
                 train(state)
-                return save(state)
+                path = save(state)
+                show_strengths(state)
+                announce(state, path)
+                return path
         except Stopped:
             reporter.emit("stopped", **_stopped(state, Path(config.run_dir)))
             raise

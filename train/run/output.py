@@ -16,7 +16,7 @@ from .state import TrainingState
 
 
 def save(state: TrainingState) -> Path:
-    """Write the adapter, open it again, look at every tensor, and say so."""
+    """Write the adapter, open it again, and look at every tensor."""
     path = output_path(state.config)
     if state.accelerator.is_main_process:
         state.reporter.phase("save", text="writing the adapter")
@@ -32,12 +32,21 @@ def save(state: TrainingState) -> Path:
             )
         for name in written.layers:
             written.layer(name)  # raises when a value is not finite
-        inside = path.parent.resolve() == Path(state.config.run_dir).resolve()
-        file = path.name if inside else str(path)
-        state.reporter.emit("saved", step=state.done, what="adapter", file=file)
-        state.reporter.emit("finished", step=state.done, file=file, sha256=_sha256(path))
+        state.reporter.emit("saved", step=state.done, what="adapter", file=_named(path, state.config))
     state.accelerator.wait_for_everyone()
     return path
+
+
+def announce(state: TrainingState, path: Path) -> None:
+    """Say that the adapter is there and whole; nothing of the run comes after it."""
+    if state.accelerator.is_main_process:
+        state.reporter.emit("finished", step=state.done, file=_named(path, state.config), sha256=_sha256(path))
+    state.accelerator.wait_for_everyone()
+
+
+def _named(path: Path, config: FitConfig) -> str:
+    """A file of the run folder by its name, another one by its path."""
+    return path.name if path.parent.resolve() == Path(config.run_dir).resolve() else str(path)
 
 
 def stored(adapter: Adapter, config: FitConfig) -> Adapter:

@@ -24,7 +24,7 @@ from ..model.transformer import DTYPES, load_transformer
 from .checkpoint import remove_leftovers, set_damaged_aside
 from .estimate import MemoryPlan, choose_memory, estimate_memory, free_memory, memory_text, require_memory
 from .optim import make_optimizer, make_scheduler
-from .processes import agreed_plan
+from .processes import agreed_plan, give_memory_back
 from .reporter import Reporter
 from .resume import checkpoint_to_resume, require_same_basis, restore_checkpoint, storage_begun_with
 from .state import TrainingState
@@ -57,12 +57,13 @@ def prepare(config: FitConfig, accelerator: Any, reporter: Reporter, watch: Stop
         "processes": accelerator.num_processes,
         **config.trajectory(),
         "base_storage": plan.base_storage,
+        **({"fp8_products": True} if config.fp8_products else {}),
         **({"training_adapter": training_adapter.fingerprint} if training_adapter is not None else {}),
     }
     run_id = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     checkpoint = checkpoint_to_resume(config, identity, parameter_shapes(targets, config.method, config.rank))
     _require_own_output(output_path(config), run_id)
-    estimate = estimate_memory(config, plan, source, targets, shapes)
+    estimate = estimate_memory(config, plan, source, targets, shapes, available)
     if config.memory_check:
         require_memory(estimate, available)
     if accelerator.is_main_process:
@@ -144,7 +145,10 @@ def _model(
         watch.check()
         reporter.phase("model", done, total, "loading the base model")
 
-    model = load_transformer(source, plan.base_storage, config.precision, accelerator.device, plan.offload, on_progress)
+    if plan.offload and accelerator.device.type == "cpu":
+        give_memory_back()
+    held = (plan.base_storage, config.precision, accelerator.device, plan.offload)
+    model = load_transformer(source, *held, on_progress, fp8_products=config.fp8_products)
     layers = inject(
         model,
         targets,

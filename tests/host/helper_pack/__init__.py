@@ -146,6 +146,24 @@ class Anything(io.ComfyNode):
         return io.NodeOutput(what)
 
 
+class Foreign(io.ComfyNode):
+    """A node of another pack, with sockets of the types that this pack had at first: hands on what comes."""
+
+    @classmethod
+    def define_schema(cls):
+        delta_r, residual = io.Custom("DELTA_R"), io.Custom("RESIDUAL")
+        return io.Schema(
+            node_id="QRLoRATestForeign",
+            category="QR-LoRA/test",
+            inputs=[delta_r.Input("delta_r", optional=True), residual.Input("residual", optional=True)],
+            outputs=[delta_r.Output(), residual.Output()],
+        )
+
+    @classmethod
+    def execute(cls, delta_r=None, residual=None):
+        return io.NodeOutput(delta_r, residual)
+
+
 class Stacker(io.ComfyNode):
     """What LoRA stackers do: entries of their own behind those that come in."""
 
@@ -252,7 +270,7 @@ class SaveLatents(io.ComfyNode):
 
 class TestExtension(ComfyExtension):
     async def get_node_list(self):
-        ours = [Conditioning, Forward, SaveConditioning, Anything, Stacker, ApplyStack]
+        ours = [Conditioning, Forward, SaveConditioning, Anything, Foreign, Stacker, ApplyStack]
         return [*ours, LoadRandomClip, SaveLatents]
 
 

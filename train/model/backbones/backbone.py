@@ -55,12 +55,14 @@ class Backbone:
         title: its name for people.
         advice: which models to use, for messages.
         model_class: of diffusers.
+        since: the first version of diffusers that has it and that the trainer works with.
         file_mark: a key that ComfyUI's files of the family have and no other's; "" when they use diffusers' names.
         folder_mark: a key that diffusers' folders of the family have and no other's.
         block_lists: where the model's lists of blocks lie, in network order; a model need not have all of them.
         activation_counts: for each of them what autograd keeps of a block, in multiples of tokens * hidden size.
-        activations: (specs, height and width of the latents, tokens of the text, whether blocks are recomputed) -> how
-            many numbers autograd keeps for a picture, where that is no multiple of tokens * hidden size.
+        activations: (specs, height and width of the latents, tokens of the text) -> how many numbers autograd keeps of
+            each block for a picture, and how many where it is recomputed; where that is no multiple of tokens * hidden
+            size.
         default_layers: for each of them which layers are adapted unless others are named.
         stored_rows: a key of ComfyUI's files, without prefix, and its number of rows -> diffusers' parameters; nothing
             for a key that is no parameter.
@@ -86,6 +88,7 @@ class Backbone:
     title: str
     advice: str
     model_class: str
+    since: str
     file_mark: str
     folder_mark: str
     block_lists: tuple[str, ...]
@@ -100,7 +103,7 @@ class Backbone:
     swapped: frozenset[str] = frozenset()
     swapped_in_last: tuple[str, ...] = ()
     activation_counts: Mapping[str, float] = field(default_factory=dict)
-    activations: Callable[[Specs, int, int, int, bool], float] | None = None
+    activations: Callable[[Specs, int, int, int], tuple[list[float], list[float]]] | None = None
     folded: Mapping[str, int] = field(default_factory=dict)
     uneven: bool = False
     stated: tuple[str, ...] = ()

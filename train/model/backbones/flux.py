@@ -151,6 +151,7 @@ FLUX = Backbone(
     title="FLUX.1",
     advice=_ADVICE,
     model_class="FluxTransformer2DModel",
+    since="0.35",
     file_mark="double_blocks.0.img_attn.qkv.weight",
     folder_mark="single_transformer_blocks.0.attn.to_q.weight",
     block_lists=("transformer_blocks", "single_transformer_blocks"),

@@ -151,6 +151,7 @@ FLUX2 = Backbone(
     title="FLUX.2",
     advice=_ADVICE,
     model_class="Flux2Transformer2DModel",
+    since="0.36",
     file_mark="double_stream_modulation_img.lin.weight",
     folder_mark="double_stream_modulation_img.linear.weight",
     block_lists=("transformer_blocks", "single_transformer_blocks"),

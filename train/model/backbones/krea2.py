@@ -140,6 +140,7 @@ KREA2 = Backbone(
     title="Krea 2",
     advice=_ADVICE,
     model_class="Krea2Transformer2DModel",
+    since="0.39",
     file_mark="txtfusion.projector.weight",
     folder_mark="text_fusion.projector.weight",
     block_lists=tuple(_LISTS.values()),

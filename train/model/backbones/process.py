@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 _STEPS = 1000
+_LEAST_SIGNAL = 2e-4  # by which a step divides where noise is predicted and nothing else is left; ComfyUI's, too
 _BETAS = (0.00085, 0.012)  # the first and the last; their square roots are spaced evenly
 
 
@@ -86,7 +87,7 @@ class Discrete:
     def step(self, mixed: Tensor, predicted: Tensor, sigmas: Tensor, following: Tensor) -> Tensor:
         (a, s), (next_a, next_s) = self.levels(sigmas), self.levels(following)
         if self.predicts == "epsilon":
-            latents, noise = (mixed - s * predicted) / a, predicted
+            latents, noise = (mixed - s * predicted) / a.clamp_min(_LEAST_SIGNAL), predicted
         else:
             latents, noise = a * mixed - s * predicted, s * mixed + a * predicted
         return next_a * latents + next_s * noise

@@ -114,6 +114,7 @@ QWEN_IMAGE = Backbone(
     title="Qwen-Image",
     advice=_ADVICE,
     model_class="QwenImageTransformer2DModel",
+    since="0.35",
     file_mark="",
     folder_mark="transformer_blocks.0.img_mlp.net.0.proj.weight",
     block_lists=("transformer_blocks",),

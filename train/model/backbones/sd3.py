@@ -16,6 +16,8 @@ from .pipeline import Pipeline, shifted_and_scaled
 
 _ADVICE = "Use Stable Diffusion 3.5 medium, large or a fine-tune of them"
 _HEAD = 64
+# What autograd keeps of a block, in multiples of tokens * hidden size, and of a second attention, of the picture's
+_BLOCK, _SECOND = 19.1, 7.1
 _IN_BLOCKS = {
     "x_block.attn.ln_q": "attn.norm_q",
     "x_block.attn.ln_k": "attn.norm_k",
@@ -83,6 +85,17 @@ def facts(specs: Specs, title: str) -> ModelFacts:
     return ModelFacts(arguments, hidden, channels, (text, pooled))
 
 
+def activations(specs: Specs, height: int, width: int, text: int) -> tuple[list[float], list[float]]:
+    """See `Backbone.activations`: some blocks attend to the picture a second time."""
+    hidden, _, patch, _ = specs["pos_embed.proj.weight"].shape
+    image = height * width // patch**2
+    whole: list[float] = []
+    for index in range(count_blocks(specs, "transformer_blocks", uneven=True)):
+        twice = f"transformer_blocks.{index}.attn2.to_q.weight" in specs
+        whole.append(hidden * (_BLOCK * (image + text) + (_SECOND * image if twice else 0.0)))
+    return whole, [float(hidden * (image + text))] * len(whole)
+
+
 def inputs(model: Any, latents: Tensor, sigmas: Tensor, text: EncodedText, guidance: float) -> dict[str, Any]:
     """Latents as they are: the model makes patches itself. Time from 0 to 1000."""
     return {
@@ -114,10 +127,11 @@ SD3 = Backbone(
     title="SD3.5",
     advice=_ADVICE,
     model_class="SD3Transformer2DModel",
+    since="0.35",
     file_mark="joint_blocks.0.x_block.attn.qkv.weight",
     folder_mark="pos_embed.pos_embed",
     block_lists=("transformer_blocks",),
-    activation_counts={"transformer_blocks": 19.1},
+    activations=activations,
     default_layers={"transformer_blocks": _LAYERS},
     stored_rows=stored_rows,
     swapped=frozenset({"norm_out.linear.weight", "norm_out.linear.bias"}),

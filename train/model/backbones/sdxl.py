@@ -102,14 +102,8 @@ def facts(specs: Specs, title: str) -> ModelFacts:
     return ModelFacts(arguments, widths[-1], channels, (text, added - 6 * _TIME_WIDTH))
 
 
-def activations(specs: Specs, height: int, width: int, text: int, checkpointing: bool) -> float:
+def activations(specs: Specs, height: int, width: int, text: int) -> tuple[list[float], list[float]]:
     """See `Backbone.activations`: resolution and width change along the way."""
-    whole, kept = kept_of_blocks(specs, height, width, text)
-    return sum(kept) + max(whole) if checkpointing else sum(whole)
-
-
-def kept_of_blocks(specs: Specs, height: int, width: int, text: int) -> tuple[list[float], list[float]]:
-    """What autograd keeps of each block, and of each that is recomputed."""
     whole: list[float] = []
     kept: list[float] = []
     for name, spec in specs.items():
@@ -144,7 +138,7 @@ def process(keys: Collection[str], path: Path) -> Process:
     predicts = stated.get("prediction_type", "v_prediction" if "v_pred" in keys else "epsilon")
     if predicts not in ("epsilon", "v_prediction"):
         raise TrainError("model", f"{scheduler.name} says that the model predicts {predicts!r:.40}. {_ADVICE}")
-    zero_snr = bool(stated.get("rescale_betas_zero_snr", "ztsnr" in keys))
+    zero_snr = bool(stated.get("rescale_betas_zero_snr", {"v_pred", "ztsnr"} <= set(keys)))  # as ComfyUI reads them
     return Discrete("v" if predicts == "v_prediction" else "epsilon", zero_snr)
 
 
@@ -185,6 +179,7 @@ SDXL = Backbone(
     title="SDXL",
     advice=_ADVICE,
     model_class="UNet2DConditionModel",
+    since="0.35",
     # Stable Diffusion 1 and 2 have one block in each place
     file_mark="input_blocks.7.1.transformer_blocks.1.attn1.to_q.weight",
     folder_mark="down_blocks.2.attentions.0.transformer_blocks.1.attn1.to_q.weight",
