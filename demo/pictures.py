@@ -21,6 +21,9 @@ TEXTURES = ("plain", "striped", "checked", "dotted")
 HEART, SUNSET, BARRED = "heart", "sunset", "barred"
 NEW_SHAPES = (HEART, "ell", "bow", "arch", "tee")
 NEW_STYLES = {SUNSET: BARRED, "violet": "hatched", "slate": "slanted", "rose": "grid", "brown": "blocks"}
+# also new to the model, and no part of the demo: what the study of merges judges by at last
+LATER_SHAPES = ("moon", "zed", "hourglass")
+LATER_STYLES = {"olive": "mesh", "teal": "pinstriped", "wine": "ridged"}
 CONTENT_TRIGGER, STYLE_TRIGGER = "<c>", "<s>"
 
 _SAMPLES = 4  # per pixel and direction, against jagged edges
@@ -38,6 +41,9 @@ PALETTES = {
     "slate": ((0.45, 0.50, 0.58), (0.98, 0.45, 0.10), (1.00, 0.97, 0.75)),
     "rose": ((0.98, 0.60, 0.66), (0.30, 0.30, 0.50), (0.86, 0.93, 0.86)),
     "brown": ((0.52, 0.30, 0.12), (0.60, 0.95, 0.75), (0.93, 0.87, 0.97)),
+    "olive": ((0.52, 0.54, 0.16), (0.98, 0.80, 0.92), (0.87, 0.90, 1.00)),
+    "teal": ((0.05, 0.45, 0.45), (1.00, 0.75, 0.35), (0.98, 0.92, 1.00)),
+    "wine": ((0.50, 0.06, 0.24), (0.75, 0.92, 1.00), (0.94, 0.98, 0.84)),
 }
 
 
@@ -104,6 +110,12 @@ def inside_shape(shape: str, x: Tensor, y: Tensor) -> Tensor:
         return ((bend <= 11) & (bend >= 5) & (y <= -1)) | legs
     if shape == "tee":
         return ((y <= -3.5) & (y >= -10.5) & (across <= 11)) | ((across <= 3.5) & (down <= 10.5))
+    if shape == "moon":
+        return (radius <= 11) & (torch.hypot(x - 5, y) >= 8.5)
+    if shape == "zed":
+        return (torch.maximum(across, down) <= 10.5) & ((down >= 5.5) | ((x + y).abs() <= 4.5))
+    if shape == "hourglass":
+        return (down <= 11) & (across <= 1.5 + down * 0.8)
     raise ValueError(f"{shape!r} is not a shape that can be drawn")
 
 
@@ -127,4 +139,10 @@ def has_mark(texture: str, x: Tensor, y: Tensor) -> Tensor:
         return (torch.remainder(x, 4) < 1) | (torch.remainder(y, 4) < 1)
     if texture == "blocks":
         return (torch.remainder(x, 4) < 2) & (torch.remainder(y, 4) < 2)
+    if texture == "mesh":
+        return (torch.remainder(x, 2) < 1) ^ (torch.remainder(y, 2) < 1)
+    if texture == "pinstriped":
+        return torch.remainder(x, 2) < 1
+    if texture == "ridged":
+        return torch.remainder(y, 2) < 1
     raise ValueError(f"{texture!r} is not a texture that can be drawn")

@@ -12,14 +12,13 @@ from demo.pictures import COLOURS, PALETTES, SHAPES, TEXTURES, Look, has_mark, i
 from demo.reader import PLACES
 from demo.toy.features import SIZE
 
-from .protocol import CHECK, TUNING
+from .protocol import CHECK, LATER, TUNING, Unit
 
 _SAMPLES = 4  # per pixel and direction, as the toy draws
 
 
-def new_words() -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+def new_words(units: Sequence[Unit] = TUNING + CHECK) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
     """Shapes, palettes and textures that the base does not know."""
-    units = TUNING + CHECK
     contents, palettes, textures = (
         tuple(dict.fromkeys(words)) for words in zip(*((unit.content, *unit.style) for unit in units))
     )
@@ -57,17 +56,21 @@ def draw(look: Look, place: tuple[float, float] = (0, 0)) -> Tensor:
     return fill * plain + mark * marks + behind * (1 - plain - marks)
 
 
-def read(pictures: Tensor) -> list[Look]:
-    """What each picture, (batch, 3, SIZE, SIZE), 0 to 1, looks like most: nearest template, mean square distance."""
-    looks, templates, squares = _templates()
+def read(pictures: Tensor, unit: Unit | None = None) -> list[Look]:
+    """What each picture, (batch, 3, SIZE, SIZE), 0 to 1, looks like most: nearest template, mean square distance.
+
+    Args:
+        unit: decides which new words can be read: those of tuning and check units, or of tuning and later units.
+    """
+    looks, templates, squares = _templates(TUNING + (LATER if unit in LATER else CHECK))
     nearest = (squares - 2 * pictures.flatten(1) @ templates.T).argmin(1).tolist()
     return [looks[index // len(PLACES)] for index in nearest]
 
 
 @cache
-def _templates() -> tuple[Sequence[Look], Tensor, Tensor]:
+def _templates(units: tuple[Unit, ...]) -> tuple[Sequence[Look], Tensor, Tensor]:
     """Looks; templates (looks x places, pixels); the templates' sums of squares."""
-    contents, palettes, textures = new_words()
+    contents, palettes, textures = new_words(units)
     looks = [Look(*parts) for parts in itertools.product(SHAPES + contents, COLOURS + palettes, TEXTURES + textures)]
     templates = torch.stack([draw(look, place) for look in looks for place in PLACES]).flatten(1)
     return looks, templates, templates.square().sum(1)
