@@ -201,7 +201,7 @@ class Balance(Node):
         measured = cells(found, alphas, betas, acts)
         hand = cells(found, [alpha], [beta], acts) if choose == BY_HAND else []
         chosen = proposal(hand or measured, CHOICES[0] if hand else choose)
-        told = balance_report(measured, chosen, choose, found, asked)
+        result = balance_report(measured, chosen, choose, found, asked)
         merged = merge_acting(
             delta_r_style,
             chosen.alpha,
@@ -212,10 +212,10 @@ class Balance(Node):
             triggers=triggers,
             on_basis_mismatch=on_basis_mismatch,
         )
-        text = report.balance_text(told, missing, evaluations, time.monotonic() - start)
-        picture, more = _picture(told, text)
+        text = report.balance_text(result, missing, evaluations, time.monotonic() - start)
+        picture, more = _picture(result, text)
         shown = ui.PreviewImage(picture, cls=cls).as_dict()
-        numbers = json.dumps(told, allow_nan=False, indent=1)
+        numbers = json.dumps(result, allow_nan=False, indent=1)
         return io.NodeOutput(
             merged, chosen.alpha, chosen.beta, picture, numbers, ui={**shown, "text": ["\n".join([*more, text])]}
         )
@@ -244,10 +244,10 @@ def candidates(act: str, words: tuple[tuple[str, ...], tuple[str, ...]], missing
     return [name for name, way in fitting.items() if not missing or not (way.one_pass_each or way.content_first)]
 
 
-def _picture(told: dict[str, Any], text: str) -> tuple[torch.Tensor, list[str]]:
+def _picture(result: dict[str, Any], text: str) -> tuple[torch.Tensor, list[str]]:
     """The plots, or the numbers as text where they cannot be drawn; and what to say about that."""
     try:
-        return torch.from_numpy(array_of(balance_image(told))), []
+        return torch.from_numpy(array_of(balance_image(result))), []
     except PlotsUnavailableError as error:
         log.warning("QR-LoRA: %s", error)
         return _card([str(error), "", *text.split("\n")]), [str(error)]

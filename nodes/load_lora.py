@@ -27,7 +27,7 @@ class LoadLoRA(Node):
                 io.Combo.Input(
                     "lora_name",
                     options=folders.lora_names(),
-                    tooltip="A file in models/loras. Its text encoder part, if any, is told and left to Load LoRA.",
+                    tooltip="A file in models/loras. Its text encoder part, if any, is reported and left to Load LoRA.",
                 ),
                 *_settings(),
             ],
@@ -104,7 +104,7 @@ def _settings() -> list[Any]:
             optional=True,
             advanced=True,
             tooltip="For files that are not low-rank (LoHa, LoKr, whole differences): the best approximation of this "
-            "rank is taken, and what it loses is told. 0: such files are refused. Ordinary LoRAs are always exact.",
+            "rank is taken, and what it loses is reported. 0: such files are refused. Ordinary LoRAs are always exact.",
         ),
         sockets.newest(
             io.Combo.Input,

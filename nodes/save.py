@@ -126,7 +126,7 @@ class ExportLoRA(Node):
                     min=0,
                     max=4096,
                     optional=True,
-                    tooltip="0: all columns. Otherwise the best approximation with so many; what is lost is told.",
+                    tooltip="0: all columns. Otherwise the best approximation with so many; what is lost is reported.",
                 ),
                 stack_input("The stack that lora_stack goes on from, from a LoRA stacker."),
             ],
