@@ -76,26 +76,16 @@ class Balance(Node):
                 ),
                 sockets.strength_input("alpha", "By hand: how much style."),
                 sockets.strength_input("beta", "By hand: how much content."),
-                _rare(io.Int.Input, "grid", default=5, min=2, max=9, tooltip="So many values of alpha, and of beta."),
-                _rare(
-                    io.Float.Input,
-                    "lowest",
-                    default=0.4,
-                    min=-4.0,
-                    max=4.0,
-                    step=0.05,
-                    tooltip="The first of them.",
+                sockets.advanced(
+                    io.Int.Input, "grid", default=5, min=2, max=9, tooltip="So many values of alpha, and of beta."
                 ),
-                _rare(
-                    io.Float.Input,
-                    "highest",
-                    default=1.2,
-                    min=-4.0,
-                    max=4.0,
-                    step=0.05,
-                    tooltip="The last of them.",
+                sockets.advanced(
+                    io.Float.Input, "lowest", default=0.4, min=-4.0, max=4.0, step=0.05, tooltip="The first of them."
                 ),
-                _rare(
+                sockets.advanced(
+                    io.Float.Input, "highest", default=1.2, min=-4.0, max=4.0, step=0.05, tooltip="The last of them."
+                ),
+                sockets.advanced(
                     io.Int.Input,
                     "points",
                     default=3,
@@ -103,7 +93,7 @@ class Balance(Node):
                     max=8,
                     tooltip="Noise levels that are measured, spread over a sampling. Time grows with them.",
                 ),
-                _rare(
+                sockets.advanced(
                     io.Int.Input,
                     "size",
                     default=512,
@@ -112,7 +102,7 @@ class Balance(Node):
                     step=16,
                     tooltip="Side of the square picture, in pixels.",
                 ),
-                _rare(
+                sockets.advanced(
                     io.Int.Input,
                     "noises",
                     default=1,
@@ -120,7 +110,7 @@ class Balance(Node):
                     max=8,
                     tooltip="So many at once: steadier numbers, and more time.",
                 ),
-                _rare(
+                sockets.advanced(
                     io.Int.Input,
                     "seed",
                     default=0,
@@ -255,11 +245,6 @@ def _picture(result: dict[str, Any], text: str) -> tuple[torch.Tensor, list[str]
 
 def _card(lines: Sequence[str]) -> torch.Tensor:
     return torch.from_numpy(array_of(text_card(lines)))
-
-
-def _rare(kind: Any, name: str, **fields: Any) -> Any:
-    """An input that the page may keep out of sight until it is asked for."""
-    return sockets.newest(kind, name, advanced=True, **fields)
 
 
 def _text_input(name: str, tooltip: str) -> Any:
