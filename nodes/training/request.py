@@ -13,9 +13,9 @@ from ...train.data.captions import DatasetError, caption_warnings, with_trigger
 from ...train.settings import make_config
 from ..host import folders
 from ..host.protocols import Clip, Vae
-from ..train_options import TrainOptions
 from . import dataset
 from .dataset import class_pictures
+from .options import TrainOptions
 from .runs import RunFolder, key_of
 
 _ENDING = ".safetensors"
