@@ -123,8 +123,9 @@ def _add_settings(parser: argparse.ArgumentParser, config: Any, needed: bool = T
 
     `needed`: whether the command cannot do without the settings that have no default.
     """
-    required = [f"--{one.name.replace('_', '-')} ..." for one in fields(config) if one.default is MISSING and needed]
-    parser.usage = " ".join([parser.prog, *required, "[settings, see --help]"])  # a line instead of a page
+    required = [one.name for one in fields(config) if one.default is MISSING] if needed else []
+    flags = [f"--{name.replace('_', '-')} ..." for name in required]
+    parser.usage = " ".join([parser.prog, *flags, "[settings, see --help]"])  # a line instead of a page
     parser.add_argument("--settings", type=Path, help="a .toml or .json file with settings; flags win over it")
     group: Any = parser
     for setting in fields(config):
