@@ -220,7 +220,7 @@ def _files() -> list[Any]:
 
 
 def _more() -> list[Any]:
-    """What came later: workflows of before have no values for these."""
+    """What came later: older workflows have no values for these."""
     return [
         io.Int.Input(
             "repeats",

@@ -156,7 +156,7 @@ class TrainingCache:
         return self._text(f"text.{index}")
 
     def plain(self) -> PlainText | None:
-        """The first picture's caption without the trigger; None where there is none, as in caches of old."""
+        """The first picture's caption without the trigger; None where there is none, as in older caches."""
         if PLAIN_KEY not in self.metadata:
             return None
         words = json.loads(self.metadata[PLAIN_KEY])

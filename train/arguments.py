@@ -141,7 +141,7 @@ def _add_setting(group: Any, setting: Any) -> None:
     options: dict[str, Any] = {"dest": setting.name, "default": None, "help": text.replace("%", "%%")}
     allowed, kind = choices(setting), plain_type(setting)
     if kind is bool and may_be_auto(setting):
-        # alone it is switched on, as ever; --no-... switches it off
+        # the flag alone switches it on, --no-... off
         group.add_argument(flag, type=_switch, nargs="?", const=True, metavar="{auto,on,off}", **options)
         off = {"dest": setting.name, "default": None, "help": f"the same as {flag} off"}
         group.add_argument(f"--no-{flag[2:]}", action="store_false", **off)

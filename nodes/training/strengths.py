@@ -19,7 +19,7 @@ from .runs import RunFolder
 log = logging.getLogger(__name__)
 
 _NONE = "strengths were not looked at: see the log, or 'strengths' in Train \u0394R Options"
-# a file that is damaged, and a VAE that fails, as where memory ends: neither may fail a training that is done
+# of a damaged file, or a VAE that fails, as when memory runs out: neither may fail a training that is done
 _DAMAGED = (OSError, ValueError, LookupError, TypeError, RuntimeError, QRLoRAError)
 
 
