@@ -22,7 +22,7 @@ SHAPES = {(3072, 3072): 266, (12288, 3072): 38, (3072, 12288): 38}
 
 
 def published(weight: Tensor, rank: int) -> Basis:
-    """As the design describes it: everything at full size."""
+    """As the published scripts do it: everything at full size."""
     u, s, vh = torch.linalg.svd(weight, full_matrices=False)
     core = u[:, :rank] @ torch.diag(s[:rank]) @ vh[:rank]
     q, r = torch.linalg.qr(core)

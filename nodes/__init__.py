@@ -13,7 +13,8 @@ from .load import LoadDeltaR, LoadResidual
 from .load_lora import FromLoRAStack, LoadLoRA
 from .merge import Merge
 from .prompt import PromptNode
-from .save import ExportLoRA, SaveDeltaR, SaveResidual
+from .save import ExportLoRA, SaveDeltaR
+from .save_residual import SaveResidual
 from .schedule import ScheduleNode
 from .similarity import Similarity
 from .sweep import ContactSheetNode, ScaleSweep

@@ -76,26 +76,16 @@ class Balance(Node):
                 ),
                 sockets.strength_input("alpha", "By hand: how much style."),
                 sockets.strength_input("beta", "By hand: how much content."),
-                _rare(io.Int.Input, "grid", default=5, min=2, max=9, tooltip="So many values of alpha, and of beta."),
-                _rare(
-                    io.Float.Input,
-                    "lowest",
-                    default=0.4,
-                    min=-4.0,
-                    max=4.0,
-                    step=0.05,
-                    tooltip="The first of them.",
+                sockets.advanced(
+                    io.Int.Input, "grid", default=5, min=2, max=9, tooltip="So many values of alpha, and of beta."
                 ),
-                _rare(
-                    io.Float.Input,
-                    "highest",
-                    default=1.2,
-                    min=-4.0,
-                    max=4.0,
-                    step=0.05,
-                    tooltip="The last of them.",
+                sockets.advanced(
+                    io.Float.Input, "lowest", default=0.4, min=-4.0, max=4.0, step=0.05, tooltip="The first of them."
                 ),
-                _rare(
+                sockets.advanced(
+                    io.Float.Input, "highest", default=1.2, min=-4.0, max=4.0, step=0.05, tooltip="The last of them."
+                ),
+                sockets.advanced(
                     io.Int.Input,
                     "points",
                     default=3,
@@ -103,7 +93,7 @@ class Balance(Node):
                     max=8,
                     tooltip="Noise levels that are measured, spread over a sampling. Time grows with them.",
                 ),
-                _rare(
+                sockets.advanced(
                     io.Int.Input,
                     "size",
                     default=512,
@@ -112,7 +102,7 @@ class Balance(Node):
                     step=16,
                     tooltip="Side of the square picture, in pixels.",
                 ),
-                _rare(
+                sockets.advanced(
                     io.Int.Input,
                     "noises",
                     default=1,
@@ -120,7 +110,7 @@ class Balance(Node):
                     max=8,
                     tooltip="So many at once: steadier numbers, and more time.",
                 ),
-                _rare(
+                sockets.advanced(
                     io.Int.Input,
                     "seed",
                     default=0,
@@ -201,7 +191,7 @@ class Balance(Node):
         measured = cells(found, alphas, betas, acts)
         hand = cells(found, [alpha], [beta], acts) if choose == BY_HAND else []
         chosen = proposal(hand or measured, CHOICES[0] if hand else choose)
-        told = balance_report(measured, chosen, choose, found, asked)
+        result = balance_report(measured, chosen, choose, found, asked)
         merged = merge_acting(
             delta_r_style,
             chosen.alpha,
@@ -212,10 +202,10 @@ class Balance(Node):
             triggers=triggers,
             on_basis_mismatch=on_basis_mismatch,
         )
-        text = report.balance_text(told, missing, evaluations, time.monotonic() - start)
-        picture, more = _picture(told, text)
+        text = report.balance_text(result, missing, evaluations, time.monotonic() - start)
+        picture, more = _picture(result, text)
         shown = ui.PreviewImage(picture, cls=cls).as_dict()
-        numbers = json.dumps(told, allow_nan=False, indent=1)
+        numbers = json.dumps(result, allow_nan=False, indent=1)
         return io.NodeOutput(
             merged, chosen.alpha, chosen.beta, picture, numbers, ui={**shown, "text": ["\n".join([*more, text])]}
         )
@@ -244,10 +234,10 @@ def candidates(act: str, words: tuple[tuple[str, ...], tuple[str, ...]], missing
     return [name for name, way in fitting.items() if not missing or not (way.one_pass_each or way.content_first)]
 
 
-def _picture(told: dict[str, Any], text: str) -> tuple[torch.Tensor, list[str]]:
+def _picture(result: dict[str, Any], text: str) -> tuple[torch.Tensor, list[str]]:
     """The plots, or the numbers as text where they cannot be drawn; and what to say about that."""
     try:
-        return torch.from_numpy(array_of(balance_image(told))), []
+        return torch.from_numpy(array_of(balance_image(result))), []
     except PlotsUnavailableError as error:
         log.warning("QR-LoRA: %s", error)
         return _card([str(error), "", *text.split("\n")]), [str(error)]
@@ -255,11 +245,6 @@ def _picture(told: dict[str, Any], text: str) -> tuple[torch.Tensor, list[str]]:
 
 def _card(lines: Sequence[str]) -> torch.Tensor:
     return torch.from_numpy(array_of(text_card(lines)))
-
-
-def _rare(kind: Any, name: str, **fields: Any) -> Any:
-    """An input that the page may keep out of sight until it is asked for."""
-    return sockets.newest(kind, name, advanced=True, **fields)
 
 
 def _text_input(name: str, tooltip: str) -> Any:

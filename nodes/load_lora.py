@@ -27,7 +27,7 @@ class LoadLoRA(Node):
                 io.Combo.Input(
                     "lora_name",
                     options=folders.lora_names(),
-                    tooltip="A file in models/loras. Its text encoder part, if any, is told and left to Load LoRA.",
+                    tooltip="A file in models/loras. Its text encoder part, if any, is reported and left to Load LoRA.",
                 ),
                 *_settings(),
             ],
@@ -95,24 +95,22 @@ class FromLoRAStack(Node):
 
 def _settings() -> list[Any]:
     return [
-        sockets.newest(
+        sockets.advanced(
             io.Int.Input,
             "rank",
             default=0,
             min=0,
             max=1024,
             optional=True,
-            advanced=True,
             tooltip="For files that are not low-rank (LoHa, LoKr, whole differences): the best approximation of this "
-            "rank is taken, and what it loses is told. 0: such files are refused. Ordinary LoRAs are always exact.",
+            "rank is taken, and what it loses is reported. 0: such files are refused. Ordinary LoRAs are always exact.",
         ),
-        sockets.newest(
+        sockets.advanced(
             io.Combo.Input,
             "other_parts",
             options=list(OTHER_PARTS),
             default="refuse",
             optional=True,
-            advanced=True,
             tooltip="Files that also change biases, norms or sizes (BFL's Canny and Depth LoRAs): refuse, or leave "
             "those parts out and say how many.",
         ),

@@ -19,6 +19,8 @@ from ..qrlora_core import (
 )
 from ..qrlora_plots import ContactSheet, head_lines
 
+_MANY_FILES = 4
+
 
 def adapter_text(adapter: Adapter, with_basis: bool = True) -> str:
     """Method, rank, layers, trigger and basis of an adapter. Its basis is known when every Q was read, or made."""
@@ -37,9 +39,6 @@ def residual_text(residual: Residual) -> str:
     size = sum(spec.nbytes for spec in residual.layers.values())
     dtypes = sorted({str(spec.dtype).removeprefix("torch.") for spec in residual.layers.values()})
     return f"{len(residual.layers)} layers, {size / 1e9:.2f} GB, {', '.join(dtypes)}"
-
-
-_MANY_FILES = 4
 
 
 def saved_text(saved: Saved, name: str, folder: str) -> str:
@@ -79,13 +78,11 @@ def merge_text(recipe: MergeRecipe, done: MergeReport, missing: Sequence[str] = 
     return "\n".join(lines)
 
 
-def balance_text(
-    told: Mapping[str, Any], missing: Sequence[str], evaluations: int, seconds: float, other: Sequence[str] = CHOICES
-) -> str:
+def balance_text(result: Mapping[str, Any], missing: Sequence[str], evaluations: int, seconds: float) -> str:
     """What is chosen, what it does, what else could be chosen, and what measuring took."""
-    chosen = told["chosen"]
+    chosen = result["chosen"]
     lines = [f"{name}: nothing connected, or bypassed" for name in missing]
-    lines.append(f"{told['choice']}: {_setting(chosen)}")
+    lines.append(f"{result['choice']}: {_setting(chosen)}")
     for name in ("style", "content"):
         if chosen[name] is not None:
             lines.append(f"{name}: {chosen[name]:.2f} of its effect, purity {chosen[f'{name}_purity']:.2f}")
@@ -95,12 +92,12 @@ def balance_text(
         lines.append("drift 0: by the prompt. Encode prompts with QR-LoRA Prompt")
     else:
         lines.append(f"drift {chosen['drift']:.2f} ({100 * chosen['moved']:.1f} % of the model's own prediction)")
-    pulls = [(key, value) for key, value in told["pull_without_a_gate"].items() if value is not None]
+    pulls = [(key, value) for key, value in result["pull_without_a_gate"].items() if value is not None]
     if len(pulls) == 2:
         lines.append(
             "without a gate, at 1: " + ", ".join(f"{key.replace('_', ' ')} {value:.2f}" for key, value in pulls)
         )
-    lines += [f"{name} would be {_setting(told['proposals'][name])}" for name in other if name != told["choice"]]
+    lines += [f"{name} would be {_setting(result['proposals'][name])}" for name in CHOICES if name != result["choice"]]
     measured = f"{evaluations} predictions in {seconds:.0f} s" if evaluations else "known from the last time"
     return "\n".join([*lines, measured])
 

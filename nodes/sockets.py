@@ -42,6 +42,11 @@ def newest(kind: Any, name: str, **fields: Any) -> Any:
     return kind(name, **{key: value for key, value in fields.items() if key in known})
 
 
+def advanced(kind: Any, name: str, **fields: Any) -> Any:
+    """An input that the page may keep out of sight until it is asked for, where the host can do that."""
+    return newest(kind, name, advanced=True, **fields)
+
+
 def delta_r_input(name: str, tooltip: str) -> Any:
     """An adapter or a merge. Optional, so that one that is bypassed or muted counts as nothing and the rest runs."""
     return DeltaR.Input(name, optional=True, tooltip=f"{tooltip} Left empty, bypassed or muted: counts as nothing.")

@@ -12,7 +12,7 @@ from ..qrlora_core import QRLoRAError, TensorFile
 from ..train.data.captions import DEFAULT_PROMPT, folder_version
 from . import report, sockets
 from .arrivals import Node
-from .host import encoders, folders, session
+from .host import datasets, encoders, folders, session
 from .host.base_format import base_format
 from .train_options import combo_input, number_input
 from .training import pictures
@@ -67,8 +67,8 @@ class Train(Node):
         It may lie deeper than the list goes. The host itself compares the model's name with the list.
         """
         try:
-            if dataset and dataset[0] not in (None, folders.NO_DATASET):
-                folders.dataset_folder(str(dataset[0]))
+            if dataset and dataset[0] not in (None, datasets.NO_DATASET):
+                datasets.dataset_folder(str(dataset[0]))
         except QRLoRAError as error:
             return str(error)
         return True
@@ -81,8 +81,8 @@ class Train(Node):
         try:
             if model_name is not None:
                 parts += _version(folders.model_file(model_name)) or ()
-            if data_name not in (None, folders.NO_DATASET):
-                parts.append(folder_version(folders.dataset_folder(data_name)))
+            if data_name not in (None, datasets.NO_DATASET):
+                parts.append(folder_version(datasets.dataset_folder(data_name)))
         except (QRLoRAError, OSError) as error:
             parts.append(str(error))
         return repr(parts)
@@ -154,8 +154,8 @@ def _inputs() -> list[Any]:
         io.Vae.Input("vae", tooltip="The VAE that belongs to the model, as for sampling."),
         io.Combo.Input(
             "dataset",
-            options=folders.dataset_names(),
-            default=folders.NO_DATASET,
+            options=datasets.dataset_names(),
+            default=datasets.NO_DATASET,
             tooltip="Instead of images: a folder in ComfyUI's input or datasets folder. A .txt beside a picture is its "
             "caption.",
         ),

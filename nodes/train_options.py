@@ -1,8 +1,7 @@
-"""The settings of training as a node of its own, the presets for graphics cards, and how both become a FitConfig."""
+"""The settings of training as a node of its own, and widgets for fields of FitConfig."""
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from typing import Any
 
 from comfy_api.latest import io
@@ -11,51 +10,13 @@ from ..train.config import FitConfig
 from ..train.settings import choices
 from . import sockets
 from .arrivals import Node
+from .training.options import AUTO, PRESETS, TrainOptions
 
 PRESET = "preset"
-# What a preset fills in where the user left "preset". Offload: the share of the blocks' weights that waits in RAM.
-PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "12 GB": {"base_storage": "fp8", "gradient_checkpointing": True, "offload": 0.7},
-    "16 GB": {"base_storage": "fp8", "gradient_checkpointing": True, "offload": 0.35},
-    "24 GB": {"base_storage": "fp8", "gradient_checkpointing": True, "offload": 0.0},
-    "more than 24 GB": {"base_storage": "bf16", "gradient_checkpointing": True, "offload": 0.0},
-}
-AUTO = "auto"
 _OFFLOAD = {"none": 0.0, "half": 0.5, "all": 1.0}
 _SWITCH = {"on": True, "off": False}
 _NEEDS_MORE = ("piecewise_constant",)  # rules that the node has no widget for
 _SPECS = {spec.name: spec for spec in fields(FitConfig)}
-
-
-@dataclass(frozen=True, slots=True)
-class TrainOptions:
-    """What Train dR Options says.
-
-    Attributes:
-        preset: a key of PRESETS, or AUTO.
-        fit: fields of FitConfig; those that the preset decides are missing.
-        keep_aspect, flip: of the pictures.
-        resume: "auto", "never", "require".
-        processes: of accelerate.
-        stop_seconds: how long the trainer may take to write a checkpoint when it is stopped.
-        silence_seconds: how long it may say nothing before it counts as hung.
-        repeats, resolutions: of the pictures, see EncodeConfig.
-    """
-
-    preset: str = AUTO
-    fit: Mapping[str, Any] = field(default_factory=lambda: {"sample_every": 250})
-    keep_aspect: bool = True
-    flip: bool = False
-    resume: str = "auto"
-    processes: int = 1
-    stop_seconds: float = 30.0
-    silence_seconds: float = 1800.0
-    repeats: int = 1
-    resolutions: tuple[str, ...] = ()
-
-    def fit_fields(self) -> dict[str, Any]:
-        """Fields of FitConfig, the preset's included; what auto leaves out the trainer chooses by what is free."""
-        return {**PRESETS.get(self.preset, {}), **self.fit}
 
 
 def number_input(name: str, tooltip: str, **more: Any) -> Any:
@@ -259,7 +220,7 @@ def _files() -> list[Any]:
 
 
 def _more() -> list[Any]:
-    """What came later: workflows of before have no values for these."""
+    """What came later: older workflows have no values for these."""
     return [
         io.Int.Input(
             "repeats",

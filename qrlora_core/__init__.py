@@ -27,16 +27,9 @@ from .block_presets import (
     scale_to_json,
 )
 from .blocks import BlockRange, BlockScale, parse_kind_ranges, parse_ranges
-from .cache import (
-    CacheItem,
-    EncodedPicture,
-    EncodedText,
-    ModelInputs,
-    PlainText,
-    TrainingCache,
-    bucket_size,
-    save_cache,
-)
+from .buckets import bucket_size
+from .cache import CacheItem, EncodedPicture, EncodedText, ModelInputs, PlainText, TrainingCache
+from .cache_writing import save_cache
 from .errors import (
     BasisMismatchError,
     FileFormatError,

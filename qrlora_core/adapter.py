@@ -47,7 +47,7 @@ class Adapter:
     """A trained change of some layers of a model, lazily loaded.
 
     The change of one layer is `scaling * up @ down` for the dR methods, and
-    `scaling * (up @ down - Q R)` with the initial Q, R for method qr (design, section 2, fact 6).
+    `scaling * (up @ down - Q R)` with the initial Q, R for method qr.
 
     Attributes:
         name: what to call it in messages; usually the file's name.

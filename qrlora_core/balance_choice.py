@@ -18,11 +18,11 @@ EVALUATIONS = {act: 3 if way.one_pass_each else 1 for act, way in ACTS.items()}
 NOISE = 0.1
 # Chosen on the tuning pairs of the study (docs/fusion.md): a concept is read only where nearly all its effect is left
 _STEEP = 2
-_SAME = 1e-3
+_SAME = 1e-3  # scores that are nearer to each other are equal
 
 
 def presence(survival: float | None, purity: float | None) -> float | None:
-    """How far an adapter shows, 0 to 1: more than all of its effect counts as all, and what drowns it counts, too.
+    """How far an adapter shows, 0 to 1: more than all of its effect counts as all, and what drowns it lowers it.
 
     `min(survival, 1)^2 purity`; None for an adapter that does nothing alone.
     """

@@ -48,7 +48,7 @@ def same_basis(first: Tensor, second: Tensor) -> bool:
 
 
 def joint_basis(ups: Sequence[Tensor]) -> JointBasis:
-    """An orthonormal basis in which every `up` can be written exactly (design, section 12).
+    """An orthonormal basis in which every `up` can be written exactly.
 
     `Q = [Q1 E2 E3 ...]`, where E_i is an orthonormal basis of what the i-th columns add to those before them, found by
     the eigenvectors of the remainder's Gram matrix: unlike a plain QR, that drops directions which add nothing. The

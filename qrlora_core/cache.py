@@ -15,9 +15,8 @@ The header's `qrlora.cache` is JSON: `{"version": 1, "items": [{"name", "text", 
 
 import hashlib
 import json
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,14 +25,13 @@ from torch import Tensor
 
 from .errors import FileFormatError
 from .linalg import require_finite
-from .storage import TensorFile, TensorSpec
-from .writing import verify_checksum, write_tensors
+from .storage import TensorFile
+from .writing import verify_checksum
 
 CACHE_VERSION = 1
 MAX_REPEATS = 10_000
-_SOURCE_KEY = "qrlora.source_key"
-_PLAIN, _PLAIN_KEY = "plain", "qrlora.plain"
-_STORED = (torch.float32, torch.float16, torch.bfloat16)
+SOURCE_KEY = "qrlora.source_key"
+PLAIN, PLAIN_KEY = "plain", "qrlora.plain"
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,102 +102,6 @@ class EncodedPicture(NamedTuple):
     mask: Tensor | None = None
 
 
-def bucket_size(width: int, height: int, resolution: int, step: int = 64, keep_aspect: bool = True) -> tuple[int, int]:
-    """The (width, height) in pixels that a picture is resized and cropped to.
-
-    Among sizes whose sides are multiples of `step` and whose area does not exceed `resolution` squared (a small
-    tolerance aside), the one with the nearest aspect ratio; of equal ones the largest.
-    """
-    side = max(step, resolution // step * step)
-    if not keep_aspect:
-        return side, side
-    area = max(resolution * resolution, step * step)
-    aspect = width / height
-    best = (side, side)
-    best_error = abs(_log_ratio(1.0, aspect))
-    for one in range(step, 4 * side + 1, step):
-        fitting = int(area / one)
-        for other in {max(step, fitting // step * step), max(step, -(-fitting // step) * step)}:
-            if one * other > area * 1.02 or other > 4 * side:
-                continue
-            for wide, tall in ((one, other), (other, one)):  # both ways, so that a turned picture gets the turned size
-                error = abs(_log_ratio(wide / tall, aspect))
-                nearer, equal = error < best_error - 1e-9, error < best_error + 1e-9
-                if nearer or (equal and wide * tall > best[0] * best[1]):
-                    best, best_error = (wide, tall), error
-    return best
-
-
-def save_cache(
-    path: Path,
-    items: Sequence[CacheItem],
-    pictures: Sequence[EncodedPicture],
-    texts: Sequence[EncodedText],
-    *,
-    empty_text: int | None = None,
-    metadata: dict[str, str] | None = None,
-    overwrite: bool = False,
-    source_key: str = "",
-    plain: PlainText | None = None,
-) -> Path:
-    """Write a training cache, checked by opening it before it takes its name.
-
-    Args:
-        path: must not exist unless `overwrite`.
-        items, pictures: one of each per picture, in the same order.
-        texts: distinct captions.
-        empty_text: which text is the empty caption, for caption dropout.
-        metadata: more strings for the header.
-        source_key: a digest of everything that the content follows from (pixels, captions, encoders, settings). Two
-            caches with one key are the same data, although encoding twice may give other last bits.
-        plain: the first picture's caption without the trigger.
-
-    Raises:
-        FileFormatError: the counts, shapes or references do not fit together.
-        WeightError: a tensor holds NaN or Inf.
-        PathError: the file exists or cannot be written.
-    """
-    if len(items) != len(pictures):
-        raise FileFormatError(f"a training cache of {len(items)} items got {len(pictures)} pictures")
-    tensors: dict[str, Tensor] = {}
-    for index, picture in enumerate(pictures):
-        tensors[f"latent.{index}"] = picture.latent
-        if picture.flipped is not None:
-            tensors[f"latent.{index}.flip"] = picture.flipped
-        if picture.mask is not None:
-            tensors[f"mask.{index}"] = picture.mask
-    named = {f"text.{index}": text for index, text in enumerate(texts)} | ({_PLAIN: plain.text} if plain else {})
-    for key, text in named.items():
-        tensors[f"{key}.embeds"] = text.embeds
-        if text.pooled is not None:
-            tensors[f"{key}.pooled"] = text.pooled
-    for key, tensor in tensors.items():
-        require_finite(tensor, key)
-        if key.startswith("mask.") and not 0 <= float(tensor.min()) <= float(tensor.max()) <= 1:
-            raise FileFormatError(f"{key} holds numbers outside of 0 to 1")
-    table = {"version": CACHE_VERSION, "items": [asdict(item) for item in items], "empty_text": empty_text}
-    header = {"qrlora.format": "training_cache", "qrlora.cache": json.dumps(table), **(metadata or {})}
-    if source_key:
-        header[_SOURCE_KEY] = source_key
-    if plain:
-        header[_PLAIN_KEY] = json.dumps({"trigger": plain.trigger, "prompt": plain.prompt})
-    specs = {
-        key: TensorSpec(tensor.dtype if tensor.dtype in _STORED else torch.float32, tuple(tensor.shape))
-        for key, tensor in tensors.items()
-    }
-
-    def check(temporary: Path) -> None:
-        problem = ""
-        try:
-            TrainingCache(temporary)
-        except FileFormatError as error:
-            problem = str(error).replace(temporary.name, Path(path).name)
-        if problem:
-            raise FileFormatError(problem)
-
-    return write_tensors(path, specs, tensors.items(), header, overwrite=overwrite, check=check, checksum=True)
-
-
 class TrainingCache:
     """A training cache. Its checksum is compared when it is opened; latents and texts are read when they are used.
 
@@ -254,11 +156,11 @@ class TrainingCache:
         return self._text(f"text.{index}")
 
     def plain(self) -> PlainText | None:
-        """The first picture's caption without the trigger; None where there is none, as in caches of old."""
-        if _PLAIN_KEY not in self.metadata:
+        """The first picture's caption without the trigger; None where there is none, as in older caches."""
+        if PLAIN_KEY not in self.metadata:
             return None
-        words = json.loads(self.metadata[_PLAIN_KEY])
-        return PlainText(words["trigger"], words["prompt"], self._text(_PLAIN))
+        words = json.loads(self.metadata[PLAIN_KEY])
+        return PlainText(words["trigger"], words["prompt"], self._text(PLAIN))
 
     def _text(self, key: str) -> EncodedText:
         pooled = f"{key}.pooled"
@@ -266,13 +168,13 @@ class TrainingCache:
 
     def identity(self) -> str:
         """What tells these data from others: the key of what they were made from, else the fingerprint."""
-        return self.metadata.get(_SOURCE_KEY) or self.fingerprint()
+        return self.metadata.get(SOURCE_KEY) or self.fingerprint()
 
     def fingerprint(self) -> str:
         """Sixteen hex digits of everything in the file that is trained on."""
         digest = hashlib.sha256(self.metadata["qrlora.cache"].encode())
         for key, spec in sorted(self._file.specs.items()):
-            if key.startswith(f"{_PLAIN}."):
+            if key.startswith(f"{PLAIN}."):
                 continue
             digest.update(f"{key}{spec.dtype}{spec.shape}".encode())
             digest.update(self._tensor(key).contiguous().reshape(-1).view(torch.uint8).numpy().data)
@@ -299,14 +201,14 @@ class TrainingCache:
                 raise FileFormatError(f"{name}: item {item.name} names text {item.text} of {self.text_count}")
         for index in range(self.text_count):
             self._check_text(f"text.{index}", f"text {index}")
-        if _PLAIN_KEY in self.metadata:
-            self._check_text(_PLAIN, "the caption without the trigger")
+        if PLAIN_KEY in self.metadata:
+            self._check_text(PLAIN, "the caption without the trigger")
             try:
-                words = json.loads(self.metadata[_PLAIN_KEY])
+                words = json.loads(self.metadata[PLAIN_KEY])
                 if not all(isinstance(words[key], str) for key in ("trigger", "prompt")):
                     raise TypeError(str(words))
             except (KeyError, TypeError, ValueError, RecursionError) as error:
-                raise FileFormatError(f"{name}: {_PLAIN_KEY} is damaged ({error!r:.80})") from error
+                raise FileFormatError(f"{name}: {PLAIN_KEY} is damaged ({error!r:.80})") from error
         if self.empty_text is not None and not 0 <= self.empty_text < self.text_count:
             raise FileFormatError(f"{name}: the empty caption is text {self.empty_text} of {self.text_count}")
         if not any(not item.is_class for item in self.items):
@@ -320,7 +222,3 @@ class TrainingCache:
             raise FileFormatError(f"{name}: {title} is incomplete")
         if 0 in embeds.shape or (pooled and 0 in pooled.shape):
             raise FileFormatError(f"{name}: {title} is empty")
-
-
-def _log_ratio(first: float, second: float) -> float:
-    return math.log(first / second)

@@ -1,4 +1,4 @@
-"""The file formats of QR-LoRA: telling them apart and opening them (design, section 3). `save.py` writes them."""
+"""The file formats of QR-LoRA: telling them apart and opening them (docs/files.md). `save.py` writes them."""
 
 import re
 import weakref

@@ -1,6 +1,6 @@
 """Ordinary LoRA files as adapters: a LoRA's change `scaling * B A` is `Q (scaling * T A)` with `Q, T = qr(B)`, exactly.
 
-Which layer a tensor belongs to is told by the families' tables, without a model at hand: kohya's and BFL's fused
+Which layer a tensor belongs to is decided by the families' tables, without a model at hand: kohya's and BFL's fused
 modules are cut by rows of B, and what diffusers, PEFT, ai-toolkit, SimpleTuner, OneTrainer and XLabs call a layer
 becomes its diffusers name. A layer that no family knows keeps its own name, by which ComfyUI may know it.
 """
@@ -161,9 +161,9 @@ def open_lora(
 def _families(file: TensorFile, shapes: Mapping[str, Sequence[int]]) -> tuple[Family | None, tuple[Family, ...]]:
     """The family of some layers, and others that it could be; what the file says of its model settles it."""
     likely = likely_families(shapes)
-    told = file.metadata.get("modelspec.architecture", "").lower()
+    architecture = file.metadata.get("modelspec.architecture", "").lower()
     for family in likely:
-        if told.startswith(family.architecture):
+        if architecture.startswith(family.architecture):
             return family, ()
     return (likely[0], likely[1:]) if likely else (None, ())
 
@@ -215,8 +215,8 @@ def _require_readable(
     if whole and not rank:
         raise FileFormatError(
             f"{title}: {len(whole)} of {len(modules)} modules are not low-rank (LoHa, LoKr or whole differences): "
-            f"{first_few(whole)}. Set 'rank' for the best approximation of so many columns (what it loses is told), or "
-            "use ComfyUI's own Load LoRA"
+            f"{first_few(whole)}. Set 'rank' for the best approximation of so many columns, with what it loses "
+            "reported, or use ComfyUI's own Load LoRA"
         )
     if others and choice == "refuse":
         counts = ", ".join(f"{count} {what}" for what, count in Counter(others.values()).items())

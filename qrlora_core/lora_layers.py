@@ -1,4 +1,4 @@
-"""The layers of a LoRA as they are asked for: `B A = Q dR` with `Q, T = qr(B)`, `dR = T A`, once for each layer."""
+"""The layers of a LoRA, each computed once when it is asked for: `B A = Q dR` with `Q, T = qr(B)`, `dR = T A`."""
 
 import threading
 from collections import Counter

@@ -30,7 +30,7 @@ class Product(NamedTuple):
     base_r: Tensor | None = None
 
     def delta_r(self) -> Tensor:
-        """The sum, (rank, in), in float32: see fact 7 of the design."""
+        """The sum, (rank, in), in float32: in bfloat16 the sum would lose most of a small update."""
         (down, factor), *others = self.summands
         total = down.float() * factor
         for down, factor in others:

@@ -56,7 +56,7 @@ def save_adapter(
             alpha and means scaling 1, so another scaling goes into R and dR.
         base_r: layer name -> R of the base weight, (rank, in), for "published" where the adapter has none.
         dtype: how Q and dR are stored; None: as the adapter holds them. bfloat16 halves the file and costs the update
-            about 0.2 % (fact 7 of the design is about sums, not about storage).
+            about 0.2 %.
         metadata: fields besides, or instead of, the standard ones.
         progress: wraps the names of the layers that are gone through; it may stop the work by raising.
 

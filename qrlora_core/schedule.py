@@ -148,7 +148,7 @@ def _pair(line: str, where: str) -> SchedulePair:
     label = line.replace(",", ";")  # a comma would end it in the label of a picture
     switched = _CONTENT_FIRST.fullmatch(line)
     if switched:
-        with _told_where(where):
+        with _errors_naming(where):
             style, content = content_first(parse_factor(switched[1], where) if switched[1] else 0.5)
         return SchedulePair(label, style, content)
     sides: dict[str, Schedule | None] = {}
@@ -167,14 +167,14 @@ def _named(text: str, where: str) -> Schedule | None:
     over: Over = "sigma" if preset is None and text.lower().startswith("sigma ") else "steps"
     if preset is None and not any(letter.isdigit() for letter in text):
         raise SettingError(f"{where}: there is no schedule {text!r}; use one of {', '.join(PRESETS)}, or points")
-    with _told_where(where):
+    with _errors_naming(where):
         schedule = parse_schedule(preset or (text[len("sigma ") :] if over == "sigma" else text), over)
     return None if schedule.constant == 1 else schedule
 
 
 @contextmanager
-def _told_where(where: str) -> Iterator[None]:
-    """Errors within name the line of the list."""
+def _errors_naming(where: str) -> Iterator[None]:
+    """Raise the SettingErrors of the block again, with the line of the list in front."""
     try:
         yield
     except SettingError as error:

@@ -52,7 +52,7 @@ class TensorFile:
 
     Tensors are read by offset and not through a memory map: a map faults, and takes the process with it, when somebody
     shortens the file meanwhile. Size and time of the file are compared at every read, so that a file that was written
-    anew is told and never mixed with what it was.
+    anew is noticed and never mixed with what it was.
 
     Attributes:
         path: where it lies.

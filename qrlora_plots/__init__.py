@@ -5,9 +5,10 @@ Nothing here imports the core, so that both may import this room: what is drawn 
 
 from .arrays import array_of, images_of
 from .balance import balance_figure, balance_image
+from .figures import PlotsUnavailableError
 from .loss import loss_image
 from .sheet import Cell, ContactSheet, contact_sheet, label_axes
-from .similarity import PlotsUnavailableError, head_lines, similarity_figure, similarity_image, similarity_png
+from .similarity import head_lines, similarity_figure, similarity_image, similarity_png
 from .strengths import strengths_image
 from .text import text_card
 

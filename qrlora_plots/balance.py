@@ -1,13 +1,12 @@
 """A balance report as one picture: what shows against what drifts, act by act, and the grid of the chosen act."""
 
 import io
-import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from .similarity import GRID, PlotsUnavailableError, plot_fonts
+from .figures import GRID, figure_png, new_figure
 from .text import one_line
 
 if TYPE_CHECKING:
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
 
 Report = Mapping[str, Any]
 
-SIZE, DPI = (16.0, 8.0), 100
+SIZE = (16.0, 8.0)
 # act -> colour (Okabe and Ito's), marker
 ACTS = {
     "always": ("#0072B2", "o"),
@@ -32,9 +31,7 @@ STRIPS = {"by prompt": -0.03, "by prompt, content first": -0.07, "by prompt, one
 
 def balance_image(report: Report) -> Image.Image:
     """The picture, 1600 x 800, RGB. Arguments and errors as in `balance_figure`."""
-    buffer = io.BytesIO()
-    balance_figure(report).savefig(buffer, format="png", dpi=DPI)
-    return Image.open(buffer).convert("RGB")
+    return Image.open(io.BytesIO(figure_png(balance_figure(report)))).convert("RGB")
 
 
 def balance_figure(report: Report) -> "Figure":
@@ -46,15 +43,7 @@ def balance_figure(report: Report) -> "Figure":
     Raises:
         PlotsUnavailableError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise PlotsUnavailableError(
-            f"plots need matplotlib, which is not installed; run: {sys.executable} -m pip install matplotlib"
-        ) from error
-    with matplotlib.rc_context({"font.family": plot_fonts(), "axes.axisbelow": True, "font.size": 10}):
-        figure = Figure(figsize=SIZE, dpi=DPI, facecolor="white")
+    with new_figure(SIZE) as figure:
         _frontiers(figure.add_axes((0.06, 0.1, 0.46, 0.78), label="frontiers"), report)
         chosen = report["chosen"]
         same = [cell for cell in report["cells"] if (cell["act"], cell["switch"]) == (chosen["act"], chosen["switch"])]
@@ -66,7 +55,6 @@ def balance_figure(report: Report) -> "Figure":
         lines = [f"{asked}: {_short(text)}" for asked, text in report["prompts"].items()]
         prompts = "\n".join(["prompts", *lines])
         figure.text(0.58, 0.22, prompts, fontsize=9, va="top", linespacing=1.4, parse_math=False)
-        figure.draw_without_rendering()  # while the fonts are set
     return figure
 
 

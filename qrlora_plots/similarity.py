@@ -1,17 +1,18 @@
 """A similarity report as one picture: every layer in network order, distributions, and a map of the network.
 
-Drawn with matplotlib's objects, never with pyplot: no global state, no windows. Colours are Okabe and Ito's, which
-colour-blind readers can tell apart, and every kind of layer has a marker of its own besides.
+Colours are Okabe and Ito's, which colour-blind readers can tell apart, and every kind of layer has a marker of its own
+besides.
 """
 
 import io
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
+
+from .figures import GRID, figure_png, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 Report = Mapping[str, Any]
 
-SIZE, DPI = (16.0, 23.0), 100
+SIZE = (16.0, 23.0)
 # part, stream -> label, colour, marker
 KINDS = {
     ("attention", "image"): ("attention, image", "#0072B2", "o"),
@@ -39,22 +40,14 @@ COSINES = (
     ("r", "R"),
 )
 SIDE_A, SIDE_B = "#0072B2", "#D55E00"
-BAND, GRID = "#BDBDBD", "#E3E3E3"
-_FALLBACK_FONTS = ("Noto Sans CJK SC", "Microsoft YaHei", "PingFang SC", "Noto Sans CJK JP", "Arial Unicode MS")
+BAND = "#BDBDBD"
 # Left and right edges of the two columns of axes, in shares of the figure's width
 _LINES, _SIDE = (0.07, 0.72), (0.77, 0.97)
 
 
-class PlotsUnavailableError(RuntimeError):
-    """matplotlib is not installed; the message says how to get it."""
-
-
 def similarity_png(report: Report, *, fixed_scale: bool = True) -> bytes:
     """The picture as a PNG file, 1600 x 2300 pixels. Arguments and errors as in `similarity_figure`."""
-    figure = similarity_figure(report, fixed_scale=fixed_scale)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI)
-    return buffer.getvalue()
+    return figure_png(similarity_figure(report, fixed_scale=fixed_scale))
 
 
 def similarity_image(report: Report, *, fixed_scale: bool = True) -> Image.Image:
@@ -73,15 +66,7 @@ def similarity_figure(report: Report, *, fixed_scale: bool = True) -> "Figure":
     Raises:
         PlotsUnavailableError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise PlotsUnavailableError(
-            f"plots need matplotlib, which is not installed; run: {sys.executable} -m pip install matplotlib"
-        ) from error
-    with matplotlib.rc_context({"font.family": plot_fonts(), "axes.axisbelow": True, "font.size": 10}):
-        figure = Figure(figsize=SIZE, dpi=DPI, facecolor="white")
+    with new_figure(SIZE) as figure:
         _head(figure, report)
         bottom = 0.825
         for key, title in COSINES:
@@ -90,7 +75,6 @@ def similarity_figure(report: Report, *, fixed_scale: bool = True) -> "Figure":
         _angle_row(figure, report, 0.315, fixed_scale)
         _norm_row(figure, report, 0.205)
         _heat_maps(figure, report, fixed_scale)
-        figure.draw_without_rendering()  # while the fonts are set
     return figure
 
 
@@ -349,11 +333,3 @@ def _column(values: Sequence[float | None]) -> np.ndarray[Any, Any]:
 
 def _short(name: str, limit: int = 70) -> str:
     return name if len(name) <= limit else f"{name[: limit // 2]}...{name[-limit // 2 :]}"
-
-
-def plot_fonts() -> list[str]:
-    """matplotlib's own font, then what is installed for names in other scripts."""
-    from matplotlib import font_manager
-
-    installed = set(font_manager.get_font_names())
-    return ["DejaVu Sans", *(name for name in _FALLBACK_FONTS if name in installed)]

@@ -1,4 +1,4 @@
-"""The rooms and who may import whom (design, section 4), and a few promises about the tree."""
+"""The rooms and who may import whom (docs/architecture.md), and a few promises about the tree."""
 
 import ast
 import re

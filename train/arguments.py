@@ -123,8 +123,9 @@ def _add_settings(parser: argparse.ArgumentParser, config: Any, needed: bool = T
 
     `needed`: whether the command cannot do without the settings that have no default.
     """
-    required = [f"--{one.name.replace('_', '-')} ..." for one in fields(config) if one.default is MISSING and needed]
-    parser.usage = " ".join([parser.prog, *required, "[settings, see --help]"])  # a line instead of a page
+    required = [one.name for one in fields(config) if one.default is MISSING] if needed else []
+    flags = [f"--{name.replace('_', '-')} ..." for name in required]
+    parser.usage = " ".join([parser.prog, *flags, "[settings, see --help]"])  # a line instead of a page
     parser.add_argument("--settings", type=Path, help="a .toml or .json file with settings; flags win over it")
     group: Any = parser
     for setting in fields(config):
@@ -140,7 +141,7 @@ def _add_setting(group: Any, setting: Any) -> None:
     options: dict[str, Any] = {"dest": setting.name, "default": None, "help": text.replace("%", "%%")}
     allowed, kind = choices(setting), plain_type(setting)
     if kind is bool and may_be_auto(setting):
-        # alone it is switched on, as ever; --no-... switches it off
+        # the flag alone switches it on, --no-... off
         group.add_argument(flag, type=_switch, nargs="?", const=True, metavar="{auto,on,off}", **options)
         off = {"dest": setting.name, "default": None, "help": f"the same as {flag} off"}
         group.add_argument(f"--no-{flag[2:]}", action="store_false", **off)

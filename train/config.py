@@ -31,7 +31,7 @@ _RULES = re.compile(r"(\d{1,9}(\.\d{1,9})?:\d{1,9},)+\d{1,9}(\.\d{1,9})?")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FitConfig:
-    """Everything that `fit` is told. Each field's meaning is its help text; ranges are inclusive."""
+    """All settings of `fit`. Each field's meaning is its help text; ranges are inclusive."""
 
     model: str = setting(
         MISSING,
@@ -204,7 +204,7 @@ class FitConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncodeConfig:
-    """Everything that `encode` is told."""
+    """All settings of `encode`."""
 
     pipeline: str = setting(MISSING, "local diffusers folder of the model: vae, text encoders, tokenizers")
     pictures: tuple[str, ...] = setting(MISSING, "picture files and folders (a folder's own pictures, not deeper)")

@@ -128,7 +128,7 @@ def may_be_auto(one: "Field[Any]") -> bool:
 
 
 def plain_type(one: "Field[Any]") -> Any:
-    """What a one's value is when it is not "auto": bool, int, float, str or tuple."""
+    """What a setting's value is when it is not "auto": bool, int, float, str or tuple."""
     kind: Any = one.type
     if may_be_auto(one):
         kind = next((part for part in get_args(one.type) if get_origin(part) is not Literal), str)

@@ -3,7 +3,7 @@ import { api } from "../../scripts/api.js";
 import { openWorkflow } from "./qrlora_graph.js";
 
 const NODE = "QRLoRATrain";
-const PAUSE = 150; // the host tells of every change, and of some several times
+const PAUSE = 150; // the host reports every change, some of them several times
 
 // entries: [number, prompt id, prompt, extra data, outputs]
 function trains(entry, ran) {

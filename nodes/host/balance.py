@@ -121,7 +121,7 @@ def measure(
 
 
 def encoded(clip: Clip, text: str) -> list[Any]:
-    """A conditioning that tells its text, as QR-LoRA Prompt makes it."""
+    """A conditioning that carries its text, as QR-LoRA Prompt makes it."""
     conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(text))
     return [[embeds, {**details, PROMPT: text}] for embeds, details in conditioning]
 
@@ -208,7 +208,7 @@ class _Measurer(comfy.samplers.Sampler):
         return x
 
     def _point(self, level: float, base: dict[Asked, Tensor], predict: Any) -> Point:
-        """All questions at the present latents."""
+        """The answers to all questions at the present latents."""
 
         def effect(trial: Trial, asked: Sequence[Asked]) -> dict[Asked, Tensor]:
             if not self.pair.changes(trial):  # exactly: predictions in batches of other sizes differ by rounding
@@ -231,7 +231,7 @@ class _Measurer(comfy.samplers.Sampler):
 
 
 def _key(clip: Clip, pair: Pair, prompts: Mapping[Asked, str], path: Path) -> tuple[Any, ...]:
-    """What a measurement depends on besides the model: what it is made of, by weak references where it is large."""
+    """What a measurement depends on besides the model; large parts by weak references."""
     terms = [
         (weakref.ref(term.adapter), term.onto and weakref.ref(term.onto), term.strength, *term.identity[2:])
         for recipe in pair[:2]

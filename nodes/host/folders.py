@@ -1,16 +1,13 @@
-"""The only file that touches ComfyUI's folders: where adapters and residuals are read and written."""
+"""ComfyUI's folders of models and results: where adapters, residuals, LoRAs and base models are read and written."""
 
 import logging
-import os
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import folder_paths
 
 from ...qrlora_core import FileFormatError, PathError, QRLoRAError, TensorFile, contained_path, is_residual
-from ...train.data.captions import PICTURE_ENDINGS
 
 log = logging.getLogger(__name__)
 
@@ -20,7 +17,6 @@ RUNS = "runs"
 BASES = "_basis"
 MODEL_FOLDERS = ("diffusion_models", "checkpoints")
 MODEL_ENDINGS = (".safetensors", ".sft")
-NO_DATASET = "none"
 RESULTS = "output/qrlora"
 # What a drop-down of folders says -> kind of the folder; none for that of results
 PLACES = {RESULTS: "", "models/qrlora": FOLDER, "models/loras": LORAS}
@@ -31,19 +27,8 @@ NO_MODEL = "none: put a model into models/diffusion_models, press R"
 NO_LORA = "none: put a LoRA into models/loras, press R"
 _NOTHING = (NO_ADAPTER, NO_RESIDUAL, NO_MODEL, NO_LORA)
 
-
-class _Contents(NamedTuple):
-    """What a folder holds, not deeper: names of folders that are not hidden, and whether there are pictures."""
-
-    folders: tuple[str, ...] = ()
-    has_pictures: bool = False
-
-
-_COARSEST_TIME_NS = 2_000_000_000  # of FAT
-
 _kinds: dict[tuple[str, int, int], str] = {}
 _last_kinds: tuple[Any, dict[str, str]] | None = None
-_contents: dict[Path, tuple[int, _Contents]] = {}
 
 
 def register_folders() -> None:
@@ -125,7 +110,7 @@ def lora_file(name: str) -> Path:
         for root in folder_paths.get_folder_paths(LORAS):
             if (path := Path(root, name.replace("\\", "/"))).is_file():
                 return path
-    return _inside(folder_paths.get_folder_paths(LORAS), name)
+    return first_inside(folder_paths.get_folder_paths(LORAS), name)
 
 
 def _require_name(name: str) -> None:
@@ -198,73 +183,15 @@ def model_file(name: str) -> Path:
             for root in folder_paths.get_folder_paths(kind):
                 if (path := Path(root, name.replace("\\", "/"))).is_file():
                     return path
-    return _inside([folder for kind in MODEL_FOLDERS for folder in folder_paths.get_folder_paths(kind)], name)
+    return first_inside([folder for kind in MODEL_FOLDERS for folder in folder_paths.get_folder_paths(kind)], name)
 
 
-def dataset_names() -> list[str]:
-    """Folders with pictures: those in ComfyUI's input folder, and in its datasets folder where the host has one.
-
-    Two levels deep; a workflow may name deeper ones.
-    """
-    names: set[str] = set()
-    for root in _dataset_roots():
-        for first in _look_into(root).folders:
-            inner = _look_into(root / first)
-            names |= {first} if inner.has_pictures else set()
-            names |= {f"{first}/{second}" for second in inner.folders if _look_into(root / first / second).has_pictures}
-    return [NO_DATASET, *sorted(names)]
-
-
-def dataset_folder(name: str) -> Path:
-    """The folder that a workflow names. One that is listed may be a link to another disk.
+def first_inside(roots: list[Any], name: str, folder: bool = False) -> Path:
+    """The file of this name (or `folder`) in the first of `roots` that has it.
 
     Raises:
-        PathError: the name leaves its folder, or no such folder is there.
+        PathError: the name leaves its folder, or none has it.
     """
-    if name in dataset_names():
-        for root in _dataset_roots():
-            if (path := root / name).is_dir():
-                return path
-    return _inside(_dataset_roots(), name, folder=True)
-
-
-def _listed(name: str, names: list[str]) -> bool:
-    return name.replace("\\", "/") in (listed.replace("\\", "/") for listed in names)
-
-
-def _look_into(folder: Path) -> _Contents:
-    """The contents of a folder, remembered until its time changes: it may hold a hundred thousand files."""
-    try:
-        time_ns = folder.stat().st_mtime_ns
-        remembered = _contents.get(folder)
-        if remembered is not None and remembered[0] == time_ns:
-            return remembered[1]
-        with os.scandir(folder) as entries:
-            shown = [entry for entry in entries if not entry.name.startswith(".")]
-        folders = tuple(sorted(entry.name for entry in shown if _is_folder(entry)))
-        contents = _Contents(folders, any(entry.name.lower().endswith(PICTURE_ENDINGS) for entry in shown))
-    except OSError as error:
-        log.debug("%s cannot be listed: %s", folder.name, error)
-        return _Contents()
-    if time.time_ns() - time_ns > _COARSEST_TIME_NS:  # otherwise a change in the same tick would never be seen
-        _contents[folder] = (time_ns, contents)
-    return contents
-
-
-def _is_folder(entry: "os.DirEntry[str]") -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:
-        return False
-
-
-def _dataset_roots() -> list[Path]:
-    extra = folder_paths.get_folder_paths("datasets") if "datasets" in folder_paths.folder_names_and_paths else []
-    return [Path(folder_paths.get_input_directory()), *map(Path, extra)]
-
-
-def _inside(roots: list[Any], name: str, folder: bool = False) -> Path:
-    """The first of `roots` that has it."""
     refused = None
     for root in roots:
         try:
@@ -276,6 +203,10 @@ def _inside(roots: list[Any], name: str, folder: bool = False) -> Path:
             return path
     places = " or ".join(dict.fromkeys(Path(root).name for root in roots))
     raise refused or PathError(f"{name!r} is not in {places}; put it there and refresh (R)")
+
+
+def _listed(name: str, names: list[str]) -> bool:
+    return name.replace("\\", "/") in (listed.replace("\\", "/") for listed in names)
 
 
 def _of_a_run(name: str) -> bool:

@@ -168,7 +168,7 @@ def _candidates(model: ModelPatcher, table: Mapping[str, Any], target: LayerTarg
             found.append(_place(name, table[key]))
     if any(_has(model, place.key) and _fits(model, place, target) for place in found):
         return [place for place in found if _has(model, place.key)]
-    for family in FAMILIES:  # hosts of old map fewer models; families know their native layouts
+    for family in FAMILIES:  # older hosts map fewer models; families know their native layouts
         if has_layer(family, name):
             found.append(native_place(family, name, target.shape))
     return [place for place in dict.fromkeys(found) if _has(model, place.key)]

@@ -11,11 +11,11 @@ from ...qrlora_core import PathError, contained_path, model_fingerprint
 from ...train.config import TRAJECTORY_VERSION, EncodeConfig, FitConfig
 from ...train.data.captions import DatasetError, caption_warnings, with_trigger
 from ...train.settings import make_config
-from ..host import folders
+from ..host import datasets, folders
 from ..host.protocols import Clip, Vae
-from ..train_options import TrainOptions
 from . import dataset
 from .dataset import class_pictures
+from .options import TrainOptions
 from .runs import RunFolder, key_of
 
 _ENDING = ".safetensors"
@@ -152,13 +152,13 @@ def checked_name(name: str, place: str = folders.RESULTS) -> str:
 
 def _pictures(images: Sequence[Tensor] | None, name: str, prompt: str, trigger: str) -> list[dataset.Picture]:
     batches = [batch for batch in images or () if batch is not None]
-    if batches and name != folders.NO_DATASET:
+    if batches and name != datasets.NO_DATASET:
         raise DatasetError("both images and a dataset are given; disconnect the images or set dataset to 'none'")
     if batches:
         return dataset.graph_pictures(batches, with_trigger(prompt, trigger))
-    if name == folders.NO_DATASET:
+    if name == datasets.NO_DATASET:
         raise DatasetError("there is nothing to train on: connect images, or choose a dataset folder")
-    return dataset.folder_pictures(folders.dataset_folder(name), prompt, trigger)
+    return dataset.folder_pictures(datasets.dataset_folder(name), prompt, trigger)
 
 
 def _require_unicode(name: str, text: str) -> None:

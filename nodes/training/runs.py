@@ -2,7 +2,7 @@
 
 | file | what |
 |---|---|
-| `settings.json` | what the trainer was told |
+| `settings.json` | the trainer's settings |
 | `events.jsonl` | what it reported, of all its starts |
 | `log.txt` | its output |
 | `checkpoints/`, `samples/` | where it goes on from, and sample latents |

@@ -28,7 +28,7 @@ _ORPHAN_SECONDS = 15.0  # a trainer whose ComfyUI died ends by itself within fiv
 
 @contextlib.contextmanager
 def reporting(job: Job) -> Iterator[None]:
-    """Whatever ends the block early is told to the pages, in the words that the host shows, and raised again.
+    """Whatever ends the block early is reported to the pages, in the words that the host shows, and raised again.
 
     Raises:
         Interrupted: Cancel or the stop button; the run can be gone on with.

@@ -19,7 +19,7 @@ from .runs import RunFolder
 log = logging.getLogger(__name__)
 
 _NONE = "strengths were not looked at: see the log, or 'strengths' in Train \u0394R Options"
-# a file that is damaged, and a VAE that fails, as where memory ends: neither may fail a training that is done
+# of a damaged file, or a VAE that fails, as when memory runs out: neither may fail a training that is done
 _DAMAGED = (OSError, ValueError, LookupError, TypeError, RuntimeError, QRLoRAError)
 
 
@@ -29,9 +29,9 @@ def show_strengths(run: RunFolder, request: Request) -> Tensor:
     if not path.is_file():
         return pictures.note(_NONE)
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
+        measured = json.loads(path.read_text(encoding="utf-8"))
         latents = TensorFile(run.strengths(request.steps, ".safetensors")).tensor("latent")
-        sheet = _sheet(told, latents, request)
+        sheet = _sheet(measured, latents, request)
     except _DAMAGED as error:
         log.warning("QR-LoRA: %s: %s", path.name, error)
         return pictures.note(f"{path.name} cannot be shown: {error!r:.60}")
@@ -43,16 +43,16 @@ def show_strengths(run: RunFolder, request: Request) -> Tensor:
     return pictures.to_image(sheet)
 
 
-def _sheet(told: dict[str, Any], latents: Tensor, request: Request) -> Image.Image:
+def _sheet(measured: dict[str, Any], latents: Tensor, request: Request) -> Image.Image:
     """Two rows of samples above the curves."""
     base = base_format(request.model)
     decoded = torch.cat([encoders.decode_latent(request.vae, latent[None], base) for latent in latents])
-    strengths = told["pictures"]["strengths"]
+    strengths = measured["pictures"]["strengths"]
     labels = [f"trigger={trigger}, strength={strength:g}" for trigger in ("yes", "no") for strength in strengths]
-    prompts = told["prompts"]
+    prompts = measured["prompts"]
     title = f"{prompts['with_trigger']}   |   {prompts['without'] or '(no text)'}"
     samples = contact_sheet(images_of(decoded.numpy()), labels, max_size=256, title=title).image
-    curves = strengths_image(told, samples.width)
+    curves = strengths_image(measured, samples.width)
     sheet = Image.new("RGB", (samples.width, samples.height + curves.height), "white")
     sheet.paste(samples, (0, 0))
     sheet.paste(curves, (0, samples.height))

@@ -22,6 +22,7 @@ import qr_lora_pack.nodes.host.places as places
 import qr_lora_pack.nodes.load as load
 import qr_lora_pack.nodes.load_lora as load_lora
 import qr_lora_pack.nodes.save as save
+import qr_lora_pack.nodes.save_residual as save_residual
 import qr_lora_pack.nodes.sweep as sweep
 import qr_lora_pack.qrlora_core as core
 import torch
@@ -171,7 +172,7 @@ def unknown(name):
         basis = core.decompose(state[place.key], RANK, method="exact")
         layers[target.name] = core.AdapterLayer(basis.q, 0.3 * torch.randn(RANK, target.shape[1]))
     recipe = core.MergeRecipe.of(core.Adapter.from_tensors(name, layers, RANK))
-    file, _ = result(save.SaveResidual.execute(patcher, RANK, "float32", f"{name} residual", recipe))
+    file, _ = result(save_residual.SaveResidual.execute(patcher, RANK, "float32", f"{name} residual", recipe))
     rest, _ = result(load.LoadResidual.execute(file))
     plain, whole = (forward(application.apply_recipe(patcher, recipe, 1.0, one)[0], name) for one in (None, rest))
     return found | {"residual": distance(whole, plain, base)}
@@ -179,7 +180,7 @@ def unknown(name):
 
 def residual(patcher, name, layers, base):
     """Decomposed, saved, loaded, restored; an adapter on that basis with it, without it, and by the stock loader."""
-    file, _ = result(save.SaveResidual.execute(patcher, RANK, "float32", f"{name} residual"))
+    file, _ = result(save_residual.SaveResidual.execute(patcher, RANK, "float32", f"{name} residual"))
     rest, _ = result(load.LoadResidual.execute(file))
     assert torch.equal(forward(patcher, name), base)  # until here a patched clone was loaded, and was not what counts
     mapped, state = places.place_layers(patcher, layers), patcher.model.state_dict()

@@ -312,7 +312,7 @@ def full_qr_portable():
 def cancelled():
     """Cancel in the middle of Save FLUX Residual: which files are left, and what the exception was."""
     import comfy.model_management as management
-    import qr_lora_pack.nodes.save as save_room
+    from qr_lora_pack.nodes.save_residual import SaveResidual
 
     calls, real = [], management.throw_exception_if_processing_interrupted
 
@@ -324,7 +324,7 @@ def cancelled():
     management.throw_exception_if_processing_interrupted = cancel_at_the_fifth_layer
     before = sorted(path.name for path in (base / "models" / "qrlora").iterdir())
     try:
-        save_room.SaveResidual.execute(model(), 8, "float32", "cancelled", style)
+        SaveResidual.execute(model(), 8, "float32", "cancelled", style)
         said = ""
     except management.InterruptProcessingException as error:
         said = type(error).__name__
@@ -333,7 +333,7 @@ def cancelled():
     after = sorted(path.name for path in (base / "models" / "qrlora").iterdir())
     patched = stock(model(), other_lora)
     try:
-        save_room.SaveResidual.execute(patched, 8, "float32", "patched", style)
+        SaveResidual.execute(patched, 8, "float32", "patched", style)
         refused_patched = ""
     except core.QRLoRAError as error:
         refused_patched = str(error)

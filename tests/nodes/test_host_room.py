@@ -77,21 +77,21 @@ def test_what_extra_model_paths_lists_stays_in_front(host):
 
 
 def test_datasets_are_folders_with_pictures_two_levels_deep(host):
-    folders, root = host.module("folders"), host.base / "input"
+    datasets, root = host.module("datasets"), host.base / "input"
     for name in ("a/1.png", "b/c/1.JPG", "b/c/d/1.png", "empty/x.txt", ".hidden/1.png", "b/.cache/1.png", "1.png"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).touch()
-    assert folders.dataset_names() == ["none", "a", "b/c"]
-    assert folders.dataset_folder("b/c/d") == root / "b" / "c" / "d", "deeper ones may be named"
+    assert datasets.dataset_names() == ["none", "a", "b/c"]
+    assert datasets.dataset_folder("b/c/d") == root / "b" / "c" / "d", "deeper ones may be named"
     for name in ("../models", "absent", "/etc", "a/../../models"):
-        with pytest.raises(folders.PathError):
-            folders.dataset_folder(name)
+        with pytest.raises(host.module("folders").PathError):
+            datasets.dataset_folder(name)
     (root / "empty" / "1.webp").touch()
-    assert "empty" in folders.dataset_names(), "the folder has changed"
+    assert "empty" in datasets.dataset_names(), "the folder has changed"
 
 
 def test_a_hundred_thousand_files_are_looked_at_once(host):
-    folders, root = host.module("folders"), host.base / "input"
+    datasets, root = host.module("datasets"), host.base / "input"
     crowded = root / "crowded"
     crowded.mkdir()
     for number in range(100_000):
@@ -99,26 +99,27 @@ def test_a_hundred_thousand_files_are_looked_at_once(host):
     old = time.time() - 60
     os.utime(crowded, (old, old))
     began = time.perf_counter()
-    assert folders.dataset_names() == ["none"]
+    assert datasets.dataset_names() == ["none"]
     first = time.perf_counter() - began
     began = time.perf_counter()
     for _ in range(100):
-        folders.dataset_names()
+        datasets.dataset_names()
     assert (time.perf_counter() - began) / 100 < min(0.01, first / 5), first
 
 
 @pytest.mark.skipif(os.name == "nt", reason="links need a privilege on Windows")
 def test_what_is_listed_may_lie_on_another_disk(host, tmp_path_factory):
     """A model or a dataset that its owner linked into the folder is not refused after it was offered."""
-    folders, other = host.module("folders"), tmp_path_factory.mktemp("other disk")
+    folders, datasets = host.module("folders"), host.module("datasets")
+    other = tmp_path_factory.mktemp("other disk")
     write(other / "flux.safetensors", "x")
     (other / "set").mkdir()
     (other / "set" / "1.png").touch()
     (host.base / "models" / "diffusion_models" / "linked.safetensors").symlink_to(other / "flux.safetensors")
     (host.base / "input" / "linked").symlink_to(other / "set", target_is_directory=True)
-    assert "linked.safetensors" in folders.model_names() and "linked" in folders.dataset_names()
+    assert "linked.safetensors" in folders.model_names() and "linked" in datasets.dataset_names()
     assert folders.model_file("linked.safetensors").read_bytes() == (other / "flux.safetensors").read_bytes()
-    assert (folders.dataset_folder("linked") / "1.png").is_file()
+    assert (datasets.dataset_folder("linked") / "1.png").is_file()
     with pytest.raises(folders.PathError):
         folders.model_file("../qrlora/x.safetensors")
 

@@ -10,7 +10,7 @@ def reporting_nodes():
     for path in sorted((ROOT / "nodes").glob("*.py")):
         for body in re.split(r"^class ", path.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]:
             node = re.search(r'"(QRLoRA\w+)"', body)
-            if node and re.search(r"ui=\{|return _saved\(", body.split("\ndef ")[0]):
+            if node and re.search(r"ui=\{|return saved_output\(", body.split("\ndef ")[0]):
                 yield node[1]
 
 

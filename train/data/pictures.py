@@ -1,4 +1,4 @@
-"""Picture files as they are meant to be seen, and cut to size. PIL and numpy only: ComfyUI's node reads by it, too."""
+"""Picture files as they are meant to be seen, and cut to size. PIL and numpy only: the Train node uses it, too."""
 
 import io
 import struct

@@ -1,4 +1,4 @@
-"""Products with a frozen weight that is held in fp8: cast for each use, or multiplied as it is."""
+"""Products with a frozen weight that is held in fp8: cast for each use, or multiplied in fp8."""
 
 from typing import Any
 
@@ -56,7 +56,7 @@ class _Fp8Product(torch.autograd.Function):
 
 
 class Fp8Linear(nn.Module):
-    """A frozen linear layer that multiplies its fp8 weight as it is.
+    """A frozen linear layer that multiplies its fp8 weight without a cast.
 
     Args:
         layer: whose parameters it takes.

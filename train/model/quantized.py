@@ -8,7 +8,7 @@
 | int8 | int8, (out, in) | `weight_scale`: one number, or one for each row |
 | int8_convrot | as int8, each group of columns multiplied by a Hadamard matrix before it was rounded | |
 
-A layer's format is told by its `comfy_quant` tensor (JSON) or by the header's `_quantization_metadata`; plain scaled
+A layer's format is named by its `comfy_quant` tensor (JSON) or by the header's `_quantization_metadata`; plain scaled
 fp8 has neither. What is in no such format is refused by name: a weight is never taken without its scales.
 """
 

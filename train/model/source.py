@@ -1,12 +1,11 @@
 """A base model's weights under diffusers' names, from a ComfyUI single file or a diffusers folder, read when used."""
 
 import functools
-import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,31 +15,12 @@ from qrlora_core.families import network_order
 from qrlora_core.storage import TensorSpec
 
 from ..errors import TrainError
-from .backbones import BACKBONES, Backbone, ModelFacts, StoredRows, count_blocks, foreign, recognised
-from .quantized import (
-    Quantization,
-    dequantized,
-    is_beside_a_weight,
-    is_config,
-    logical_shape,
-    quantization_configs,
-    quantization_of,
-)
+from .backbones import BACKBONES, Backbone, ModelFacts, count_blocks, foreign, recognised
+from .files import files_by_key, located, read_table, require_all_files
+from .parts import parts_of
+from .quantized import dequantized, is_config, quantization_configs
 
 _LARGEST_SETTING = 1 << 20  # of a number in config.json
-
-
-class Part(NamedTuple):
-    """Where one parameter lies: a key, rows of it, whether its halves change places, how it is quantised, and whether
-    it is stored as one row.
-    """
-
-    key: str
-    shape: tuple[int, ...]
-    start: int = 0
-    swap: bool = False
-    quantization: Quantization | None = None
-    folded: bool = False
 
 
 class BaseModel:
@@ -61,14 +41,14 @@ class BaseModel:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = _located(Path(path))
+        self.path = located(Path(path))
         try:
             files = sorted(self.path.glob("*.safetensors")) if self.path.is_dir() else [self.path]
             opened = [TensorFile(file, skip_other=True) for file in files]
         except FileFormatError as error:
             raise TrainError("model", str(error)) from error
-        _require_all_files(self.path)
-        self._file_of = _files_by_key(opened, self.path.name)
+        require_all_files(self.path)
+        self._file_of = files_by_key(opened, self.path.name)
         stored = {key: _spec(file, key) for key, file in self._file_of.items()}
         configs: dict[str, Any] = {}
         for file in opened:
@@ -78,7 +58,7 @@ class BaseModel:
         if self.backbone.process_of is not None:
             keys = {key.removeprefix(prefix) for key in stored}
             self.backbone = replace(self.backbone, process=self.backbone.process_of(keys, self.path))
-        self._parts = _parts(self.backbone, prefix, native, stored, configs, self.path.name)
+        self._parts = parts_of(self.backbone, prefix, native, stored, configs, self.path.name)
         self._rows = {part.key: stored[part.key].shape[0] for part in self._parts.values()}
         self.specs = {
             name: TensorSpec(torch.float32 if part.quantization else stored[part.key].dtype, part.shape)
@@ -148,27 +128,6 @@ class BaseModel:
         return self.tensor(f"{layer}.weight")
 
 
-def _files_by_key(files: Sequence[TensorFile], title: str) -> dict[str, TensorFile]:
-    """Which file holds which tensor.
-
-    Raises:
-        TrainError: two files hold the same one: they are two models.
-    """
-    file_of: dict[str, TensorFile] = {}
-    for file in files:
-        keys = [*file.specs, *file.other]
-        twice = next((key for key in keys if key in file_of), None)
-        if twice is not None:
-            names = f"{file_of[twice].path.name} and {file.path.name}"
-            raise TrainError(
-                "model",
-                f"{names} in {title} both hold {twice}: they are two models. Name one file, or leave one model in the "
-                "folder",
-            )
-        file_of |= dict.fromkeys(keys, file)
-    return file_of
-
-
 def _spec(file: TensorFile, key: str) -> TensorSpec:
     return file.specs[key] if key in file.specs else file.other[key]
 
@@ -194,66 +153,6 @@ def _recognised(stored: Mapping[str, TensorSpec], title: str) -> tuple[Backbone,
     )
 
 
-def _parts(
-    backbone: Backbone,
-    prefix: str,
-    native: bool,
-    stored: Mapping[str, TensorSpec],
-    configs: Mapping[str, Any],
-    title: str,
-) -> dict[str, Part]:
-    """Diffusers' name -> Part, whichever of the two layouts a file has."""
-    own = {key.removeprefix(prefix): key for key in stored if key.startswith(prefix)}
-    siblings = _siblings(own.values(), stored)
-    parts: dict[str, Part] = {}
-    for plain, key in own.items():
-        shape = stored[key].shape
-        if not shape or is_beside_a_weight(plain):
-            continue
-        named = [StoredRows(plain, 0, shape[0])] if native else backbone.stored_rows(plain, shape[0])
-        counts = [rows for _, _, rows in named]
-        if named and (sum(counts) != shape[0] or 0 in (*counts, *shape)):
-            parts_text = f"the rows of {len(named)} layers" if len(named) > 1 else "a layer"
-            raise TrainError("model", f"{title}: {key} of shape {shape} does not hold {parts_text}: get the file again")
-        quantization = None
-        if plain.endswith(".weight") and named:
-            layer = key.removesuffix(".weight")
-            config = configs.get(layer, configs.get(plain.removesuffix(".weight")))
-            quantization = quantization_of(layer, siblings[layer], config, title)
-            shape = logical_shape(quantization, shape)
-        for name, start, rows in named:
-            fold = backbone.folded.get(name.rpartition(".")[2], 0) if len(shape) == 1 else 0
-            if fold and rows % fold:
-                raise TrainError("model", f"{title}: {key} of {rows} numbers is no table of {fold} rows")
-            held = (fold, rows // fold) if fold else (rows, *shape[1:])
-            parts[name] = Part(key, held, start, False, quantization, bool(fold))
-    swapped = () if native else (*backbone.swapped, *_in_last_block(backbone, parts))
-    return parts | {name: parts[name]._replace(swap=True) for name in swapped if name in parts}
-
-
-def _in_last_block(backbone: Backbone, names: Iterable[str]) -> list[str]:
-    """Parameters of the last block whose halves change places."""
-    numbers = [block.rpartition(".")[2] for name in names if (block := backbone.block_of(name))]
-    last = max((int(number) for number in numbers if number.isdecimal()), default=0)
-    return [f"{backbone.block_lists[0]}.{last}.{suffix}" for suffix in backbone.swapped_in_last]
-
-
-def _siblings(keys: Iterable[str], stored: Mapping[str, TensorSpec]) -> dict[str, dict[str, TensorSpec]]:
-    """Layer (a key without `.weight`) -> everything that lies under its name."""
-    keys = list(keys)
-    siblings: dict[str, dict[str, TensorSpec]] = {
-        key.removesuffix(".weight"): {} for key in keys if key.endswith(".weight")
-    }
-    for key in keys:
-        layer = key
-        while "." in layer:
-            layer = layer.rpartition(".")[0]
-            if layer in siblings:
-                siblings[layer][key.removeprefix(f"{layer}.")] = stored[key]
-                break
-    return siblings
-
-
 def _facts(backbone: Backbone, specs: Mapping[str, TensorSpec], title: str) -> ModelFacts:
     """What the shapes tell; families read them as those of their own model, and a damaged file has others."""
     try:
@@ -270,7 +169,7 @@ def _config(model: BaseModel) -> dict[str, Any]:
     arguments = dict(model.facts.arguments)
     own = path / "config.json"
     if path.is_dir() and own.is_file():
-        stated = _json(own)
+        stated = read_table(own)
         if stated.get("_class_name", backbone.model_class) != backbone.model_class:
             raise TrainError("model", f"{path.name} holds a {stated['_class_name']}, expected {backbone.model_class}")
         for key in backbone.stated:
@@ -289,45 +188,6 @@ def _require_like(value: Any, usual: Any, where: str) -> None:
     numbers = all(type(size) in (int, float, bool) and 0 <= size < _LARGEST_SETTING for size in sizes)
     if not numbers or (usual is not None and isinstance(value, list) != isinstance(usual, list | tuple)):
         raise TrainError("model", f"{where} is {value!r:.80}, expected something like {usual!r}")
-
-
-def _located(path: Path) -> Path:
-    """The file, or the folder that holds the transformer's own files."""
-    if path.is_file():
-        if path.suffix.lower() not in (".safetensors", ".sft"):
-            raise TrainError(
-                "model",
-                f"{path.name}: only safetensors files can be trained on, not {path.suffix or 'a file without ending'}. "
-                "Use the bf16 or fp8 safetensors file of this model, or its diffusers folder",
-            )
-        return path
-    for folder in (path / "transformer", path / "unet", path):
-        if folder.is_dir() and any(folder.glob("*.safetensors")):
-            return folder
-    state = "holds no safetensors file" if path.is_dir() else "does not exist"
-    raise TrainError("model", f"the base model {str(path)!r} {state}; nothing is downloaded, so put it there first")
-
-
-def _require_all_files(folder: Path) -> None:
-    """A folder's index names files that must all be there; a download that broke off leaves some out."""
-    for index in folder.glob("*.safetensors.index.json") if folder.is_dir() else ():
-        listed = _json(index).get("weight_map")
-        names = {str(name) for name in listed.values()} if isinstance(listed, dict) else set()
-        missing = sorted(names - {path.name for path in folder.glob("*.safetensors")})
-        if missing:
-            raise TrainError(
-                "model", f"{folder.name} lacks {missing[0]:.80}, which {index.name} names: the download is not complete"
-            )
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise TrainError("model", f"{path.name} of the base model cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise TrainError("model", f"{path.name} of the base model is no table")
-    return value
 
 
 def _pair(shape: tuple[int, ...]) -> tuple[int, int]:

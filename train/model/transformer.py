@@ -49,7 +49,7 @@ def load_transformer(
         offload: share of the blocks that wait in RAM, or in the file where the model computes on the CPU, and come for
             each use, 0 to 1.
         on_progress: called with (tensors done, tensors in all).
-        fp8_products: multiply what is held in fp8 as it is, see `fp8_linear`.
+        fp8_products: multiply what is held in fp8 without a cast, see `fp8_linear`.
 
     Raises:
         TrainError: reason "settings" when it cannot multiply in fp8, "library" when a quantisation's package is not

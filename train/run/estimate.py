@@ -15,9 +15,8 @@ from ..config import FitConfig, Storage
 from ..errors import TrainError
 from ..model.source import BaseModel
 from ..model.transformer import BITS, DTYPES, NEEDS
+from .activations import activation_bytes, block_bytes, largest_block
 
-# Backward works on gradients and products of about this many tensors of a block's widest width besides.
-_WORKING = 12.0
 # What CUDA, its libraries and its allocator's gaps take. Without it Python and the libraries count as they are.
 _OVERHEAD = 1_000_000_000
 # On a CPU: code and buffers of libraries that are first touched by a step, and what the allocator keeps of the tensors
@@ -119,16 +118,17 @@ def estimate_memory(
     outside = sum(math.prod(s.shape) for s in source.specs.values()) - inside
     blocks = int(inside * BITS[plan.base_storage] / 8)
     offloaded = int(blocks * plan.offload)
-    largest = _largest_block(source)
+    largest = largest_block(source)
     # weights that are cast for use are kept as cast until the backward pass has used them, those that come for it as
     # they are; two blocks of these are there besides
     casts = plan.base_storage != config.precision and plan.base_storage not in ("int8", "nf4")
-    live = largest if plan.gradient_checkpointing else inside
+    recompute = plan.gradient_checkpointing
+    live = largest if recompute else inside
     cast = live * compute if casts else 0
     moved = 0
     if plan.offload:
         moved = int(2 * largest * BITS[plan.base_storage] / 8)
-        if not plan.gradient_checkpointing and not casts:
+        if not recompute and not casts:
             moved += offloaded
     columns = sum(t.shape[0] if config.method != "qr" else t.shape[0] + t.shape[1] for t in targets)
     beside = Path(config.training_adapter) if config.training_adapter else None
@@ -139,7 +139,7 @@ def estimate_memory(
         trained=int(trained * _OPTIMIZER_BYTES[config.optimizer]),
         basis=config.rank * columns * (4 if config.method == "qr" else compute)
         + (beside.stat().st_size if beside is not None and beside.is_file() else 0),
-        activations=max(_activations(config, plan, source, targets, shape) for shape in shapes) + cast + moved,
+        activations=max(activation_bytes(config, recompute, source, targets, shape) for shape in shapes) + cast + moved,
         overhead=_overhead_of_cpu(config, plan, source, shapes) if on_cpu else _OVERHEAD,
     )
 
@@ -156,7 +156,7 @@ def _overhead_of_cpu(config: FitConfig, plan: MemoryPlan, source: BaseModel, sha
     """What a process takes beside all that is counted."""
     passing = 0.0
     if not plan.offload:  # with it the allocator keeps nothing, see prepare
-        passing = _GAPS * max(sum(_of_one_block(config, source, shape)) for shape in shapes)
+        passing = _GAPS * max(sum(block_bytes(config, source, shape)) for shape in shapes)
     return _own_memory() + _LIBRARIES + int(passing)
 
 
@@ -245,52 +245,3 @@ _ADVICE = (
 def out_of_memory(config: FitConfig) -> TrainError:
     """What to say when memory ran out although the estimate had fitted."""
     return TrainError("memory", f"memory ran out at rank {config.rank}, batch_size {config.batch_size}. {_ADVICE}")
-
-
-def _largest_block(source: BaseModel) -> int:
-    """Numbers in the largest block."""
-    sizes: dict[str, int] = {}
-    for name, spec in source.specs.items():
-        if block := source.backbone.block_of(name):
-            sizes[block] = sizes.get(block, 0) + math.prod(spec.shape)
-    return max(sizes.values())
-
-
-def _activations(
-    config: FitConfig, plan: MemoryPlan, source: BaseModel, targets: Sequence[LayerTarget], shape: tuple[int, ...]
-) -> int:
-    """Bytes that autograd keeps, and what the backward pass works on."""
-    block, working = _of_one_block(config, source, shape)
-    compute = config.batch_size * DTYPES[config.precision].itemsize
-    if source.backbone.activations is not None:
-        _, height, width, text, _ = shape
-        whole, recomputed = source.backbone.activations(source.specs, height, width, text)
-        return int(
-            (compute * sum(recomputed) + block if plan.gradient_checkpointing else compute * sum(whole)) + working
-        )
-    # before the first layer that is adapted nothing is kept
-    adapted = {source.backbone.block_of(target.name).rpartition(".")[0] for target in targets}
-    lists = list(source.blocks)
-    lists = lists[min((lists.index(name) for name in adapted if name in lists), default=0) :]
-    counts = source.backbone.activation_counts
-    if plan.gradient_checkpointing:  # a block that is recomputed keeps its input only
-        return int(sum(source.blocks[name] for name in lists) * _unit(config, source, shape) + block + working)
-    kept = sum(counts[name] * source.blocks[name] for name in lists)
-    return int(kept * _unit(config, source, shape) + working)
-
-
-def _of_one_block(config: FitConfig, source: BaseModel, shape: tuple[int, ...]) -> tuple[float, float]:
-    """Bytes of what the largest block keeps while it is recomputed, and of what the backward pass works on."""
-    unit = _unit(config, source, shape)
-    if source.backbone.activations is not None:
-        _, height, width, text, _ = shape
-        whole, _ = source.backbone.activations(source.specs, height, width, text)
-        return max(whole) * config.batch_size * DTYPES[config.precision].itemsize, _WORKING * unit
-    return max(source.backbone.activation_counts.values()) * unit, _WORKING * unit
-
-
-def _unit(config: FitConfig, source: BaseModel, shape: tuple[int, ...]) -> int:
-    """Bytes of tokens * hidden size."""
-    _, height, width, text, _ = shape
-    tokens = config.batch_size * (source.backbone.tokens(height, width) + text)
-    return tokens * source.facts.hidden * DTYPES[config.precision].itemsize

@@ -230,7 +230,7 @@ def _start(config: FitConfig, target: LayerTarget) -> Tensor | None:
 
 
 def _write_settings(config: FitConfig, plan: MemoryPlan) -> None:
-    """What this run was told and what it chose, beside its results. No absolute paths: folders are shared and moved."""
+    """Settings of this run and what it chose, beside its results. No absolute paths: folders are shared and moved."""
     chosen = asdict(plan) | {"alpha": config.adapter_alpha}
     paths = ("model", "data", "run_dir", "output", "basis_cache", "training_adapter")
     names = {key: Path(getattr(config, key)).name for key in paths}

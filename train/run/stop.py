@@ -14,7 +14,6 @@ log = logging.getLogger(__name__)
 # The starter is gone: nobody will read what we say. Whatever is not saved by then can be had again from the last
 # checkpoint, and half-written files have temporary names.
 ORPHAN_SECONDS = 4.0
-_POLL_SECONDS = 0.2
 ORPHAN_EXIT = 4
 
 

@@ -76,7 +76,7 @@ def show_strengths(state: TrainingState) -> None:
 
 
 def evaluations(config: FitConfig) -> int:
-    """Forward passes that it takes."""
+    """Forward passes that the pictures and the curves take."""
     path = _POINTS * _STEPS_BETWEEN
     return path + _POINTS * (1 + 2 * len(CURVE)) + 2 * len(DRAWN) * config.sample_steps
 
@@ -98,10 +98,7 @@ def _captions(state: TrainingState) -> tuple[_Caption, _Caption] | str:
         return own, _Caption(plain.prompt, plain.text)
     if cache.empty_text is not None and item.text != cache.empty_text:
         return own, _Caption("", cache.text(cache.empty_text))
-    return (
-        "the data hold no caption without the trigger, as those that were encoded by an earlier version, or without a "
-        "trigger, do"
-    )
+    return "the data hold no caption without the trigger: they were encoded by an earlier version, or without a trigger"
 
 
 class _Show:
@@ -214,7 +211,7 @@ class _Show:
 
 @contextmanager
 def at_strength(state: TrainingState, strength: float) -> Iterator[None]:
-    """The trained layers add so much of their update meanwhile."""
+    """Within, the trained layers add so much of their update."""
     scalings = {name: layer.scaling for name, layer in state.layers.items()}
     try:
         for name, layer in state.layers.items():

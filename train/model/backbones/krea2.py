@@ -33,9 +33,8 @@ _OUTSIDE = {
     "last.norm.scale": "final_layer.norm.weight",
     "last.modulation.lin": "final_layer.scale_shift_table",
 }
-_TABLE_ROWS = (
-    6  # shift, scale and gate of attention and of the feed-forward network; ComfyUI has them one after another
-)
+# shift, scale and gate of attention and of the feed-forward network; ComfyUI has them one after another
+_TABLE_ROWS = 6
 _ATTENTION = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_gate", "attn.to_out.0")
 _LAYERS = (*_ATTENTION, "ff.gate", "ff.up", "ff.down")
 

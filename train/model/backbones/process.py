@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 _STEPS = 1000
-_LEAST_SIGNAL = 2e-4  # by which a step divides where noise is predicted and nothing else is left; ComfyUI's, too
+_LEAST_SIGNAL = 2e-4  # the least that a step divides by, where noise alone is left; as in ComfyUI
 _BETAS = (0.00085, 0.012)  # the first and the last; their square roots are spaced evenly
 
 

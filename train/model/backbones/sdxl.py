@@ -42,7 +42,7 @@ _NORMS = {
 # What autograd keeps of a transformer block, of its text and of a residual block, in multiples of pixels there * width,
 # and of a residual block that is recomputed: its input, with what is joined to it. Counted with saved-tensor hooks.
 _BLOCK, _TEXT, _RESIDUAL, _RECOMPUTED = 28.2, 2.0, 6.8, 2.6
-# what tells models of other noise: (key, words)
+# keys of models that see noise in another way, and what such a model is called
 _OTHER_NOISE = (("edm_mean", "Playground 2.5"), ("edm_vpred.sigma_max", "CosXL"))
 
 

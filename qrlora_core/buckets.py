@@ -1,0 +1,33 @@
+"""The sizes in pixels that pictures are trained in."""
+
+import math
+
+
+def bucket_size(width: int, height: int, resolution: int, step: int = 64, keep_aspect: bool = True) -> tuple[int, int]:
+    """The (width, height) in pixels that a picture is resized and cropped to.
+
+    Among sizes whose sides are multiples of `step` and whose area does not exceed `resolution` squared (a small
+    tolerance aside), the one with the nearest aspect ratio; of equal ones the largest.
+    """
+    side = max(step, resolution // step * step)
+    if not keep_aspect:
+        return side, side
+    area = max(resolution * resolution, step * step)
+    aspect = width / height
+    best = (side, side)
+    best_error = abs(_log_ratio(1.0, aspect))
+    for one in range(step, 4 * side + 1, step):
+        fitting = int(area / one)
+        for other in {max(step, fitting // step * step), max(step, -(-fitting // step) * step)}:
+            if one * other > area * 1.02 or other > 4 * side:
+                continue
+            for wide, tall in ((one, other), (other, one)):  # both ways, so that a turned picture gets the turned size
+                error = abs(_log_ratio(wide / tall, aspect))
+                nearer, equal = error < best_error - 1e-9, error < best_error + 1e-9
+                if nearer or (equal and wide * tall > best[0] * best[1]):
+                    best, best_error = (wide, tall), error
+    return best
+
+
+def _log_ratio(first: float, second: float) -> float:
+    return math.log(first / second)
