@@ -3,7 +3,8 @@
 The training set has 6 shapes, 6 colours and 4 textures. A colour's word names a whole palette, ground included, so that
 grounds are something that words decide. Textures repeat every 4 pixels, one token of the model: a longer period has to
 be agreed on between tokens, which a model of this size learns badly. Shapes (`NEW_SHAPES`) and styles, each a palette
-with a texture of its own (`NEW_STYLES`), are outside of the training set; the first of each is the demo's own.
+with a texture of its own (`NEW_STYLES`), are outside of the training set; the first of each is the demo's own. Further
+ones that can be drawn are the study's (`benchmarks/fusion/protocol.py`).
 """
 
 import itertools
@@ -21,9 +22,6 @@ TEXTURES = ("plain", "striped", "checked", "dotted")
 HEART, SUNSET, BARRED = "heart", "sunset", "barred"
 NEW_SHAPES = (HEART, "ell", "bow", "arch", "tee")
 NEW_STYLES = {SUNSET: BARRED, "violet": "hatched", "slate": "slanted", "rose": "grid", "brown": "blocks"}
-# also new to the model, and no part of the demo: what the study of merges judges by at last
-LATER_SHAPES = ("moon", "zed", "hourglass")
-LATER_STYLES = {"olive": "mesh", "teal": "pinstriped", "wine": "ridged"}
 CONTENT_TRIGGER, STYLE_TRIGGER = "<c>", "<s>"
 
 _SAMPLES = 4  # per pixel and direction, against jagged edges
@@ -44,6 +42,9 @@ PALETTES = {
     "olive": ((0.52, 0.54, 0.16), (0.98, 0.80, 0.92), (0.87, 0.90, 1.00)),
     "teal": ((0.05, 0.45, 0.45), (1.00, 0.75, 0.35), (0.98, 0.92, 1.00)),
     "wine": ((0.50, 0.06, 0.24), (0.75, 0.92, 1.00), (0.94, 0.98, 0.84)),
+    "navy": ((0.08, 0.10, 0.42), (1.00, 0.55, 0.55), (1.00, 0.96, 0.80)),
+    "mint": ((0.45, 0.85, 0.65), (0.50, 0.10, 0.30), (0.98, 0.93, 0.90)),
+    "coral": ((1.00, 0.45, 0.40), (0.10, 0.35, 0.40), (0.84, 0.98, 0.88)),
 }
 
 
@@ -116,6 +117,12 @@ def inside_shape(shape: str, x: Tensor, y: Tensor) -> Tensor:
         return (torch.maximum(across, down) <= 10.5) & ((down >= 5.5) | ((x + y).abs() <= 4.5))
     if shape == "hourglass":
         return (down <= 11) & (across <= 1.5 + down * 0.8)
+    if shape == "cup":
+        return (torch.maximum(across, down) <= 10.5) & ((across >= 5) | (y >= 4.5))
+    if shape == "arrow":
+        return ((y >= -11) & (y <= 0) & (across <= y + 11)) | ((y > 0) & (y <= 10.5) & (across <= 3.5))
+    if shape == "stairs":
+        return (torch.maximum(across, down) <= 10.5) & (torch.floor((x + 10.5) / 7) >= torch.floor((10.5 - y) / 7))
     raise ValueError(f"{shape!r} is not a shape that can be drawn")
 
 
@@ -145,4 +152,10 @@ def has_mark(texture: str, x: Tensor, y: Tensor) -> Tensor:
         return torch.remainder(x, 2) < 1
     if texture == "ridged":
         return torch.remainder(y, 2) < 1
+    if texture == "laced":
+        return (torch.remainder(x - y, 4) < 1) | (torch.remainder(x + y, 4) < 1)
+    if texture == "stepped":
+        return torch.remainder(y + (torch.remainder(x, 4) < 2), 4) < 2
+    if texture == "pegged":
+        return (torch.remainder(x, 2) < 1) & (torch.remainder(y, 4) < 2)
     raise ValueError(f"{texture!r} is not a texture that can be drawn")

@@ -21,12 +21,13 @@ from qrlora_core import __version__
 
 from . import learnt, optimizer, report
 from .measures import numbers
-from .protocol import CHECK, PICTURES, TUNING, TUNING_PICTURES, VERSION, Unit
+from .protocol import CHECK, LATER, PICTURES, TUNING, TUNING_PICTURES, VERSION, Unit
 from .store import Study, trained
-from .tuning import PASSES, REFERENCE, single_adapters, tuned
+from .tuning import PASSES, QUIET_PASSES, REFERENCE, single_adapters, tuned
 
 log = logging.getLogger(__name__)
-LEFT_OUT = ("lora", "lora8", "qr40", "qr60", "preserve", "yielding", "attention", "small")
+LEFT_OUT = ("lora", "lora8", "qr40", "qr60", "preserve", "yielding", "attention", "small", "null", "classes")
+TRIED = ("yielding", "attention", "small", "classes")  # on tuning units only
 QUICK = {"pictures": 6, "adapter_steps": 10}
 
 
@@ -34,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/fusion"), help="where everything is kept")
     parser.add_argument("--quick", action="store_true", help="untrained in minutes: whether the program works")
+    parser.add_argument("--later", action="store_true", help="judge by the later units instead of the check units")
     parser.add_argument("--until", choices=("tuning", "check"), default="check", help="stop there")
     parser.add_argument(
         "--without", nargs="*", default=[], metavar="RECIPE", help=f"leave out some of {', '.join(LEFT_OUT)}"
@@ -49,11 +51,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     print(f"{machine()}; version {__version__}, protocol {VERSION}, {datetime.date.today()}")
     study = Study(args.folder, half=args.bf16, **(QUICK if args.quick else {"pictures": PICTURES}))
-    tuning, check = (TUNING[:1], CHECK[:2]) if args.quick else (TUNING, CHECK)
+    judged = LATER if args.later else CHECK
+    tuning, check = (TUNING[:1], judged[:2]) if args.quick else (TUNING, judged)
     if args.optimizer is None:
         log.info("LoRA-Optimizer is left out: --optimizer names no clone of it")
     else:
-        study.joints[optimizer.NAME] = optimizer.Optimizer(args.optimizer, CHECK[:2] if args.quick else CHECK)
+        study.joints[optimizer.NAME] = optimizer.Optimizer(args.optimizer, check)
     if args.learnt:
         study.joints[learnt.NAME] = learnt.teach
     return run(study, tuning, check, args.until, args.without)
@@ -77,13 +80,16 @@ def run(
         return 0
     used = list(dict.fromkeys(one.adapters for one in fusions))
     print(f"Adapters of the check units:\n\n{report.fidelity(list(trained(study, check, used)))}\n")
+    alone = single_adapters(study.with_pictures(2 * study.pictures), check, {*without, *TRIED})
+    print(f"Adapters alone, on check units:\n\n{report.curve(alone)}\n", flush=True)
     print(f"On {len(check)} check units:\n\n{report.table(results, check)}\n")
-    for reference in (REFERENCE, PASSES):
+    for reference in (REFERENCE, PASSES, *([QUIET_PASSES] if QUIET_PASSES in results else [])):
         print(f"{report.comparison(results, reference, check)}\n")
     facts = {"version": VERSION, "date": str(datetime.date.today()), "pack": __version__, "machine": machine()}
     facts["pictures"] = study.pictures
-    print(report.save(study.folder, check, results, facts))
-    print(report.picture(results, check, study.folder / "fusion.png"))
+    later = "-later" if check[0] in LATER else ""
+    print(report.save(study.folder / f"results{later}.json", check, results, facts))
+    print(report.picture(results, check, study.folder / f"fusion{later}.png"))
     return 0
 
 

@@ -18,7 +18,7 @@ from qrlora_core import Basis
 
 from .live import Live, Pair, Update, encoded
 from .pictures import draw, read
-from .preserve import Paths, Quiet, random_number
+from .preserve import Paths, Quiet, null_space_penalty, random_number
 from .protocol import (
     CONTENT_LOOK,
     FIDELITY,
@@ -46,6 +46,8 @@ class Recipe:
         rule, begin: of `Quiet`.
         vary: whether captions vary, see `Picture`.
         penalty: weight of the sum of the trained numbers' squares.
+        null: weight of `null_space_penalty`.
+        classes: weight of the loss on class pictures, half as many of them in a step as of the concept's.
         only: layers whose names hold it; "" for all.
         steps: exactly so many instead of as many as FIDELITY needs; 0 for the latter.
     """
@@ -59,8 +61,15 @@ class Recipe:
     begin: int = 0
     vary: bool = False
     penalty: float = 0.0
+    null: float = 0.0
+    classes: float = 0.0
     only: str = ""
     steps: int = 0
+
+    @property
+    def needs_paths(self) -> bool:
+        """Whether it asks what the base itself does."""
+        return bool(self.preserve or self.null or self.classes)
 
 
 def at_rate(recipe: Recipe, rate: float) -> Recipe:
@@ -84,6 +93,8 @@ RECIPES = {
         Recipe("yielding", preserve=0.5, rule="yield", vary=True, steps=400),
         Recipe("attention", only="attn."),
         Recipe("small", penalty=1e-3),
+        Recipe("null", null=1.0),
+        Recipe("classes", classes=0.3),
     )
 }
 
@@ -117,7 +128,7 @@ def shows(unit: Unit, side: str, look: Look) -> bool:
 def fidelity(live: Live, unit: Unit, side: str, strength: float = 1.0) -> float:
     """Share of the fidelity prompts' pictures that show the concept; the adapter that is worn, alone."""
     prompts = fidelity_prompts(side)
-    found = read(live.sample(prompts, lambda _sigma: torch.full((len(prompts), 1), strength)))
+    found = read(live.sample(prompts, lambda _sigma: torch.full((len(prompts), 1), strength)), unit)
     return sum(shows(unit, side, one) for one in found) / len(found)
 
 
@@ -153,15 +164,20 @@ def learn(
     optimizer = torch.optim.AdamW(trained, lr=recipe.learning_rate, weight_decay=1e-4)
     picture = Picture(live, unit, side, generator, recipe.vary)
     quiet = None
+    own = torch.Generator().manual_seed(unit.seed + 1)  # so that the picture's draws are those of plain training
+    if recipe.needs_paths and paths is None:
+        raise ValueError(f"{recipe.name} needs the base's own paths")
     if recipe.preserve:
-        if paths is None:
-            raise ValueError(f"{recipe.name} needs the base's own paths")
-        own = torch.Generator().manual_seed(unit.seed + 1)  # so that the picture's draws are those of plain training
         quiet = Quiet(live, paths, recipe.rule, recipe.preserve, trained, own, recipe.begin)
     best: Learned | None = None
     for step in range(1, last + 1):
         loss, noisy, sigma = picture.loss()
-        (loss + recipe.penalty * sum(tensor.square().sum() for tensor in trained)).backward()
+        total = loss + recipe.penalty * sum(tensor.square().sum() for tensor in trained)
+        if recipe.null:
+            total = total + recipe.null * null_space_penalty(pairs, paths.inputs)
+        if recipe.classes:
+            total = total + recipe.classes * class_loss(live, paths, len(noisy) // 2, own)
+        total.backward()
         if quiet is not None:
             quiet.add(noisy, sigma, float(loss.detach()))
         nn.utils.clip_grad_norm_(trained, 1.0)
@@ -191,6 +207,15 @@ def _start(basis: Basis, recipe: Recipe, generator: torch.Generator) -> Pair:
     delta_r = torch.zeros(recipe.rank, width).requires_grad_()
     delta_r.register_hook(torch.triu)  # entries below the diagonal never get a gradient, so they stay zero
     return Pair(basis.q[:, : recipe.rank].contiguous(), delta_r)
+
+
+def class_loss(live: Live, paths: Paths, count: int, generator: torch.Generator) -> Tensor:
+    """The loss of `count` of the base's own pictures (prior preservation, Ruiz et al. 2023, arXiv 2208.12242)."""
+    tokens, *text = paths.class_pictures(count, generator)
+    sigma = torch.rand(count, generator=generator).clamp_min(1e-3)
+    noise = torch.randn(tokens.shape, generator=generator)
+    predicted = live.velocity(torch.lerp(tokens, noise, sigma[:, None, None]), sigma, *text, torch.ones(count, 1))
+    return functional.mse_loss(predicted, noise - tokens)
 
 
 class Picture:

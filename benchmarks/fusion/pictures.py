@@ -12,7 +12,7 @@ from demo.pictures import COLOURS, PALETTES, SHAPES, TEXTURES, Look, has_mark, i
 from demo.reader import PLACES
 from demo.toy.features import SIZE
 
-from .protocol import CHECK, LATER, TUNING, Unit
+from .protocol import CHECK, FINAL, LATER, TUNING, Unit
 
 _SAMPLES = 4  # per pixel and direction, as the toy draws
 
@@ -60,9 +60,10 @@ def read(pictures: Tensor, unit: Unit | None = None) -> list[Look]:
     """What each picture, (batch, 3, SIZE, SIZE), 0 to 1, looks like most: nearest template, mean square distance.
 
     Args:
-        unit: decides which new words can be read: those of tuning and check units, or of tuning and later units.
+        unit: decides which new words can be read: those of tuning units and of the nine units that it is one of.
     """
-    looks, templates, squares = _templates(TUNING + (LATER if unit in LATER else CHECK))
+    nine = next((units for units in (LATER, FINAL) if unit in units), CHECK)
+    looks, templates, squares = _templates(TUNING + nine)
     nearest = (squares - 2 * pictures.flatten(1) @ templates.T).argmin(1).tolist()
     return [looks[index // len(PLACES)] for index in nearest]
 

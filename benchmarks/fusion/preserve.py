@@ -4,13 +4,14 @@ What it must stay quiet at are points of the base's own sampling paths, and the 
 hold the trigger. Rules say how much of that gradient joins the picture's own (`Quiet.RULES`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
-from .live import Live, encoded, noise_tokens
+from .live import Live, Update, encoded, noise_tokens
 from .protocol import SAMPLER_STEPS, TRAINED
 
 
@@ -18,18 +19,26 @@ class Paths:
     """Points of the base's own sampling paths, with its velocity there: free of charge once they are sampled.
 
     Prompts are made of words of training and of words that say nothing, which stand for any trigger's place.
+
+    Attributes:
+        pictures: where the paths end, (count, 64, 64) tokens: class pictures, of the base's own making.
+        inputs: layer -> mean of `x^T x` of what comes in, (in, in), divided by the mean square length of `W x`. So
+            `tr(dR C dR^T)` is how much an update changes the layer's output on these prompts, relative to it.
     """
 
     def __init__(self, live: Live, count: int = 64, seed: int = 0) -> None:
         chosen = torch.Generator().manual_seed(seed)
         self.features, self.pooled = encoded([_neutral(chosen) for _ in range(count)])
         tokens, parts = noise_tokens(range(30_000, 30_000 + count)), []
-        with torch.no_grad():
+        moments = {name: _Moments(layer.base) for name, layer in live.layers.items()}
+        with torch.no_grad(), _watched(live, moments):
             for step in range(SAMPLER_STEPS):
                 sigma = torch.full((count,), 1 - step / SAMPLER_STEPS)
                 velocity = live.velocity(tokens, sigma, self.features, self.pooled, None)
                 parts.append((tokens, sigma, velocity))
                 tokens = tokens - velocity / SAMPLER_STEPS
+        self.pictures = tokens
+        self.inputs = {name: one.inputs / one.outputs for name, one in moments.items()}
         self.tokens, self.sigma, self.velocity = (torch.stack(part) for part in zip(*parts))  # (steps, count, ...)
 
     def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, ...]:
@@ -39,10 +48,49 @@ class Paths:
         at = (step, which)
         return self.tokens[at], self.sigma[at], self.features[which], self.pooled[which], self.velocity[at]
 
+    def class_pictures(self, count: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """`count` of the base's own pictures: tokens, features, pooled features."""
+        which = torch.randint(len(self.features), (count,), generator=generator)
+        return self.pictures[which], self.features[which], self.pooled[which]
+
     def texts(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """`count` of the prompts."""
         which = torch.randint(len(self.features), (count,), generator=generator)
         return self.features[which], self.pooled[which]
+
+
+class _Moments:
+    """Sums over what a layer was given and gave."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        self.inputs = torch.zeros(layer.in_features, layer.in_features)
+        self.outputs = 0.0
+
+    def __call__(self, layer: nn.Module, given: tuple[Tensor, ...], y: Tensor) -> None:
+        x = given[0].flatten(0, -2).float()
+        self.inputs += x.mT @ x
+        self.outputs += float(y.float().square().sum())
+
+
+@contextmanager
+def _watched(live: Live, moments: Mapping[str, _Moments]) -> Iterator[None]:
+    handles = [live.layers[name].register_forward_hook(one) for name, one in moments.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def null_space_penalty(updates: Update, inputs: Mapping[str, Tensor]) -> Tensor:
+    """How much updates change the base's layers on its own prompts, relative to their outputs, mean over layers.
+
+    Args:
+        updates: the adapter's; `up` orthonormal, so that it changes no length.
+        inputs: of `Paths`.
+    """
+    parts = [((pair.down @ inputs[name]) * pair.down).sum() for name, pair in updates.items()]
+    return torch.stack(parts).mean()
 
 
 class Quiet:

@@ -58,11 +58,19 @@ CHECK = tuple(
         ("bow", "arch", "tee"), (("slate", "slanted"), ("rose", "grid"), ("brown", "blocks"))
     )
 )
-# Nine more, for methods that were thought of when the check units' numbers were known: concepts, reader and seed are new
+# Nine more, for methods that were thought of when the check units' numbers were known. They were looked at once and
+# showed that the check units had been easy ones; since then the schedules of one pass each are chosen on them, too.
 LATER = tuple(
     Unit(content, style, 20)
     for content, style in itertools.product(
         ("moon", "zed", "hourglass"), (("olive", "mesh"), ("teal", "pinstriped"), ("wine", "ridged"))
+    )
+)
+# And nine that judge what was chosen then
+FINAL = tuple(
+    Unit(content, style, 30)
+    for content, style in itertools.product(
+        ("cup", "arrow", "stairs"), (("navy", "laced"), ("mint", "stepped"), ("coral", "pegged"))
     )
 )
 

@@ -218,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(report.comparison(results, REFERENCE, units.check, COLUMNS))
     facts = {"version": VERSION, "date": str(datetime.date.today()), "pack": __version__, "machine": machine()}
     facts |= {"settings": settings, "pictures": args.pictures, "methods": [asdict(one) for one in fusions]}
-    print(report.save(args.folder, units.check, results, facts))
+    print(report.save(args.folder / "results.json", units.check, results, facts))
     print(report.picture(results, units.check, args.folder / "fusion.png"))
     return 0
 

@@ -101,9 +101,8 @@ def chosen(fusions: Sequence[Fusion]) -> str:
     return "\n".join(lines)
 
 
-def save(folder: Path, units: Sequence[Unit], results: Results, facts: Mapping[str, object]) -> Path:
-    """`results.json`: everything that the tables are made from."""
-    path = folder / "results.json"
+def save(path: Path, units: Sequence[Unit], results: Results, facts: Mapping[str, object]) -> Path:
+    """Everything that the tables are made from, as JSON."""
     every = {name: {unit.name: row._asdict() for unit, row in zip(units, rows)} for name, rows in results.items()}
     path.write_text(json.dumps({**facts, "results": every}, indent=1), encoding="utf-8")
     return path

@@ -77,7 +77,7 @@ class Study:
                 side,
                 recipe,
                 _logged(name, 80),
-                paths=self.paths if recipe.preserve else None,
+                paths=self.paths if recipe.needs_paths else None,
                 **limit,
             )
             log.info("%s: %d steps, read right %.3f", name, made.steps, made.fidelity)
@@ -123,7 +123,7 @@ class Study:
                     self.live.wear([self.joined(fusion.joint, unit, sides[1], recipe)])
                 else:
                     self.live.wear([self.adapter(unit, side, recipe).update for side in sides])
-                seen = read(self.live.sample(asked, fusion.factors(asked), separate=fusion.separate))
+                seen = read(self.live.sample(asked, fusion.factors(asked), separate=fusion.separate), unit)
                 known[keys[kind]] = _shares(unit, sides, asked, seen)
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = path.with_suffix(".partial")

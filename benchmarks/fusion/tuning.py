@@ -3,7 +3,7 @@
 import itertools
 import logging
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ from .store import Study, concept_of, trained
 
 log = logging.getLogger(__name__)
 REFERENCE, PASSES = "best fixed alpha, beta", "Merge: by prompt, one pass each"  # what the others are compared with
+QUIET_PASSES = "soft null space, Merge: by prompt, one pass each"
 GRID = (0.2, 0.4, 0.6, 0.8, 1.0)
 SWITCHES, LATER_SWITCHES = (0.5, 0.6, 0.7), (0.3, 0.4)
 
@@ -117,11 +118,12 @@ class Single(NamedTuple):
     rest: tuple[float, ...]
 
 
-def single_adapters(study: Study, units: Sequence[Unit], without: Sequence[str] = ()) -> list[Single]:
+def single_adapters(study: Study, units: Sequence[Unit], without: Collection[str] = ()) -> list[Single]:
     """Concept shown against rest unchanged: what `preserve` must lie above is plain training, weaker and shorter."""
     asked = [("qr", 0.4), ("qr", 0.6), ("qr", 0.8), ("qr", 1.0), ("qr40", 1.0), ("qr60", 1.0)]
     asked += [("preserve", 0.8), ("preserve", 1.0)]
-    asked += [(name, 1.0) for name in ("yielding", "attention", "small")]
+    asked += [("null", 0.8), ("null", 1.0)]
+    asked += [(name, 1.0) for name in ("yielding", "attention", "small", "classes")]
     return [single(study, units, *one) for one in asked if one[0] not in without]
 
 
@@ -160,6 +162,10 @@ def tuned(study: Study, units: Sequence[Unit], without: Sequence[str] = ()) -> I
     if "lora" not in without:
         yield Fusion("plain LoRA, equal rank", "lora")
         yield replace(separate, name="plain LoRA, gate + separate passes", adapters="lora")
+    if "null" not in without:
+        yield Fusion("soft null space, plain sum", "null")
+        yield Fusion(QUIET_PASSES, "null", passes, True, style=half_then_full(HALF_UNTIL), separate=True)
+        yield best_gated(study, units, "soft null space, gate + separate passes", "null", separate=True)
     yield best_everywhere(study, units, REFERENCE, fixed_factors())
     yield best_everywhere(study, units, "content first", both_schedules())
     if "preserve" not in without:
