@@ -21,13 +21,14 @@ from qrlora_core import __version__
 
 from . import learnt, optimizer, report
 from .measures import numbers
-from .protocol import CHECK, LATER, PICTURES, TUNING, TUNING_PICTURES, VERSION, Unit
+from .protocol import CHECK, FINAL, LATER, PICTURES, TUNING, TUNING_PICTURES, VERSION, Unit
 from .store import Study, trained
-from .tuning import PASSES, QUIET_PASSES, REFERENCE, single_adapters, tuned
+from .tuning import PASSES, QUIET_PASSES, REFERENCE, judged_last, single_adapters, tuned
 
 log = logging.getLogger(__name__)
 LEFT_OUT = ("lora", "lora8", "qr40", "qr60", "preserve", "yielding", "attention", "small", "null", "classes")
 TRIED = ("yielding", "attention", "small", "classes")  # on tuning units only
+JUDGED = {"check": CHECK, "later": LATER, "final": FINAL}
 QUICK = {"pictures": 6, "adapter_steps": 10}
 
 
@@ -35,7 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/fusion"), help="where everything is kept")
     parser.add_argument("--quick", action="store_true", help="untrained in minutes: whether the program works")
-    parser.add_argument("--later", action="store_true", help="judge by the later units instead of the check units")
+    parser.add_argument(
+        "--units", choices=list(JUDGED), default="check", help="judge by these; final: with nothing chosen anew"
+    )
     parser.add_argument("--until", choices=("tuning", "check"), default="check", help="stop there")
     parser.add_argument(
         "--without", nargs="*", default=[], metavar="RECIPE", help=f"leave out some of {', '.join(LEFT_OUT)}"
@@ -51,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     print(f"{machine()}; version {__version__}, protocol {VERSION}, {datetime.date.today()}")
     study = Study(args.folder, half=args.bf16, **(QUICK if args.quick else {"pictures": PICTURES}))
-    judged = LATER if args.later else CHECK
+    judged = JUDGED[args.units]
     tuning, check = (TUNING[:1], judged[:2]) if args.quick else (TUNING, judged)
     if args.optimizer is None:
         log.info("LoRA-Optimizer is left out: --optimizer names no clone of it")
@@ -68,14 +71,16 @@ def run(
     """Tune and check one method after another, each from where it was left; tables at the end."""
     quick_look = study.with_pictures(TUNING_PICTURES)
     fusions, results = [], {}
-    for fusion in tuned(quick_look, tuning, without):
+    final = check[0] in FINAL
+    for fusion in judged_last(without) if final else tuned(quick_look, tuning, without):
         fusions.append(fusion)
         if until == "check":
             results[fusion.name] = [numbers(study.readings(fusion, unit)) for unit in check]
             log.info("%s on check units: %s", fusion.name, report.row(results[fusion.name], check))
     print(f"\nChosen on {len(tuning)} tuning units:\n\n{report.chosen(fusions)}\n")
-    alone = single_adapters(study.with_pictures(2 * study.pictures), tuning, without)
-    print(f"Adapters alone, on tuning units:\n\n{report.curve(alone)}\n", flush=True)
+    if not final:
+        alone = single_adapters(study.with_pictures(2 * study.pictures), tuning, without)
+        print(f"Adapters alone, on tuning units:\n\n{report.curve(alone)}\n", flush=True)
     if until == "tuning":
         return 0
     used = list(dict.fromkeys(one.adapters for one in fusions))
@@ -87,9 +92,10 @@ def run(
         print(f"{report.comparison(results, reference, check)}\n")
     facts = {"version": VERSION, "date": str(datetime.date.today()), "pack": __version__, "machine": machine()}
     facts["pictures"] = study.pictures
-    later = "-later" if check[0] in LATER else ""
-    print(report.save(study.folder / f"results{later}.json", check, results, facts))
-    print(report.picture(results, check, study.folder / f"fusion{later}.png"))
+    name = next(name for name, units in JUDGED.items() if check[0] in units)
+    suffix = "" if name == "check" else f"-{name}"
+    print(report.save(study.folder / f"results{suffix}.json", check, results, facts))
+    print(report.picture(results, check, study.folder / f"fusion{suffix}.png"))
     return 0
 
 
