@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .acts import ACTS, Act
-from .gate import beside_schedules, holds, without
+from .gate import DOUBLED, holds, without
 
 Asked = Literal["both", "style", "content", "none"]
 ASKED: tuple[Asked, ...] = ("both", "style", "content", "none")
@@ -199,8 +199,7 @@ def _cell(points: Sequence[Point], act: str, alpha: float, beta: float, switch: 
 def _effect(point: Point, way: Act, alpha: float, beta: float, switch: float | None, asked: Asked) -> Products:
     """What a merge changes on a prompt that it acts on."""
     if way.one_pass_each:
-        style, content = (one.factor(point.level) for one in beside_schedules()) if way.by_prompt else (1.0, 1.0)
-        return point.composed(alpha * style, beta * content, asked)
+        return point.composed(alpha, beta * (DOUBLED if way.by_prompt else 1.0), asked)
     if switch is not None:
         return point.effect(Trial(0.0, beta) if point.level > switch else Trial(alpha, 0.0), asked)
     return point.effect(Trial(alpha, beta), asked)

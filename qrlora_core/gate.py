@@ -12,10 +12,8 @@ from .schedule import Schedule, content_first
 # Attention weights and escapes of ComfyUI's prompt syntax: "(<c>:1.2)", "((dog))", "\\("
 _SYNTAX = re.compile(r"\\([()])|[()\[\]{}]|:\s*[+-]?\d+(?:\.\d+)?(?=\s*[)\]}]|$)")
 MAX_TRIGGERS = 100
-# What did best on the tuning pairs of the study (docs/fusion.md) where predictions are composed: shapes are decided at
-# high sigma, so there the content leads. (down to sigma, factor of content, factor of style)
-BESIDE = ((0.6, 2.0, 0.5), (0.0, 1.5, 1.0))
-HALF_UNTIL = 0.6  # a style alone: half strength down to this sigma
+# What did best on the tuning pairs of the study (docs/fusion.md) where predictions are composed
+DOUBLED, HALF_UNTIL = 2.0, 0.75
 _EMPTY = re.compile(r"[(\[{]\s*(?::\s*[+-]?\d+(?:\.\d+)?)?\s*[)\]}]")  # what is left of "(<c>:1.2)"
 _SPACE = re.compile(r"\s+")
 _TRIGGER_KEYS = ("qrlora.trigger", "modelspec.trigger_phrase")
@@ -135,32 +133,20 @@ def content_gate(
 def style_pass_gate(
     triggers: tuple[str, ...], rivals: tuple[str, ...], switch: float | None = None, prompt: str | None = None
 ) -> Gate:
-    """When a style acts that has a pass of its own: at half strength first, alone and beside a content.
+    """When a style acts that has a pass of its own: at once beside a content; alone at half strength first.
 
     Args:
         switch: the sigma where half strength ends; None: HALF_UNTIL.
     """
     half = HALF_UNTIL if switch is None else switch
-    return Gate(triggers, rivals, style_gate(triggers, rivals, half).alone, beside_schedules()[0], prompt)
+    return Gate(triggers, rivals, style_gate(triggers, rivals, half).alone, None, prompt)
 
 
 def content_pass_gate(
     triggers: tuple[str, ...], rivals: tuple[str, ...], _switch: float | None = None, prompt: str | None = None
 ) -> Gate:
-    """When a content acts that has a pass of its own: throughout, and stronger beside a style."""
-    return Gate(triggers, rivals, None, beside_schedules()[1], prompt)
-
-
-def beside_schedules() -> tuple[Schedule, Schedule]:
-    """Factors of style and of content over sigma where both act, each in a pass of its own."""
-    style: list[tuple[float, float]] = []
-    content: list[tuple[float, float]] = []
-    top = 1.0
-    for down_to, of_content, of_style in BESIDE:
-        style += [(top, of_style), (down_to, of_style)]
-        content += [(top, of_content), (down_to, of_content)]
-        top = down_to
-    return Schedule(tuple(style), "sigma"), Schedule(tuple(content), "sigma")
+    """When a content acts that has a pass of its own: throughout, and doubled beside a style."""
+    return Gate(triggers, rivals, None, Schedule(((1.0, DOUBLED), (0.0, DOUBLED)), "sigma"), prompt)
 
 
 def _removed(prompt: str, trigger: str) -> str:

@@ -28,7 +28,7 @@ from .tuning import PASSES, QUIET_PASSES, REFERENCE, judged_last, single_adapter
 log = logging.getLogger(__name__)
 LEFT_OUT = ("lora", "lora8", "qr40", "qr60", "preserve", "yielding", "attention", "small", "null", "classes")
 TRIED = ("yielding", "attention", "small", "classes")  # on tuning units only
-JUDGED = {"check": CHECK, "later": LATER, "final": FINAL}
+JUDGED = {"check": CHECK, "later": LATER, "final": FINAL, "all": CHECK + LATER + FINAL}
 QUICK = {"pictures": 6, "adapter_steps": 10}
 
 
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, default=Path("runs/fusion"), help="where everything is kept")
     parser.add_argument("--quick", action="store_true", help="untrained in minutes: whether the program works")
     parser.add_argument(
-        "--units", choices=list(JUDGED), default="check", help="judge by these; final: with nothing chosen anew"
+        "--units", choices=list(JUDGED), default="check", help="judge by these; but for check with nothing chosen anew"
     )
     parser.add_argument("--until", choices=("tuning", "check"), default="check", help="stop there")
     parser.add_argument(
@@ -71,14 +71,18 @@ def run(
     """Tune and check one method after another, each from where it was left; tables at the end."""
     quick_look = study.with_pictures(TUNING_PICTURES)
     fusions, results = [], {}
-    final = check[0] in FINAL
-    for fusion in judged_last(without) if final else tuned(quick_look, tuning, without):
+    anew = tuple(check) not in (LATER, FINAL, JUDGED["all"])
+    if anew:
+        methods = tuned(quick_look, tuning, without)
+    else:
+        methods = judged_last(quick_look, (*tuning, *LATER) if tuple(check) == FINAL else (), without)
+    for fusion in methods:
         fusions.append(fusion)
         if until == "check":
             results[fusion.name] = [numbers(study.readings(fusion, unit)) for unit in check]
             log.info("%s on check units: %s", fusion.name, report.row(results[fusion.name], check))
     print(f"\nChosen on {len(tuning)} tuning units:\n\n{report.chosen(fusions)}\n")
-    if not final:
+    if anew:
         alone = single_adapters(study.with_pictures(2 * study.pictures), tuning, without)
         print(f"Adapters alone, on tuning units:\n\n{report.curve(alone)}\n", flush=True)
     if until == "tuning":
@@ -92,7 +96,7 @@ def run(
         print(f"{report.comparison(results, reference, check)}\n")
     facts = {"version": VERSION, "date": str(datetime.date.today()), "pack": __version__, "machine": machine()}
     facts["pictures"] = study.pictures
-    name = next(name for name, units in JUDGED.items() if check[0] in units)
+    name = next((name for name, units in JUDGED.items() if units == tuple(check)), "check")
     suffix = "" if name == "check" else f"-{name}"
     print(report.save(study.folder / f"results{suffix}.json", check, results, facts))
     print(report.picture(results, check, study.folder / f"fusion{suffix}.png"))

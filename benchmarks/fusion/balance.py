@@ -33,9 +33,9 @@ from qrlora_core import (
     proposal,
     shown,
 )
-from qrlora_core.gate import HALF_UNTIL
+from qrlora_core.gate import DOUBLED, HALF_UNTIL
 
-from .fusions import Fusion, Schedule, Stage, beside, content_first, content_then_base, fixed, half_then_full
+from .fusions import Fusion, Schedule, Stage, content_first, content_then_base, fixed, half_then_full
 from .learn import RECIPES
 from .live import Live, encoded, noise_tokens
 from .measures import difference, h, interval, numbers, other_words
@@ -101,13 +101,13 @@ def fusion_of(cell: Cell) -> Fusion:
         return tuple(Stage(stage.down_to, beta * stage.content, alpha * stage.style) for stage in schedule)
 
     name = f"{cell.act} {alpha:g} {beta:g}" + (f" at {cell.switch:g}" if cell.switch else "")
-    both = fixed(alpha, beta)
+    both = fixed(alpha, beta * (DOUBLED if way.one_pass_each and way.by_prompt else 1))
     content, style = fixed(0, beta), fixed(alpha, 0)
     if way.content_first and cell.switch is not None:
         both = scaled(content_first(cell.switch))
         content, style = scaled(content_then_base(cell.switch)), scaled(half_then_full(cell.switch))
     elif way.one_pass_each and way.by_prompt:
-        both, style = scaled(beside()), scaled(half_then_full(HALF_UNTIL))
+        style = scaled(half_then_full(HALF_UNTIL))
     return Fusion(name, "qr", both, way.by_prompt, content, style, way.one_pass_each)
 
 

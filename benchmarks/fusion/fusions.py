@@ -9,7 +9,6 @@ from torch import Tensor
 
 from demo.pictures import CONTENT_TRIGGER, STYLE_TRIGGER
 from demo.toy.features import words
-from qrlora_core.gate import BESIDE
 
 from .live import Factors
 from .protocol import Prompt
@@ -87,11 +86,6 @@ def factors_at(schedule: Schedule, sigma: float) -> tuple[float, float]:
 def fixed(alpha: float, beta: float) -> Schedule:
     """The same factors at every sigma: alpha for the style, beta for the content."""
     return (Stage(0, beta, alpha),)
-
-
-def beside() -> Schedule:
-    """What Merge does where both act, each in a pass of its own."""
-    return tuple(Stage(*one) for one in BESIDE)
 
 
 def content_first(switch: float, overlap: float = 0.0, keep: float = 0.0, full: float = 1.0) -> Schedule:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from demo.pictures import CONTENT_TRIGGER, STYLE_TRIGGER, Look
-from qrlora_core.gate import HALF_UNTIL
+from qrlora_core.gate import DOUBLED, HALF_UNTIL
 
 from .fusions import Fusion, fixed, half_then_full
 from .learn import Recipe
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 NAME = "learnt"  # among `Study.joints`
 TEACHER = Fusion(
     "by prompt, one pass each",
-    both=fixed(1.0, 2.0),  # as Merge did when this was measured
+    both=fixed(1.0, DOUBLED),
     gate=True,
     style=half_then_full(HALF_UNTIL),
     separate=True,

@@ -25,12 +25,12 @@ from PIL import Image
 
 from benchmarks.common import machine
 from qrlora_core import Adapter, __version__, open_adapter
-from qrlora_core.gate import HALF_UNTIL
+from qrlora_core.gate import DOUBLED, HALF_UNTIL
 from train.data.pictures import read_picture
 from train.tools import chosen_device
 
 from . import report
-from .fusions import Fusion, beside, content_first, content_then_base, factors_at, fixed, half_then_full
+from .fusions import Fusion, content_first, content_then_base, factors_at, fixed, half_then_full
 from .measures import harmonic
 from .real_measures import COLUMNS, Judges, Numbers, Scores, numbers
 from .real_model import RealModel
@@ -182,7 +182,7 @@ def methods(study: RealStudy, tuning: Sequence[Unit]) -> list[Fusion]:
             content=content_then_base(0.5),
             style=half_then_full(0.5),
         ),
-        Fusion(PASSES, both=beside(), gate=True, style=half_then_full(HALF_UNTIL), separate=True),
+        Fusion(PASSES, both=fixed(1.0, DOUBLED), gate=True, style=half_then_full(HALF_UNTIL), separate=True),
     ]
 
 

@@ -7,9 +7,9 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from qrlora_core.gate import HALF_UNTIL
+from qrlora_core.gate import DOUBLED, HALF_UNTIL
 
-from .fusions import Fusion, Schedule, Stage, beside, content_first, content_then_base, fixed, half_then_full
+from .fusions import Fusion, Schedule, Stage, content_first, content_then_base, fixed, half_then_full
 from .learn import LORA_RATES, RECIPES, at_rate
 from .learnt import NAME as LEARNT
 from .measures import h, harmonic, other_words
@@ -34,9 +34,13 @@ def both_schedules() -> list[Schedule]:
 def separate_schedules() -> list[Schedule]:
     """Candidates for predictions that are composed: the content stronger or not, to the end or less of it later."""
     made = [fixed(style, content) for style in (1.0, 1.2) for content in (1.0, 1.5, 2.0, 2.5)]
-    made += [(Stage(switch, content, 1), Stage(0, 1, 1)) for switch in (0.3, 0.5) for content in (2.0, 2.5)]
-    staged = itertools.product((0.6, 0.75), (2.0, 2.5, 3.0), (0.3, 0.5, 0.7), (1.5, 2.0, 2.5), (1.0, 1.2))
-    return made + [(Stage(down_to, high, less), Stage(0, low, full)) for down_to, high, less, low, full in staged]
+    return made + [(Stage(switch, content, 1), Stage(0, 1, 1)) for switch in (0.3, 0.5) for content in (2.0, 2.5)]
+
+
+def led_schedules() -> list[Schedule]:
+    """Candidates for predictions that are composed: the content leads from noise to a sigma, with less of the style."""
+    every = itertools.product((0.6, 0.75), (2.0, 2.5, 3.0), (0.3, 0.5, 0.7), (1.5, 2.0, 2.5), (1.0, 1.2))
+    return [(Stage(down_to, high, less), Stage(0, low, full)) for down_to, high, less, low, full in every]
 
 
 def fixed_factors() -> list[Schedule]:
@@ -155,12 +159,11 @@ def tuned(study: Study, units: Sequence[Unit], without: Sequence[str] = ()) -> I
     yield best_everywhere(study, units, "separate passes", separate_schedules(), separate=True)
     separate = best_gated(study, units, "gate + separate passes", "qr", separate=True)
     yield separate
-    # what Merge does by itself
+    # what Merge does by itself, with nothing tuned for these units but the factor 2 and the sigma .75
     yield Fusion(
         "Merge: by prompt, content first", "qr", content_first(0.5), True, content_then_base(0.5), half_then_full(0.5)
     )
-    passes = beside()
-    yield Fusion("one pass each, content twice", "qr", fixed(1.0, 2.0), True, style=half_then_full(0.75), separate=True)
+    passes = fixed(1.0, DOUBLED)
     yield Fusion(PASSES, "qr", passes, True, style=half_then_full(HALF_UNTIL), separate=True)
     if "lora" not in without:
         yield Fusion("plain LoRA, equal rank", "lora")
@@ -181,31 +184,52 @@ def tuned(study: Study, units: Sequence[Unit], without: Sequence[str] = ()) -> I
         yield from own_choices(study, units, "lora8" not in without)
 
 
-def judged_last(without: Collection[str] = ()) -> Iterator[Fusion]:
-    """What is compared on the final units: the methods with what was chosen on other units, nothing left open.
+def judged_last(study: Study, units: Sequence[Unit], without: Collection[str] = ()) -> Iterator[Fusion]:
+    """What is compared on the final units: methods with what was chosen on tuning units, and one that came later.
 
     Args:
+        study: of few pictures.
+        units: what the later one is chosen on; it is left out where there are none.
         without: recipes whose adapters are left out.
     """
-    lora = at_rate(RECIPES["lora"], 3e-3).name
     yield Fusion("no adapter", both=())
     yield Fusion("plain sum")
     yield Fusion(REFERENCE, both=fixed(0.8, 0.8))
-    yield Fusion("content first", both=content_first(0.5))
     yield Fusion("prompt gate", gate=True)
+    yield Fusion("content first", both=content_first(0.5))
     yield Fusion(
         "Merge: by prompt, content first", "qr", content_first(0.5), True, content_then_base(0.5), half_then_full(0.5)
     )
-    yield Fusion("one pass each, content twice", "qr", fixed(1.0, 2.0), True, style=half_then_full(0.75), separate=True)
-    passes = Fusion(PASSES, "qr", beside(), True, style=half_then_full(HALF_UNTIL), separate=True)
+    passes = Fusion(PASSES, "qr", fixed(1.0, DOUBLED), True, style=half_then_full(HALF_UNTIL), separate=True)
     yield passes
     if "lora" not in without:
+        lora = at_rate(RECIPES["lora"], 3e-3).name
         yield Fusion("plain LoRA, own rate", lora)
         yield Fusion("plain LoRA, own rate and fixed factors", lora, fixed(0.6, 0.6))
-        yield replace(passes, name="plain LoRA, own rate, Merge: by prompt, one pass each", adapters=lora)
-        yield Fusion("plain LoRA, own rate, one pass each", lora, fixed(1.2, 2.5), True, separate=True)
+        yield Fusion("plain LoRA, own rate, gate + separate passes", lora, fixed(1.2, 2.5), True, separate=True)
     if "null" not in without:
         yield replace(passes, name=QUIET_PASSES, adapters="null")
+    if units:
+        yield led_by_content(study, units)
+
+
+def led_by_content(study: Study, units: Sequence[Unit]) -> Fusion:
+    """Separate passes in which the content leads: the schedule with the highest H, and the best for a style alone."""
+    fusion = Fusion("gate + separate passes, content leads", gate=True, separate=True)
+
+    def both(candidate: Fusion) -> float:
+        shown = statistics.fmean(h(study.readings(candidate, unit, ["both"])["both"]) for unit in units)
+        log.info("%s both %s: H %.3f", candidate.name, candidate.both, shown)
+        return shown
+
+    def style(candidate: Fusion) -> float:
+        right = statistics.fmean(study.readings(candidate, unit, ["style"])["style"]["right"] for unit in units)
+        log.info("%s style %s: all right %.3f", candidate.name, candidate.style, right)
+        return right
+
+    fusion = max((replace(fusion, both=one) for one in led_schedules()), key=both)
+    alone = [half_then_full(*one) for one in itertools.product((0.4, 0.5, 0.6, 0.75), (0.3, 0.5, 0.7))]
+    return max((replace(fusion, style=one) for one in alone), key=style)
 
 
 def own_choices(study: Study, units: Sequence[Unit], equal_parameters: bool) -> Iterator[Fusion]:

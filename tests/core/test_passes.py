@@ -84,10 +84,9 @@ def test_gates_of_passes():
         for style, make_gate in ((True, core.style_pass_gate), (False, core.content_pass_gate))
     )
     both, one, other, none = "a <c> in <s> style", "a cat in <s> style", "a <c>", "a cat"
-    assert [style.schedule(text) for text in (other, none)] == [False, False]
-    for text in (both, one):
-        assert [style.schedule(text).factor(sigma) for sigma in (1.0, 0.7, 0.59, 0.0)] == [0.5, 0.5, 1.0, 1.0]
+    assert [style.schedule(text) for text in (both, other, none)] == [None, False, False]
+    assert [style.schedule(one).factor(sigma) for sigma in (1.0, 0.8, 0.7, 0.0)] == [0.5, 0.5, 1.0, 1.0]
     assert [content.schedule(text) for text in (one, other, none)] == [False, None, False]
-    assert [content.schedule(both).factor(sigma) for sigma in (1.0, 0.7, 0.59, 0.0)] == [2.0, 2.0, 1.5, 1.5]
+    assert {content.schedule(both).factor(sigma) for sigma in (1.0, 0.5, 0.0)} == {2.0}
     for gate, text in itertools.product((style, content), (both, one)):
         assert gate.schedule(text) is False or "sigma" in str(gate)

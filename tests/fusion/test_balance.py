@@ -29,8 +29,7 @@ def test_it_measures_what_the_node_measures(tmp_path):
         fusion = balance.fusion_of(cell)
         assert fusion.gate == ACTS[cell.act].by_prompt and fusion.separate == ACTS[cell.act].one_pass_each
     passes = balance.fusion_of(cells(points, [0.8], [1.2], ["by prompt, one pass each"])[0])
-    assert passes.both == (Stage(0.6, 2.4, 0.4), Stage(0, 1.2 * 1.5, 0.8))
-    assert passes.style == (Stage(0.6, 0, 0.4), Stage(0, 0, 0.8))
+    assert passes.both == (Stage(0, 2.4, 0.8),) and passes.style == (Stage(0.75, 0, 0.4), Stage(0, 0, 0.8))
     first = balance.fusion_of(cells(points, [0.8], [1.2], ["by prompt, content first"])[0])
     assert first.both[0] == Stage(0.83, 1.2, 0) and first.both[-1] == Stage(0, 0, 0.8)
 

@@ -1,5 +1,6 @@
 """The study's parts, each in seconds: what it fixes, what it applies, what it counts, and that it goes on."""
 
+import itertools
 import json
 
 import pytest
@@ -12,8 +13,8 @@ from benchmarks.fusion.live import Live, Pair, encoded
 from benchmarks.fusion.measures import Numbers, difference, gain, harmonic, interval, numbers
 from benchmarks.fusion.optimizer import Optimizer
 from benchmarks.fusion.pictures import draw, read
-from benchmarks.fusion.preserve import Paths, Quiet, yielding
-from benchmarks.fusion.protocol import CHECK, KINDS, SIDES, TUNING, fidelity_prompts, judged_prompts
+from benchmarks.fusion.preserve import Paths, Quiet, null_space_penalty, yielding
+from benchmarks.fusion.protocol import CHECK, FINAL, KINDS, LATER, SIDES, TUNING, fidelity_prompts, judged_prompts
 from benchmarks.fusion.report import curve, picture, table
 from benchmarks.fusion.store import Study, concept_of, write_update
 from benchmarks.fusion.tuning import Single
@@ -52,10 +53,10 @@ def random_updates(live, count, rank=4):
 def test_tuning_and_check_share_nothing():
     assert len(CHECK) >= 9 and len(set(CHECK)) == len(CHECK)
     for field in ("content", "style", "seed"):
-        tuned, checked = ({getattr(unit, field) for unit in units} for units in (TUNING, CHECK))
-        assert not tuned & checked
+        sets = [{getattr(unit, field) for unit in units} for units in (TUNING, CHECK, LATER, FINAL)]
+        assert all(not one & other for one, other in itertools.combinations(sets, 2))
     old = {*SHAPES, *COLOURS, *TEXTURES}
-    assert not old & {word for unit in (*TUNING, *CHECK) for word in (unit.content, *unit.style)}
+    assert not old & {word for unit in (*TUNING, *CHECK, *LATER, *FINAL) for word in (unit.content, *unit.style)}
 
 
 def test_judged_words_are_no_words_of_training():
@@ -69,12 +70,13 @@ def test_judged_words_are_no_words_of_training():
     assert not noises & {prompt.noise for side in SIDES for prompt in fidelity_prompts(side)}
 
 
-def test_the_reader_reads_what_is_drawn():
-    concepts = [Look(unit.content, *unit.style) for unit in (*TUNING, *CHECK)]
-    looks = concepts + [Look("ring", *UNIT.style), Look(UNIT.content, "cyan", "dotted"), Look("cross", "red", "plain")]
+@pytest.mark.parametrize("units", [CHECK, LATER, FINAL])
+def test_the_reader_reads_what_is_drawn(units):
+    concepts, unit = [Look(unit.content, *unit.style) for unit in (*TUNING, *units)], units[0]
+    looks = concepts + [Look("ring", *unit.style), Look(unit.content, "cyan", "dotted"), Look("cross", "red", "plain")]
     pictures = torch.stack([draw(look) for look in looks])
     noise = 0.1 * torch.randn(pictures.shape, generator=torch.Generator().manual_seed(0))
-    assert read(pictures + noise) == looks
+    assert read(pictures + noise, unit) == looks
 
 
 def test_live_equals_patched_weights(live):
@@ -174,6 +176,36 @@ def test_fewer_layers_and_a_norm_penalty(live):
     )
     sizes = [sum(float(pair.down.square().sum()) for pair in update.values()) for update in (plain, small)]
     assert 0 < sizes[1] < 0.9 * sizes[0]
+
+
+def test_a_soft_null_space_is_how_much_an_update_changes_layers_on_the_bases_own_prompts(live):
+    paths = Paths(live, count=3)
+    given = {}
+    for name, layer in live.layers.items():
+        layer.register_forward_hook(lambda _layer, x, y, name=name: given.setdefault(name, []).append((x[0], y)))
+    again = Paths(live, count=3)
+    assert torch.equal(paths.pictures, again.pictures)
+    (update,) = random_updates(live, 1)
+    update = {name: Pair(torch.linalg.qr(pair.up).Q, pair.down) for name, pair in update.items()}
+    wanted = []
+    for name, pair in update.items():
+        x, y = (torch.cat([part.flatten(0, -2) for part in parts]) for parts in zip(*given[name]))
+        wanted.append(float((x @ pair.down.mT @ pair.up.mT).square().sum() / y.square().sum()))
+    assert float(null_space_penalty(update, paths.inputs)) == pytest.approx(sum(wanted) / 2, rel=1e-4)
+
+
+def test_a_soft_null_space_and_class_pictures_keep_an_adapter_quieter(live):
+    bases, paths = {name: decompose(layer.base.weight, 4) for name, layer in live.layers.items()}, Paths(live, count=8)
+
+    def change(recipe):
+        found = learn(live, bases, UNIT, "style", recipe, last=12, paths=paths).update
+        return float(null_space_penalty(found, paths.inputs))
+
+    plain = change(Recipe("plain", rank=4))
+    assert change(Recipe("null", rank=4, null=100.0)) < 0.8 * plain
+    assert change(Recipe("classes", rank=4, classes=30.0)) < 0.95 * plain
+    with pytest.raises(ValueError, match="own paths"):
+        learn(live, bases, UNIT, "style", Recipe("null", rank=4, null=1.0), last=1)
 
 
 def test_captions_vary_but_for_the_trigger(live, monkeypatch):
@@ -307,5 +339,5 @@ def test_picture_and_results(tmp_path):
     assert picture({"one": rows, "two": rows[::-1]}, CHECK[:3], tmp_path / "fusion.png").stat().st_size > 1000
     from benchmarks.fusion.report import save
 
-    stored = json.loads(save(tmp_path, CHECK[:3], {"one": rows}, {"version": "x"}).read_text())
+    stored = json.loads(save(tmp_path / "results.json", CHECK[:3], {"one": rows}, {"version": "x"}).read_text())
     assert stored["results"]["one"][CHECK[2].name]["h"] == 0.9 and stored["version"] == "x"
