@@ -1,4 +1,4 @@
-"""Acting by the prompt: a term takes part only where a prompt's text holds its trigger (design, section 14)."""
+"""Acting by the prompt: a term takes part only where a prompt's text holds its trigger."""
 
 import re
 from collections.abc import Iterable

@@ -39,11 +39,12 @@ from .fusions import Fusion, Schedule, Stage, content_first, content_then_base, 
 from .learn import RECIPES
 from .live import Live, encoded, noise_tokens
 from .measures import difference, h, interval, numbers, other_words
-from .protocol import CHECK, PICTURES, SAMPLER_STEPS, TUNING, TUNING_PICTURES, Unit
+from .protocol import CHECK, FINAL, LATER, PICTURES, SAMPLER_STEPS, TUNING, TUNING_PICTURES, Unit
 from .store import Study
 
 log = logging.getLogger(__name__)
 
+UNITS = {"tuning": TUNING, "check": CHECK, "later": LATER, "final": FINAL}
 GRID = (0.4, 0.6, 0.8, 1.0, 1.2)
 BEST_FIXED = (0.8, 0.8)  # of the study, see docs/fusion.md
 MEASURED = (0, 4, 8)  # steps of the base's own path, as the node measures 3 of 12
@@ -142,7 +143,7 @@ def _ranks(values: Sequence[float | None]) -> Any:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/fusion"), help="of the study; its adapters are used")
-    parser.add_argument("--units", choices=("tuning", "check"), default="tuning")
+    parser.add_argument("--units", choices=list(UNITS), default="tuning")
     parser.add_argument("--bf16", action="store_true", help="as the study was run")
     parser.add_argument("--noises", type=int, default=1, help="the node measures with one")
     args = parser.parse_args(argv)
@@ -150,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     tuning = args.units == "tuning"
     study = Study(args.folder, TUNING_PICTURES if tuning else PICTURES, half=args.bf16)
-    print(json.dumps(run(study, TUNING if tuning else CHECK, tuning, args.noises), indent=1))
+    print(json.dumps(run(study, UNITS[args.units], tuning, args.noises), indent=1))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Live application: `y = W x + sum_i a_i Q_i (dR_i x)` beside a weight that nobody touches (design, section 13).
+"""Live application: `y = W x + sum_i a_i Q_i (dR_i x)` beside a weight that nobody touches.
 
     recipe --layout--> FactorStore (Q and dR, see `live_store`)
                    \\-> LiveState (one table of a_i for each clone; read at every step)
