@@ -1,7 +1,7 @@
 """One command for each thing a newcomer wants to do. Standard library only; makes its own environment in .venv.
 
 python dev.py test [pytest arguments]    lint, types and every test that this machine can run (COMFYUI_PATH: a ComfyUI)
-python dev.py test --quick               lint, types and the tests that start no other process, under a minute
+python dev.py test --quick               lint, types and the tests that start no process and train little, a minute
 python dev.py demo [--no-wait]           a toy FLUX: train a content and a style on one picture each, merge, look
 python dev.py demo --golden              the merge against the published code's numbers, as a table
 """

@@ -17,8 +17,16 @@ WITHOUT_SERVER = {
 }
 
 
+# tests that start no process and still take long: they train models, or draw pictures with them
+TAKE_LONG = (
+    "tests/fusion/",
+    "tests/toy/",
+    *(f"tests/train/test_{name}.py" for name in ("families", "pipelines", "streaming")),
+)
+
+
 def pytest_addoption(parser):
-    parser.addoption("--quick", action="store_true", help="only tests that start no other process; under a minute")
+    parser.addoption("--quick", action="store_true", help="only tests that start no process and train little; a minute")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -27,9 +35,14 @@ def pytest_collection_modifyitems(config, items):
         if "tests/host/" in item.path.as_posix():
             item.add_marker(pytest.mark.process)
     if config.getoption("--quick"):
-        slow = [item for item in items if item.get_closest_marker("process")]
+        slow = [item for item in items if item.get_closest_marker("process") or takes_long(item)]
         config.hook.pytest_deselected(items=slow)
         items[:] = [item for item in items if item not in slow]
+
+
+def takes_long(item):
+    """Whether a test is of a file that trains models."""
+    return item.path.relative_to(item.config.rootpath).as_posix().startswith(TAKE_LONG)
 
 
 @pytest.hookimpl(optionalhook=True)
