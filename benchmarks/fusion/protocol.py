@@ -59,7 +59,7 @@ CHECK = tuple(
     )
 )
 # Nine more, for methods that were thought of when the check units' numbers were known. They were looked at once and
-# showed that the check units had been easy ones; since then the schedules of one pass each are chosen on them, too.
+# showed that the check units had been easy ones; since then `led_by_content` chooses on them, too.
 LATER = tuple(
     Unit(content, style, 20)
     for content, style in itertools.product(
