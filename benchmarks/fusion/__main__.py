@@ -20,10 +20,11 @@ from benchmarks.common import machine
 from qrlora_core import __version__
 
 from . import learnt, optimizer, report
+from .judged import judged_last
 from .measures import numbers
 from .protocol import CHECK, FINAL, LATER, PICTURES, TUNING, TUNING_PICTURES, VERSION, Unit
 from .store import Study, trained
-from .tuning import PASSES, QUIET_PASSES, REFERENCE, judged_last, single_adapters, tuned
+from .tuning import PASSES, QUIET_PASSES, REFERENCE, single_adapters, tuned
 
 log = logging.getLogger(__name__)
 LEFT_OUT = ("lora", "lora8", "qr40", "qr60", "preserve", "yielding", "attention", "small", "null", "classes")
@@ -62,20 +63,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         study.joints[optimizer.NAME] = optimizer.Optimizer(args.optimizer, check)
     if args.learnt:
         study.joints[learnt.NAME] = learnt.teach
-    return run(study, tuning, check, args.until, args.without)
+    return run(study, tuning, check, args.until, args.without, args.units)
 
 
 def run(
-    study: Study, tuning: Sequence[Unit], check: Sequence[Unit], until: str = "check", without: Sequence[str] = ()
+    study: Study,
+    tuning: Sequence[Unit],
+    check: Sequence[Unit],
+    until: str = "check",
+    without: Sequence[str] = (),
+    name: str = "check",
 ) -> int:
-    """Tune and check one method after another, each from where it was left; tables at the end."""
+    """Tune and check one method after another, each from where it was left; tables at the end.
+
+    Args:
+        study: where everything is kept.
+        tuning, check: what is chosen on, and what is judged by.
+        until: see `main`.
+        without: recipes that are left out.
+        name: of the units in JUDGED; for all but "check" nothing is chosen anew, and results have files of their own.
+    """
     quick_look = study.with_pictures(TUNING_PICTURES)
     fusions, results = [], {}
-    anew = tuple(check) not in (LATER, FINAL, JUDGED["all"])
+    anew = name == "check"
     if anew:
         methods = tuned(quick_look, tuning, without)
     else:
-        methods = judged_last(quick_look, (*tuning, *LATER) if tuple(check) == FINAL else (), without)
+        whole = name == "final" and len(tuning) == len(TUNING)  # 120 candidates are nothing for a quick look
+        methods = judged_last(quick_look, (*tuning, *LATER) if whole else (), without)
     for fusion in methods:
         fusions.append(fusion)
         if until == "check":
@@ -96,8 +111,7 @@ def run(
         print(f"{report.comparison(results, reference, check)}\n")
     facts = {"version": VERSION, "date": str(datetime.date.today()), "pack": __version__, "machine": machine()}
     facts["pictures"] = study.pictures
-    name = next((name for name, units in JUDGED.items() if units == tuple(check)), "check")
-    suffix = "" if name == "check" else f"-{name}"
+    suffix = "" if anew else f"-{name}"
     print(report.save(study.folder / f"results{suffix}.json", check, results, facts))
     print(report.picture(results, check, study.folder / f"fusion{suffix}.png"))
     return 0

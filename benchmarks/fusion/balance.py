@@ -36,6 +36,7 @@ from qrlora_core import (
 from qrlora_core.gate import DOUBLED, HALF_UNTIL
 
 from .fusions import Fusion, Schedule, Stage, content_first, content_then_base, fixed, half_then_full
+from .judged import BEST_FIXED
 from .learn import RECIPES
 from .live import Live, encoded, noise_tokens
 from .measures import difference, h, interval, numbers, other_words
@@ -46,7 +47,6 @@ log = logging.getLogger(__name__)
 
 UNITS = {"tuning": TUNING, "check": CHECK, "later": LATER, "final": FINAL}
 GRID = (0.4, 0.6, 0.8, 1.0, 1.2)
-BEST_FIXED = (0.8, 0.8)  # of the study, see docs/fusion.md
 MEASURED = (0, 4, 8)  # steps of the base's own path, as the node measures 3 of 12
 FIRST_NOISE = 50_000  # of no picture of the study
 PROMPT = f"a {CONTENT_TRIGGER} in {STYLE_TRIGGER} style"

@@ -86,8 +86,11 @@ def null_space_penalty(updates: Update, inputs: Mapping[str, Tensor]) -> Tensor:
     """How much updates change the base's layers on its own prompts, relative to their outputs, mean over layers.
 
     Args:
-        updates: the adapter's; `up` orthonormal, so that it changes no length.
-        inputs: of `Paths`.
+        updates: layer -> up (out, rank), orthonormal, so that it changes no length, and down (rank, in).
+        inputs: of `Paths`, (in, in) for each layer.
+
+    Returns:
+        A scalar without a unit: mean squared change over mean squared output; 0 changes nothing.
     """
     parts = [((pair.down @ inputs[name]) * pair.down).sum() for name, pair in updates.items()]
     return torch.stack(parts).mean()

@@ -20,6 +20,13 @@ from .store import Study, concept_of, trained
 log = logging.getLogger(__name__)
 REFERENCE, PASSES = "best fixed alpha, beta", "Merge: by prompt, one pass each"  # what the others are compared with
 QUIET_PASSES = "soft null space, Merge: by prompt, one pass each"
+# what Merge does by itself
+MERGE = (
+    Fusion(
+        "Merge: by prompt, content first", "qr", content_first(0.5), True, content_then_base(0.5), half_then_full(0.5)
+    ),
+    Fusion(PASSES, "qr", fixed(1.0, DOUBLED), True, style=half_then_full(HALF_UNTIL), separate=True),
+)
 GRID = (0.2, 0.4, 0.6, 0.8, 1.0)
 SWITCHES, LATER_SWITCHES = (0.5, 0.6, 0.7), (0.3, 0.4)
 
@@ -35,12 +42,6 @@ def separate_schedules() -> list[Schedule]:
     """Candidates for predictions that are composed: the content stronger or not, to the end or less of it later."""
     made = [fixed(style, content) for style in (1.0, 1.2) for content in (1.0, 1.5, 2.0, 2.5)]
     return made + [(Stage(switch, content, 1), Stage(0, 1, 1)) for switch in (0.3, 0.5) for content in (2.0, 2.5)]
-
-
-def led_schedules() -> list[Schedule]:
-    """Candidates for predictions that are composed: the content leads from noise to a sigma, with less of the style."""
-    every = itertools.product((0.6, 0.75), (2.0, 2.5, 3.0), (0.3, 0.5, 0.7), (1.5, 2.0, 2.5), (1.0, 1.2))
-    return [(Stage(down_to, high, less), Stage(0, low, full)) for down_to, high, less, low, full in every]
 
 
 def fixed_factors() -> list[Schedule]:
@@ -159,18 +160,13 @@ def tuned(study: Study, units: Sequence[Unit], without: Sequence[str] = ()) -> I
     yield best_everywhere(study, units, "separate passes", separate_schedules(), separate=True)
     separate = best_gated(study, units, "gate + separate passes", "qr", separate=True)
     yield separate
-    # what Merge does by itself, with nothing tuned for these units but the factor 2 and the sigma .75
-    yield Fusion(
-        "Merge: by prompt, content first", "qr", content_first(0.5), True, content_then_base(0.5), half_then_full(0.5)
-    )
-    passes = fixed(1.0, DOUBLED)
-    yield Fusion(PASSES, "qr", passes, True, style=half_then_full(HALF_UNTIL), separate=True)
+    yield from MERGE
     if "lora" not in without:
         yield Fusion("plain LoRA, equal rank", "lora")
         yield replace(separate, name="plain LoRA, gate + separate passes", adapters="lora")
     if "null" not in without:
         yield Fusion("soft null space, plain sum", "null")
-        yield Fusion(QUIET_PASSES, "null", passes, True, style=half_then_full(HALF_UNTIL), separate=True)
+        yield replace(MERGE[-1], name=QUIET_PASSES, adapters="null")
         yield best_gated(study, units, "soft null space, gate + separate passes", "null", separate=True)
     yield best_everywhere(study, units, REFERENCE, fixed_factors())
     yield best_everywhere(study, units, "content first", both_schedules())
@@ -182,54 +178,6 @@ def tuned(study: Study, units: Sequence[Unit], without: Sequence[str] = ()) -> I
             yield Fusion(name, joint=joint)
     if "lora" not in without:
         yield from own_choices(study, units, "lora8" not in without)
-
-
-def judged_last(study: Study, units: Sequence[Unit], without: Collection[str] = ()) -> Iterator[Fusion]:
-    """What is compared on the final units: methods with what was chosen on tuning units, and one that came later.
-
-    Args:
-        study: of few pictures.
-        units: what the later one is chosen on; it is left out where there are none.
-        without: recipes whose adapters are left out.
-    """
-    yield Fusion("no adapter", both=())
-    yield Fusion("plain sum")
-    yield Fusion(REFERENCE, both=fixed(0.8, 0.8))
-    yield Fusion("prompt gate", gate=True)
-    yield Fusion("content first", both=content_first(0.5))
-    yield Fusion(
-        "Merge: by prompt, content first", "qr", content_first(0.5), True, content_then_base(0.5), half_then_full(0.5)
-    )
-    passes = Fusion(PASSES, "qr", fixed(1.0, DOUBLED), True, style=half_then_full(HALF_UNTIL), separate=True)
-    yield passes
-    if "lora" not in without:
-        lora = at_rate(RECIPES["lora"], 3e-3).name
-        yield Fusion("plain LoRA, own rate", lora)
-        yield Fusion("plain LoRA, own rate and fixed factors", lora, fixed(0.6, 0.6))
-        yield Fusion("plain LoRA, own rate, gate + separate passes", lora, fixed(1.2, 2.5), True, separate=True)
-    if "null" not in without:
-        yield replace(passes, name=QUIET_PASSES, adapters="null")
-    if units:
-        yield led_by_content(study, units)
-
-
-def led_by_content(study: Study, units: Sequence[Unit]) -> Fusion:
-    """Separate passes in which the content leads: the schedule with the highest H, and the best for a style alone."""
-    fusion = Fusion("gate + separate passes, content leads", gate=True, separate=True)
-
-    def both(candidate: Fusion) -> float:
-        shown = statistics.fmean(h(study.readings(candidate, unit, ["both"])["both"]) for unit in units)
-        log.info("%s both %s: H %.3f", candidate.name, candidate.both, shown)
-        return shown
-
-    def style(candidate: Fusion) -> float:
-        right = statistics.fmean(study.readings(candidate, unit, ["style"])["style"]["right"] for unit in units)
-        log.info("%s style %s: all right %.3f", candidate.name, candidate.style, right)
-        return right
-
-    fusion = max((replace(fusion, both=one) for one in led_schedules()), key=both)
-    alone = [half_then_full(*one) for one in itertools.product((0.4, 0.5, 0.6, 0.75), (0.3, 0.5, 0.7))]
-    return max((replace(fusion, style=one) for one in alone), key=style)
 
 
 def own_choices(study: Study, units: Sequence[Unit], equal_parameters: bool) -> Iterator[Fusion]:
