@@ -201,6 +201,13 @@ def train_graph(name="adapter", options=None, vae="test_vae.safetensors", **inpu
     }
 
 
+def light_graph(name="adapter", options=None, **inputs):
+    """The same with an encoder that takes no time, where it is not encoding that is looked at."""
+    graph = train_graph(name, options, **inputs)
+    graph["clip"] = node("QRLoRATestClip", width=WIDTH, pooled=True)
+    return graph
+
+
 def train_node(name, **inputs):
     values = {
         "model_name": "flux 768 \u00e9.safetensors",
