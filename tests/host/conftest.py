@@ -13,6 +13,7 @@ from demo import server as instance
 from demo.in_comfyui import add_toy
 
 HOST = instance.find_host()
+FRIEND = "https://friend.example"  # whose pages may ask the other server
 
 
 def pytest_collection_modifyitems(items):
@@ -41,9 +42,19 @@ def server(tmp_path_factory, clip_file):
 
 
 @pytest.fixture(scope="session")
+def other(server):
+    """Another ComfyUI over the same folders, which allows the pages of a friend; the last test with it kills it."""
+    from tests.host.training import TrainingServer
+
+    log, arguments = server.log.with_name("other.log"), ("--enable-cors-header", FRIEND)
+    with TrainingServer(HOST, server.base, {"OMP_NUM_THREADS": "1"}, log, arguments) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
 def bare_server(tmp_path_factory):
     """A server whose Python has none of the packages that the pack can do without, and whose pack is that of the
-    registry's archive, where this is a clone that an archive can be made of.
+    registry's archive, where this is a clone that an archive can be made of. Everybody's pages may ask it.
     """
     from tests.archive import archived_files, make_archive
 
@@ -58,7 +69,8 @@ def bare_server(tmp_path_factory):
     (folder / "sitecustomize.py").write_text(
         "import sys\nfor name in ('diffusers', 'accelerate', 'peft', 'matplotlib'):\n    sys.modules[name] = None\n"
     )
-    with instance.Server(HOST, base, {"PYTHONPATH": str(folder)}) as running:
+    environment = {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+    with instance.Server(HOST, base, environment, arguments=("--enable-cors-header",)) as running:
         yield running
 
 

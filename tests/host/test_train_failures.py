@@ -23,9 +23,7 @@ from PIL import Image
 
 from demo.server import PACK, WorkflowError
 from tests.host import training
-from tests.host.conftest import HOST
 from tests.host.training import (
-    TrainingServer,
     adapter_names,
     children,
     interrupt,
@@ -461,7 +459,7 @@ def test_a_dataset_folder(server):
 
 
 def test_several_train_nodes_run_one_after_another(server):
-    server.play("ok", seconds=0.05)
+    server.play("ok", seconds=0.02)
     graph = light_graph("one", seed=40)
     graph["train2"] = train_node("two", seed=41)
     graph["merge"] = training.node(
@@ -513,14 +511,6 @@ def test_full_disk(server, tmp_path):
     assert usable(server)
 
 
-@pytest.fixture(scope="module")
-def other(server):
-    """Another ComfyUI over the same folders; the last test that uses it may kill it."""
-    log = server.log.with_name("other.log")
-    with TrainingServer(HOST, server.base, log=log) as running:
-        yield running
-
-
 def test_two_servers_with_the_same_name_and_inputs(server, other):
     """One trains, the other waits for it and takes its result."""
     server.play("ok", seconds=0.15)
@@ -532,7 +522,10 @@ def test_two_servers_with_the_same_name_and_inputs(server, other):
 
 
 def test_comfyui_killed(server, other):
-    """The trainer ends within five seconds, and another ComfyUI over the same folders goes on."""
+    """The trainer ends within five seconds, and another ComfyUI over the same folders goes on.
+
+    The last test that asks the other server, for it kills it.
+    """
     server.play("ok", seconds=0.3)
     other.submit(light_graph("orphan"))
     wait_for(other, running_step)
@@ -588,7 +581,7 @@ def test_a_sample_that_is_none_is_not_an_error_of_the_server(server):
 
 def test_the_page_can_catch_up(server):
     """What a reloaded page asks for, and what it may not."""
-    server.play("ok", seconds=0.1)
+    server.play("ok", seconds=0.03)
     ticket = server.submit(light_graph("page", seed=70))
     job = wait_for(server, running_step)
     assert job["run"].startswith("page-") and job["prompt_id"] == ticket

@@ -296,7 +296,7 @@ def runs(server):
 class TrainingServer(instance.Server):
     """A server whose owner's file names the real trainer, or the fake one for as long as a test plays it."""
 
-    def __init__(self, host, base, environment=None, log=None):
+    def __init__(self, host, base, environment=None, log=None, arguments=()):
         self.part, self._owner, self._real = base / "part.json", base / "owner.json", real_python(host)
         self._fake = base / "fake python"
         self._fake.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{FAKE}" "$@"\n')
@@ -304,7 +304,7 @@ class TrainingServer(instance.Server):
         if not self._owner.is_file():  # a second server over the same folders plays what the first one does
             self.train_really()
         environment = {"QRLORA_CONFIG": str(self._owner), "QRLORA_FAKE": str(self.part), **(environment or {})}
-        super().__init__(host, base, environment, log)
+        super().__init__(host, base, environment, log, arguments)
 
     def play(self, scenario, **more):
         """What the next trainer does: a scenario of the fake one."""
