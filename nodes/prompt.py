@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from ..qrlora_core import NOTHING, MergeRecipe, holds, triggers_of
 from . import sockets
 from .arrivals import Node
-from .host.steps import PROMPT
+from .host.encoders import conditioning_of
 
 
 class PromptNode(Node):
@@ -49,9 +49,7 @@ class PromptNode(Node):
         triggers = list(dict.fromkeys(one for adapter in delta_r.adapters for one in triggers_of(adapter)))
         if insert_triggers:
             text = " ".join([*(one for one in triggers if not holds(text, one)), text])
-        conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(text))
-        marked = [[embeds, {**details, PROMPT: text}] for embeds, details in conditioning]
-        return io.NodeOutput(marked, text, ui={"text": [_report(text, triggers)]})
+        return io.NodeOutput(conditioning_of(clip, text), text, ui={"text": [_report(text, triggers)]})
 
 
 def _report(text: str, triggers: list[str]) -> str:

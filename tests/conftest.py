@@ -16,6 +16,8 @@ WITHOUT_SERVER = {
     f"tests/host/test_{name}.py" for name in ("benchmarks", "families", "live", "lora", "patching", "versions")
 }
 
+# tests of the host that open pages besides those that say so
+IN_BROWSER = {f"tests/host/test_{name}.py" for name in ("block_presets", "blueprints", "minute", "socket_types")}
 
 # tests that start no process and still take long: they train models, or draw pictures with them
 TAKE_LONG = (
@@ -30,7 +32,10 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    """The tests of the host all ask a server or a browser; the others that start a process carry the mark `process`."""
+    """The tests of the host all ask a server or a browser; the others that start a process carry the mark `process`.
+
+    What takes longest comes first, so that several processes end at about the same time.
+    """
     for item in items:
         if "tests/host/" in item.path.as_posix():
             item.add_marker(pytest.mark.process)
@@ -38,6 +43,9 @@ def pytest_collection_modifyitems(config, items):
         slow = [item for item in items if item.get_closest_marker("process") or takes_long(item)]
         config.hook.pytest_deselected(items=slow)
         items[:] = [item for item in items if item not in slow]
+    lengthy = {item.path for item in items if item.get_closest_marker("process") or takes_long(item)}
+    rank = {"server": 0, "browser": 1}
+    items.sort(key=lambda item: rank.get(scope_of(item.nodeid), 2 if item.path in lengthy else 3))
 
 
 def takes_long(item):
@@ -54,12 +62,17 @@ def pytest_xdist_make_scheduler(config, log):
 
     class ByServer(LoadScopeScheduling):
         def _split_scope(self, nodeid):
-            file = nodeid.split("::")[0]
-            if not file.startswith("tests/host/") or file in WITHOUT_SERVER:
-                return file
-            return "browser" if file.startswith("tests/host/test_browser") else "server"
+            return scope_of(nodeid)
 
     return ByServer(config, log)
+
+
+def scope_of(nodeid):
+    """What stays in one process: the tests of the server, those of the browser, or any other file."""
+    file = nodeid.split("::")[0]
+    if not file.startswith("tests/host/") or file in WITHOUT_SERVER:
+        return file
+    return "browser" if file in IN_BROWSER or file.startswith("tests/host/test_browser") else "server"
 
 
 @pytest.fixture(scope="session", autouse=True)

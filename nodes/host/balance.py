@@ -28,11 +28,12 @@ from ...qrlora_core import (
     merge,
     products,
 )
+from .encoders import conditioning_of
 from .live import KEY, live_clone, set_factors
 from .live_store import can_be_live
 from .places import place_layers
 from .protocols import Clip, ModelPatcher
-from .steps import PROMPT, noise_of
+from .steps import noise_of
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +107,7 @@ def measure(
     places = place_layers(model, [target for one in pair[:2] for adapter in one.adapters for target in adapter.targets])
     if not can_be_live(model, places.values()):
         raise SettingError("an adapter changes layers that are not linear (LoCon); only linear ones can be measured")
-    conditionings = {one: encoded(clip, prompts[one]) for one in ASKED}
+    conditionings = {one: conditioning_of(clip, prompts[one]) for one in ASKED}
     earlier = model.get_attachment(KEY)
     terms = earlier.recipe.terms if earlier is not None else ()
     clone = live_clone(model, pair.at(Trial(1.0, 1.0)), places)
@@ -118,12 +119,6 @@ def measure(
     _known[model] = (key, asked, sampler.found)
     log.info("QR-LoRA: %d predictions measured a pair", sampler.evaluations)
     return sampler.found, sampler.evaluations
-
-
-def encoded(clip: Clip, text: str) -> list[Any]:
-    """A conditioning that carries its text, as QR-LoRA Prompt makes it."""
-    conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(text))
-    return [[embeds, {**details, PROMPT: text}] for embeds, details in conditioning]
 
 
 def _walk(clone: Any, conditionings: Mapping[Asked, Any], sampler: "_Measurer", path: Path) -> None:

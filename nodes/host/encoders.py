@@ -13,6 +13,7 @@ from torch import Tensor
 from ...qrlora_core import EncodedText, ModelInputs, QRLoRAError
 from .base_format import BaseFormat
 from .protocols import Clip, Encoder, Vae
+from .steps import PROMPT
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +27,12 @@ _UNUSED = ("text_projection.weight", "logit_scale")
 
 class EncodeError(QRLoRAError):
     """The graph's CLIP or VAE does not give what the model takes."""
+
+
+def conditioning_of(clip: Clip, text: str) -> list[Any]:
+    """What CLIP Text Encode makes of a text, with the text as a mark: a merge that acts by the prompt reads it."""
+    conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(text))
+    return [[embeds, {**details, PROMPT: text}] for embeds, details in conditioning]
 
 
 def encode_text(clip: Clip, text: str, base: BaseFormat, taken: ModelInputs) -> EncodedText:

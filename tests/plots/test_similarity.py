@@ -1,13 +1,16 @@
 """The similarity picture: known values are where they belong, in the colour they should have."""
 
 import copy
+import io
 import json
 import sys
 
 import pytest
+from PIL import Image
 
 import qrlora_core as core
 from qrlora_plots import PlotsUnavailableError, similarity_figure, similarity_image, similarity_png
+from qrlora_plots.figures import figure_png
 from qrlora_plots.similarity import BAND, KINDS, heat_map_grid
 from tests.core.test_merge import make
 
@@ -23,6 +26,12 @@ def report(golden):
 def pixel(figure, image, axes, x, y):
     column, row = axes.transData.transform((x, y))
     return "#{:02X}{:02X}{:02X}".format(*image.getpixel((round(column), round(image.height - 1 - row))))
+
+
+def drawn(report, **options):
+    """A report's figure and the pixels of that figure."""
+    figure = similarity_figure(report, **options)
+    return figure, Image.open(io.BytesIO(figure_png(figure))).convert("RGB")
 
 
 def titled(figure, words):
@@ -43,7 +52,7 @@ def test_markers_are_at_their_values(report, fixed, quantity, title):
     other = copy.deepcopy(report)
     for index, entry in enumerate(other["layers"]):
         entry["cosine"][quantity] = (-1) ** index * (0.2 + 0.04 * index)
-    figure, image = similarity_figure(other, fixed_scale=fixed), similarity_image(other, fixed_scale=fixed)
+    figure, image = drawn(other, fixed_scale=fixed)
     axes = titled(figure, title)
     for index, entry in enumerate(other["layers"]):
         value = entry["cosine"][quantity]
@@ -55,7 +64,7 @@ def test_the_null_band_lies_behind(report):
     other = changed(report, delta_r=0.8)
     for entry in other["layers"]:
         entry["null_band"]["delta_r"] = 0.3
-    figure, image = similarity_figure(other), similarity_image(other)
+    figure, image = drawn(other)
     axes = titled(figure, "cosine of \u0394R")
     for place in (0, 7, 14):
         assert pixel(figure, image, axes, place, 0.25) == pixel(figure, image, axes, place, -0.25) == BAND

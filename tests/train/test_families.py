@@ -152,9 +152,20 @@ def test_texts_of_a_batch_may_have_other_lengths(family):
     assert float((both[1:] - alone).abs().max()) < 5e-5
 
 
+@pytest.fixture(scope="module")
+def in_host():
+    """One process of the host for all families: it takes a line of JSON and answers with one."""
+    script = Path(__file__).with_name("host_families.py")
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([HOST_PYTHON, script, HOST], cwd=HOST, **pipes) as process:
+        yield process
+        process.stdin.close()
+        assert process.wait(60) == 0
+
+
 @pytest.mark.process
 @pytest.mark.skipif(not HOST_PYTHON, reason="no ComfyUI beside")
-def test_what_was_trained_is_what_comfyui_applies(family, tmp_path):
+def test_what_was_trained_is_what_comfyui_applies(family, in_host, tmp_path):
     _, small, folder = family
     if small.host_size:
         small = replace(small, arguments=small.arguments | small.host_size)
@@ -194,9 +205,8 @@ def test_what_was_trained_is_what_comfyui_applies(family, tmp_path):
     }
     work |= {"model": str(folder / "model.safetensors"), "inputs": str(tmp_path / "inputs.safetensors")}
     work["outputs"] = str(tmp_path / "outputs.safetensors")
-    (tmp_path / "work.json").write_text(json.dumps(work))
-    script = Path(__file__).with_name("host_families.py")
-    subprocess.run([HOST_PYTHON, script, HOST, tmp_path / "work.json"], check=True, timeout=300, cwd=tmp_path)
+    print(json.dumps(work), file=in_host.stdin, flush=True)
+    assert in_host.stdout.readline() == "written\n", "the host's process has ended; what it printed is above"
     found = load_file(work["outputs"])
     base, adapted = output(small.model()), output(state.model)
     assert float((adapted - base).abs().max()) > 1e-2, "three steps changed something"

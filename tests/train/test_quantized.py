@@ -14,29 +14,31 @@ from train.errors import TrainError
 from train.model.source import BaseModel
 
 HOST, HOST_PYTHON = os.environ.get("COMFYUI_PATH"), os.environ.get("COMFYUI_PYTHON")
-# runs in ComfyUI's own Python: quantises every block's weights as the host does, and dequantises them again
+# runs in ComfyUI's own Python: quantises every block's weights as the host does, and dequantises them again; once for
+# all formats
 QUANTISE = """
 import json, sys
 import torch
 from safetensors.torch import load_file, save_file
 sys.path.insert(0, sys.argv[1])
-sys.argv[1:] = sys.argv[2:]
+source, formats = sys.argv[2], json.loads(sys.argv[3])
+sys.argv[1:] = []
 from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
-source, target, name, more = sys.argv[1], sys.argv[2], sys.argv[3], json.loads(sys.argv[4])
-state, expected = {}, {}
-for key, value in load_file(source).items():
-    if value.dim() != 2 or "_blocks." not in key:
-        state[key] = value
-        continue
-    rows = {"per_channel": True} if "convrot" in more else {}
-    packed = QuantizedTensor.from_float(value.float(), QUANT_ALGOS[name]["comfy_tensor_layout"], **more, **rows)
-    for suffix, tensor in packed.state_dict(key).items():
-        state[suffix] = (tensor.view(torch.uint8) if tensor.dtype == torch.float8_e8m0fnu else tensor).contiguous()
-    config = list(json.dumps({"format": name, **more}).encode())
-    state[key.removesuffix("weight") + "comfy_quant"] = torch.tensor(config, dtype=torch.uint8)
-    expected[key] = packed.dequantize().contiguous()
-save_file(state, target)
-save_file(expected, target + ".expected")
+for target, (name, more) in formats.items():
+    state, expected = {}, {}
+    for key, value in load_file(source).items():
+        if value.dim() != 2 or "_blocks." not in key:
+            state[key] = value
+            continue
+        rows = {"per_channel": True} if "convrot" in more else {}
+        packed = QuantizedTensor.from_float(value.float(), QUANT_ALGOS[name]["comfy_tensor_layout"], **more, **rows)
+        for suffix, tensor in packed.state_dict(key).items():
+            state[suffix] = (tensor.view(torch.uint8) if tensor.dtype == torch.float8_e8m0fnu else tensor).contiguous()
+        config = list(json.dumps({"format": name, **more}).encode())
+        state[key.removesuffix("weight") + "comfy_quant"] = torch.tensor(config, dtype=torch.uint8)
+        expected[key] = packed.dequantize().contiguous()
+    save_file(state, target)
+    save_file(expected, target + ".expected")
 """
 FORMATS = {
     "fp8": ("float8_e4m3fn", {}, 0.05),
@@ -48,19 +50,23 @@ FORMATS = {
 }
 
 
+@pytest.fixture(scope="module")
+def quantised(tmp_path_factory):
+    """A folder with a model in every format, NAME.safetensors."""
+    folder = tmp_path_factory.mktemp("quantised")
+    targets = {str(folder / f"{name}.safetensors"): one[:2] for name, one in FORMATS.items()}
+    command = [HOST_PYTHON, "-c", QUANTISE, HOST, SINGLE, json.dumps(targets)]
+    subprocess.run(command, check=True, timeout=300, cwd=folder)
+    return folder
+
+
 @pytest.mark.process
 @pytest.mark.skipif(not HOST_PYTHON, reason="no ComfyUI beside")
 @pytest.mark.parametrize("name", FORMATS)
-def test_numbers_are_those_of_the_host(tmp_path, name):
+def test_numbers_are_those_of_the_host(quantised, name):
     """Every weight, and the rows of q, k and v of a fused one, bit by bit."""
-    algorithm, options, tolerance = FORMATS[name]
-    target = tmp_path / "model.safetensors"
-    subprocess.run(
-        [HOST_PYTHON, "-c", QUANTISE, HOST, SINGLE, target, algorithm, json.dumps(options)],
-        check=True,
-        timeout=300,
-        cwd=tmp_path,
-    )
+    tolerance = FORMATS[name][2]
+    target = quantised / f"{name}.safetensors"
     model, plain = BaseModel(target), BaseModel(SINGLE)
     expected = load_file(f"{target}.expected")
     assert name.removesuffix("_e5m2") in model.formats

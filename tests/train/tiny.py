@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -115,7 +116,9 @@ def sparse_flux(path: Path, double: int = 19, single: int = 38, dtype: torch.dty
 
 def sparse_model(path: Path, kind: Any, arguments: dict[str, Any], dtype: torch.dtype = torch.bfloat16) -> Path:
     """The same of any of diffusers' models."""
-    with init_empty_weights():
+    # a table of positions is computed even where weights are not, and takes seconds
+    table = "diffusers.models.embeddings.get_2d_sincos_pos_embed"
+    with init_empty_weights(), patch(table, lambda width, side, **_: torch.empty(side**2, width, device="meta")):
         model = kind(**arguments)
     specs = {name: TensorSpec(dtype, tuple(value.shape)) for name, value in model.state_dict().items()}
     with path.open("wb") as file:
