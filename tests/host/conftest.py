@@ -14,6 +14,7 @@ from demo.in_comfyui import add_toy
 
 HOST = instance.find_host()
 FRIEND = "https://friend.example"  # whose pages may ask the other server
+OPEN = pytest.StashKey()  # the browser window of this session, once there is one
 
 
 def pytest_collection_modifyitems(items):
@@ -21,6 +22,24 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "tests/host/" in item.path.as_posix():
                 item.add_marker(pytest.mark.skip(reason=instance.HOW_TO))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item):
+    """A page in which a test failed is loaded anew for the next one."""
+    report = yield
+    if report.failed and OPEN in item.session.stash and "page" in item.fixturenames:
+        item.session.stash[OPEN].spoil()
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item, nextitem):
+    """The page is left while other modules are at work that have no use for it."""
+    over = nextitem and nextitem.module is not item.module and "page" not in nextitem.fixturenames
+    if over and OPEN in item.session.stash:
+        item.session.stash[OPEN].rest()
+    return (yield)
 
 
 @pytest.fixture(scope="session")
@@ -83,12 +102,14 @@ def fake(server):
 
 
 @pytest.fixture(scope="session")
-def chromium(server, tmp_path_factory):
+def chromium(server, tmp_path_factory, request):
     """The one browser window that all tests share."""
     from tests.host import browser
 
     with browser.browser(server, tmp_path_factory.mktemp("chromium")) as window:
+        request.session.stash[OPEN] = window
         yield window
+        del request.session.stash[OPEN]
 
 
 @pytest.fixture(scope="module")
