@@ -202,6 +202,13 @@ def train_graph(name="adapter", options=None, vae="test_vae.safetensors", **inpu
     }
 
 
+def light_graph(name="adapter", options=None, **inputs):
+    """The same with an encoder that takes no time, where it is not encoding that is looked at."""
+    graph = train_graph(name, options, **inputs)
+    graph["clip"] = node("QRLoRATestClip", width=WIDTH, pooled=True)
+    return graph
+
+
 def train_node(name, **inputs):
     values = {
         "model_name": "flux 768 \u00e9.safetensors",
@@ -290,7 +297,7 @@ def runs(server):
 class TrainingServer(instance.Server):
     """A server whose owner's file names the real trainer, or the fake one for as long as a test plays it."""
 
-    def __init__(self, host, base, environment=None, log=None):
+    def __init__(self, host, base, environment=None, log=None, arguments=()):
         self.part, self._owner, self._real = base / "part.json", base / "owner.json", real_python(host)
         self._warm = warm_python(self._real, "host")
         self._fake = base / "fake python"
@@ -299,7 +306,7 @@ class TrainingServer(instance.Server):
         if not self._owner.is_file():  # a second server over the same folders plays what the first one does
             self.train_really()
         environment = {"QRLORA_CONFIG": str(self._owner), "QRLORA_FAKE": str(self.part), **(environment or {})}
-        super().__init__(host, base, environment, log)
+        super().__init__(host, base, environment, log, arguments)
 
     def play(self, scenario, **more):
         """What the next trainer does: a scenario of the fake one."""
