@@ -16,6 +16,8 @@ from selenium import webdriver
 from selenium.common.exceptions import JavascriptException, NoAlertPresentException
 from selenium.webdriver.chrome.options import Options
 from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.keys import Keys
 
 from demo.server import Server
 
@@ -27,6 +29,44 @@ QUIET = ("--disable-background-networking", "--disable-component-update", "--dis
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-dev-shm-usage", *QUIET)
 # The front end's own greetings would cover the graph.
 SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Workflow.WarnBlueprintOverwrite": False}
+# What tests change, as it is before any of them.
+DEFAULTS = {
+    "Comfy.VueNodes.Enabled": False,
+    "Comfy.ColorPalette": "dark",
+    "Comfy.Locale": "en",
+    "Comfy.RightSidePanel.IsOpen": False,
+    "QRLoRA.ApplyMode": "auto",
+    "QRLoRA.MemoryPreset": "auto",
+    "QRLoRA.Folder": "output/qrlora",
+}
+LOADING = ("Comfy.Locale",)  # a page that speaks another language makes its workflow anew, at a time of its own
+POLL = 0.05  # seconds between two looks at the page
+# The state of a page that was just opened, but for its settings: resolves to what is still open.
+TIDY = """
+    const [settings] = arguments;
+    const { setting, workflow, sidebarTab, toast, command } = app.extensionManager;
+    const tidy = async () => {
+      delete window.qrloraTest;
+      delete window.comfyAPI.api.api.fetchApi; // a test's own in front of that of the class
+      for (const [name, value] of Object.entries(settings)) {
+        if (setting.get(name) !== value) await setting.set(name, value);
+      }
+      sidebarTab.activeSidebarTabId = null;
+      toast.removeAll();
+      await command.execute("Comfy.NewBlankWorkflow");
+      for (const one of [...workflow.openWorkflows]) {
+        if (one !== workflow.activeWorkflow) await workflow.closeWorkflow(one);
+      }
+      app.canvas.ds.reset();
+      return null;
+    };
+    return tidy();
+"""
+AS_NEW = """
+    return app.canvas.graph === app.graph && !app.graph.nodes.length && !Object.keys(app.nodeOutputs).length
+      && app.extensionManager.workflow.openWorkflows.length === 1 && !document.querySelector("[role=dialog]")
+      && Object.entries(arguments[0]).every(([name, value]) => app.extensionManager.setting.get(name) === value);
+"""
 
 
 def find_chromium() -> tuple[str, str] | None:
@@ -54,30 +94,61 @@ class Page:
 
     def __init__(self, server: Server, driver: webdriver.Chrome) -> None:
         self.server, self.driver = server, driver
+        self._loaded: dict[str, Any] | None = None  # its LOADING settings; None: load it anew before it is used again
 
     def open(self, address: str = "") -> "Page":
-        """Load the page anew, as a reload does, and wait for the graph."""
+        """Load the page anew, as a reload does, and wait until it has brought back what was open."""
         self.driver.get(self.server.url + address)
         with suppress(NoAlertPresentException):
             self.driver.switch_to.alert.accept()  # "leave the page?"
-        self.wait("return !!window.app?.graph && !!window.app.canvas && !!window.app.extensionManager", 120)
-        self.wait("return !document.querySelector('.p-progressspinner')", 60)
+        # The spinner is there before the graph is, and goes when the last workflow is back: one that is put into the
+        # page before that would be replaced by it.
+        self.wait("return !!window.app?.graph && !!app.canvas && app.extensionManager?.spinner === false", 180)
         return self
+
+    def fresh(self, settings: dict[str, Any] | None = None) -> "Page":
+        """A page as a new visitor gets it, with one empty workflow, loaded anew only where that is needed.
+
+        Args:
+            settings: what differs from the defaults.
+        """
+        self.errors()  # of what was before
+        wanted = {**DEFAULTS, **(settings or {})}
+        loading = {name: wanted[name] for name in LOADING}
+        reused, self._loaded = self._loaded == loading, None
+        if not reused:
+            set_settings(self.server, wanted)
+            self.open()
+        self.js(TIDY, wanted)
+        until = time.monotonic() + 30
+        while not self.js(AS_NEW, wanted) and time.monotonic() < until:
+            ActionChains(self.driver).send_keys(Keys.ESCAPE).perform()  # closes the dialog that is on top
+            time.sleep(POLL)
+        self.wait(AS_NEW, 1, wanted)
+        self._loaded = loading
+        return self
+
+    def spoil(self) -> None:
+        """Load the page anew before it is used again: what its scripts keep would disturb the next test."""
+        self._loaded = None
+
+    def rest(self) -> None:
+        """Leave the page, which costs time even when nobody looks at it."""
+        if self._loaded:
+            self.driver.get("about:blank")
+        self.spoil()
 
     def load(self, workflow: dict[str, Any]) -> None:
         """Put a workflow in the place of the open one; without an id it gets a new one, as a new tab does."""
         workflow = {"id": str(uuid.uuid4()), **workflow}
-        ours = (
+        self.js("return app.loadGraphData(arguments[0]).then(() => null)", workflow)
+        self.wait(
             "return app.canvas.graph === app.graph && app.graph.nodes.length === arguments[0]"
-            " && app.graph.id === arguments[1]"
+            " && app.graph.id === arguments[1]",
+            30,
+            len(workflow["nodes"]),
+            workflow["id"],
         )
-        for left in (2, 1, 0):  # on a busy machine the front end brings its last tab back after ours was loaded
-            self.js("return app.loadGraphData(arguments[0]).then(() => null)", workflow)
-            with suppress(*([TimeoutError] if left else [])):
-                self.wait(ours, 40, len(workflow["nodes"]), workflow["id"])
-                time.sleep(0.3)
-                if self.js(ours, len(workflow["nodes"]), workflow["id"]):
-                    return
 
     def load_template(self, name: str) -> None:
         """Open one of the pack's templates, as the front end's own list of them does."""
@@ -103,7 +174,7 @@ class Page:
                     return value
             except JavascriptException as raised:  # the page is not there yet
                 error = str(raised.msg)
-            time.sleep(0.1)
+            time.sleep(POLL)
         shown = self.js("return document.querySelector('[data-qrlora-train]')?.innerText ?? document.body.innerText")
         raise TimeoutError(f"not within {seconds} s: {script}\n{error}\nthe page shows: {shown[:2000]}")
 

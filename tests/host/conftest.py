@@ -13,6 +13,8 @@ from demo import server as instance
 from demo.in_comfyui import add_toy
 
 HOST = instance.find_host()
+FRIEND = "https://friend.example"  # whose pages may ask the other server
+OPEN = pytest.StashKey()  # the browser window of this session, once there is one
 
 
 def pytest_collection_modifyitems(items):
@@ -20,6 +22,24 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "tests/host/" in item.path.as_posix():
                 item.add_marker(pytest.mark.skip(reason=instance.HOW_TO))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item):
+    """A page in which a test failed is loaded anew for the next one."""
+    report = yield
+    if report.failed and OPEN in item.session.stash and "page" in item.fixturenames:
+        item.session.stash[OPEN].spoil()
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item, nextitem):
+    """The page is left while other modules are at work that have no use for it."""
+    over = nextitem and nextitem.module is not item.module and "page" not in nextitem.fixturenames
+    if over and OPEN in item.session.stash:
+        item.session.stash[OPEN].rest()
+    return (yield)
 
 
 @pytest.fixture(scope="session")
@@ -41,9 +61,19 @@ def server(tmp_path_factory, clip_file):
 
 
 @pytest.fixture(scope="session")
+def other(server):
+    """Another ComfyUI over the same folders, which allows the pages of a friend; the last test with it kills it."""
+    from tests.host.training import TrainingServer
+
+    log, arguments = server.log.with_name("other.log"), ("--enable-cors-header", FRIEND)
+    with TrainingServer(HOST, server.base, {"OMP_NUM_THREADS": "1"}, log, arguments) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
 def bare_server(tmp_path_factory):
     """A server whose Python has none of the packages that the pack can do without, and whose pack is that of the
-    registry's archive, where this is a clone that an archive can be made of.
+    registry's archive, where this is a clone that an archive can be made of. Everybody's pages may ask it.
     """
     from tests.archive import archived_files, make_archive
 
@@ -58,7 +88,8 @@ def bare_server(tmp_path_factory):
     (folder / "sitecustomize.py").write_text(
         "import sys\nfor name in ('diffusers', 'accelerate', 'peft', 'matplotlib'):\n    sys.modules[name] = None\n"
     )
-    with instance.Server(HOST, base, {"PYTHONPATH": str(folder)}) as running:
+    environment = {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+    with instance.Server(HOST, base, environment, arguments=("--enable-cors-header",)) as running:
         yield running
 
 
@@ -71,12 +102,14 @@ def fake(server):
 
 
 @pytest.fixture(scope="session")
-def chromium(server, tmp_path_factory):
+def chromium(server, tmp_path_factory, request):
     """The one browser window that all tests share."""
     from tests.host import browser
 
     with browser.browser(server, tmp_path_factory.mktemp("chromium")) as window:
+        request.session.stash[OPEN] = window
         yield window
+        del request.session.stash[OPEN]
 
 
 @pytest.fixture(scope="module")

@@ -35,8 +35,7 @@ def test_the_host_lists_them(server):
 @pytest.mark.skipif(browser.find_chromium() is None, reason=browser.HOW_TO)
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_one_is_a_prompt_once_it_is_in_a_graph(server, page, path):
-    browser.set_settings(server, {"Comfy.VueNodes.Enabled": False, "Comfy.ColorPalette": "dark"})
-    page.open()
+    page.fresh()
     page.load(json.loads(path.read_text(encoding="utf-8")))
     shown = page.js("return app.graph.nodes[0].widgets.map((one) => one.name)")
     assert len(shown) == len(blueprints()[path.stem].shown), shown
@@ -52,7 +51,7 @@ def test_one_is_a_prompt_once_it_is_in_a_graph(server, page, path):
 def test_merge_style_and_content_runs(server, page):
     """With the model of the tests outside, and the files that its own widgets choose."""
     path = FOLDER / "Merge style and content.json"
-    page.open()
+    page.fresh()
     page.load(json.loads(path.read_text(encoding="utf-8")))
     prompt = page.js(
         """

@@ -1,7 +1,7 @@
 """The Train node's panel in the real front end: fed with events, in both renderers and in every palette."""
 
+import itertools
 import json
-import uuid
 
 import pytest
 from selenium.webdriver.common.keys import Keys
@@ -14,32 +14,30 @@ RENDERERS = pytest.mark.parametrize("vue", [False, True], ids=["classic", "vue"]
 PALETTES = ("dark", "light", "solarized", "arc", "nord", "github")
 JOB_MODULE = "/extensions/qr-lora/qrlora_train_job.js"
 GIB = 1024**3
-NODE = {"id": 1, "type": "QRLoRATrain", "pos": [100, 100], "size": [400, 100], "flags": {}, "order": 0, "mode": 0}
-WORKFLOW = {"last_node_id": 1, "last_link_id": 0, "nodes": [NODE], "links": [], "groups": [], "version": 0.4}
+NODE = {"type": "QRLoRATrain", "pos": [100, 100], "size": [400, 100], "flags": {}, "order": 0, "mode": 0}
+NUMBERS = itertools.count(10, 10)  # of each test's own node: the page remembers what the earlier ones showed
+TRAIN = "app.graph.nodes[0]"
+PANEL = "document.querySelector('[data-qrlora-train]')"
 
 
 @pytest.fixture
 def train(page, request):
-    """A graph with one Train node, id "1", in the renderer that the test asks for; what the page posts is kept."""
+    """A graph with one Train node in the renderer that the test asks for; what the page posts is kept."""
     vue = request.node.callspec.params.get("vue", False) if hasattr(request.node, "callspec") else False
-    browser.set_settings(page.server, {"Comfy.VueNodes.Enabled": vue, "Comfy.ColorPalette": "dark"})
-    page.open()
-    try:
-        page.load({**WORKFLOW, "id": str(uuid.uuid4())})
-        page.wait(f"return {PANEL}", 20)
-    except TimeoutError:  # on a busy machine the front end brings its last tab back after ours was loaded
-        page.load({**WORKFLOW, "id": str(uuid.uuid4())})
+    page.fresh({"Comfy.VueNodes.Enabled": vue})
+    one = {**NODE, "id": next(NUMBERS)}
+    page.load({"last_node_id": one["id"], "last_link_id": 0, "nodes": [one], "links": [], "groups": [], "version": 0.4})
     page.js("""
         app.canvas.ds.scale = 1;
         app.canvas.ds.offset = [200, 0];
         app.canvas.setDirty(true, true);
-        window.posted = [];
+        window.qrloraTest = { posted: [], refusal: "" };
         const { api } = window.comfyAPI.api;
         const fetchApi = api.fetchApi.bind(api);
         api.fetchApi = (path, options) => {
           if (path !== "/qrlora/train/stop") return fetchApi(path, options);
-          posted.push(JSON.parse(options.body));
-          const [body, status] = window.refusal ? [{ error: window.refusal }, 404] : [{}, 200];
+          qrloraTest.posted.push(JSON.parse(options.body));
+          const [body, status] = qrloraTest.refusal ? [{ error: qrloraTest.refusal }, 404] : [{}, 200];
           return Promise.resolve(new Response(JSON.stringify(body), { status }));
         };
     """)
@@ -47,11 +45,20 @@ def train(page, request):
     return page
 
 
-PANEL = "document.querySelector('[data-qrlora-train]')"
+def number(page):
+    """The id of the Train node, as the server names it."""
+    return page.js(f"return String({TRAIN}.id)")
 
 
-def send(page, state, *events, text="", node="1", run="name-0123456789ab", prompt=None):
-    message = {"node": node, "prompt_id": prompt, "run": run, "state": state, "events": list(events), "text": text}
+def send(page, state, *events, text="", node=None, run="name-0123456789ab", prompt=None):
+    message = {
+        "node": node or number(page),
+        "prompt_id": prompt,
+        "run": run,
+        "state": state,
+        "events": list(events),
+        "text": text,
+    }
     page.js("window.comfyAPI.api.api.dispatchCustomEvent('qrlora.train', arguments[0])", message)
     page.driver.execute_async_script(
         "const done = arguments[0]; requestAnimationFrame(() => requestAnimationFrame(done))"
@@ -91,9 +98,9 @@ def module(page, script):
     )
 
 
-def test_a_million_steps_cost_no_more_than_a_thousand(train):
+def test_a_million_steps_cost_no_more_than_a_thousand(page):
     result = module(
-        train,
+        page.fresh(),
         """
         const curve = new Curve();
         for (let step = 1; step <= 1e6; step++) curve.add(step, step === 654321 ? 9 : 1 + (step % 2), 1e6 - step);
@@ -111,9 +118,9 @@ def test_a_million_steps_cost_no_more_than_a_thousand(train):
     assert result["low"] == 1 and result["high"] == result["peak"] == 9, "an outlier was lost"
 
 
-def test_events_that_come_twice_or_late_change_nothing(train):
+def test_events_that_come_twice_or_late_change_nothing(page):
     result = module(
-        train,
+        page.fresh(),
         """
         const event = (step) => ({ event: "step", time: step, step, steps: 50, loss: step, smoothed_loss: step });
         const all = Array.from({ length: 40 }, (_, index) => event(index + 1));
@@ -143,7 +150,7 @@ def test_a_run_from_start_to_end_moves_nothing(train, vue):
         const round = (...numbers) => numbers.map(Math.round);
         const box = {PANEL}.getBoundingClientRect();
         const {{ x, y }} = {PANEL}.querySelector("button").getBoundingClientRect();
-        return [round(...app.graph.getNodeById(1).size), round(box.x, box.y, box.width, box.height), round(x, y)];
+        return [round(...{TRAIN}.size), round(box.x, box.y, box.width, box.height), round(x, y)];
     """
     before = train.js(place)
     assert panel(train)["state"] == "idle" and points(train) == 0
@@ -186,7 +193,7 @@ def test_the_scaling_stands_on_the_node(train, vue):
     """Of the widgets as they are: alpha 0, the default, follows rank."""
     assert "scaling 1 (alpha as rank)" in panel(train)["text"]
     change = """
-        const widget = app.graph.getNodeById(1).widgets.find((one) => one.name === arguments[0]);
+        const widget = app.graph.nodes[0].widgets.find((one) => one.name === arguments[0]);
         widget.value = arguments[1];
         widget.callback?.(widget.value);
     """
@@ -204,7 +211,7 @@ def test_the_scaling_stands_on_the_node(train, vue):
 
 def test_a_warning_is_read_while_it_trains(train):
     message = {
-        "node": "1",
+        "node": number(train),
         "prompt_id": None,
         "run": "n-0123456789ab",
         "state": "running",
@@ -223,15 +230,15 @@ def test_stop_by_keyboard_and_a_refused_stop(train, vue):
     train.js("arguments[0].focus()", button)
     assert button.get_property("tabIndex") == 0
     button.send_keys(Keys.ENTER)
-    train.wait("return posted.length")
-    assert train.js("return posted") == [{"node": "1"}]
+    train.wait("return qrloraTest.posted.length")
+    assert train.js("return qrloraTest.posted") == [{"node": number(train)}]
     shown = panel(train)
     assert shown["state"] == "stopping" and "queueing again resumes" in shown["text"] and not button.is_enabled()
     send(train, "stopped", {"event": "stopped", "time": 9, "step": 7, "checkpoint": "c"}, text="stopped")
     assert "Queue again to go on from step 7." in panel(train)["text"]
     send(train, "running", started(first=7), step(8))
     assert panel(train)["state"] == "running" and button.is_enabled()
-    train.js("window.refusal = 'this node is not training'")
+    train.js("qrloraTest.refusal = 'this node is not training'")
     button.click()
     train.wait(f"return {PANEL}.innerText.includes('this node is not training')")
     assert panel(train)["state"] == "running" and button.is_enabled(), "it can be pressed again"
@@ -239,7 +246,7 @@ def test_stop_by_keyboard_and_a_refused_stop(train, vue):
 
 @RENDERERS
 def test_inside_a_subgraph(train, vue):
-    train.js("app.canvas.graph.convertToSubgraph(new Set([app.graph.getNodeById(1)]))")
+    train.js(f"app.canvas.graph.convertToSubgraph(new Set([{TRAIN}]))")
     host, inner = train.js("const host = app.graph.nodes[0]; return [host.id, host.subgraph.nodes[0].id].map(String)")
     send(train, "running", started(), step(5), node=f"{host}:{inner}")
     send(train, "running", started(), step(999), node=inner if inner != host else "77")  # of another graph
@@ -247,8 +254,8 @@ def test_inside_a_subgraph(train, vue):
     train.wait(f"return {PANEL}?.getBoundingClientRect().height > 100")
     assert panel(train)["step"] == "5"
     train.js(f"{PANEL}.querySelector('button').click()")
-    train.wait("return posted.length")
-    assert train.js("return posted") == [{"node": f"{host}:{inner}"}]
+    train.wait("return qrloraTest.posted.length")
+    assert train.js("return qrloraTest.posted") == [{"node": f"{host}:{inner}"}]
 
 
 def test_text_stays_text(train):
@@ -260,8 +267,8 @@ def test_text_stays_text(train):
     assert not train.js("return window.broken")
     for odd in (
         {},
-        {"node": "1"},
-        {"node": "1", "run": "r", "events": [None, {}, {"event": "step"}, {"event": "new"}]},
+        {"node": number(train)},
+        {"node": number(train), "run": "r", "events": [None, {}, {"event": "step"}, {"event": "new"}]},
     ):
         train.js("window.comfyAPI.api.api.dispatchCustomEvent('qrlora.train', arguments[0])", odd)
     assert train.errors() == []
@@ -284,11 +291,11 @@ def test_a_run_of_another_workflow_is_not_shown(train):
 
 
 def test_nothing_of_it_is_in_the_workflow(train):
-    clean = train.js("return JSON.stringify(app.graph.getNodeById(1).serialize().widgets_values)")
+    clean = train.js(f"return JSON.stringify({TRAIN}.serialize().widgets_values)")
     send(train, "running", started(), *map(step, range(1, 50)), text="nowhere-else")
     saved, prompt = train.js("return app.graphToPrompt().then((made) => [made.workflow, made.output])")
     assert json.dumps(saved["nodes"][0]["widgets_values"]) == json.dumps(json.loads(clean))
-    assert "qrlora_train" not in prompt["1"]["inputs"]
+    assert "qrlora_train" not in prompt[number(train)]["inputs"]
     assert "nowhere-else" not in json.dumps([saved, prompt]) and "0123456789ab" not in json.dumps([saved, prompt])
 
 

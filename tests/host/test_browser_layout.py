@@ -94,8 +94,7 @@ def panel_share(page):
 @pytest.mark.parametrize("side_panel", [None, "node-library"], ids=["alone", "side-panel"])
 @pytest.mark.parametrize("vue", [False, True], ids=["classic", "vue"])
 def test_a_training_with_samples_moves_no_node(server, page, vue, side_panel):
-    browser.set_settings(server, {"Comfy.VueNodes.Enabled": vue, "Comfy.ColorPalette": "light" if vue else "dark"})
-    page.open()
+    page.fresh({"Comfy.VueNodes.Enabled": vue, "Comfy.ColorPalette": "light" if vue else "dark"})
     page.load(editable(graph(f"{'vue' if vue else 'classic'} {side_panel}"), server.get("/object_info")))
     page.js("app.extensionManager.sidebarTab.activeSidebarTabId = arguments[0]", side_panel)
     page.js("app.canvas.ds.scale = 0.55; app.canvas.ds.offset = [700, 60]; app.canvas.setDirty(true, true)")
@@ -125,8 +124,7 @@ def test_a_training_with_samples_moves_no_node(server, page, vue, side_panel):
 @pytest.mark.parametrize("vue", [False, True], ids=["classic", "vue"])
 def test_in_no_template_do_nodes_lie_on_one_another(server, page, vue):
     """As large as the page makes them; a node that gains an input grows in all saved graphs."""
-    browser.set_settings(server, {"Comfy.VueNodes.Enabled": vue})
-    page.open()
+    page.fresh({"Comfy.VueNodes.Enabled": vue})
     found = {}
     for path in sorted((PACK / "example_workflows").glob("*.json")):
         page.load_template(path.stem)

@@ -30,8 +30,7 @@ def curve(page):
 
 @RENDERERS
 def test_the_curve_follows_the_widgets(page, vue, tmp_path):
-    browser.set_settings(page.server, {"Comfy.VueNodes.Enabled": vue, "Comfy.ColorPalette": "dark"})
-    page.open()
+    page.fresh({"Comfy.VueNodes.Enabled": vue})
     page.load({**WORKFLOW, "id": str(uuid.uuid4())})
     page.js("app.canvas.ds.scale = 1; app.canvas.ds.offset = [200, 0]; app.canvas.setDirty(true, true)")
     page.wait(f"return {CURVE}?.getBoundingClientRect().width > 100")
@@ -57,8 +56,7 @@ def test_the_curve_follows_the_widgets(page, vue, tmp_path):
 
 
 def test_the_template_opens_whole(page):
-    browser.set_settings(page.server, {"Comfy.VueNodes.Enabled": False, "Comfy.ColorPalette": "dark"})
-    page.open()
+    page.fresh()
     page.load_template("Content first, then style")
     rectangles = page.js("""
         return app.graph.nodes.map((one) => [one.title, ...one.getBounding()]);

@@ -15,19 +15,15 @@ pytestmark = pytest.mark.skipif(browser.find_chromium() is None, reason=browser.
 
 RENDERERS = pytest.mark.parametrize("vue", [False, True], ids=["classic", "vue"])
 WINDOW = (1500, 1100)
-IDS = {"QRLoRA.ApplyMode": "auto", "QRLoRA.MemoryPreset": "auto", "QRLoRA.Folder": "output/qrlora"}
 
 
 @pytest.fixture
 def opened(server, page, request):
     vue = request.node.callspec.params.get("vue", False) if hasattr(request.node, "callspec") else False
-    palette = "light" if vue else "dark"
-    browser.set_settings(server, {"Comfy.VueNodes.Enabled": vue, "Comfy.ColorPalette": palette, **IDS})
-    page.open()
+    page.fresh({"Comfy.VueNodes.Enabled": vue, "Comfy.ColorPalette": "light" if vue else "dark"})
     graph = train_graph("settings") | {"apply": node("QRLoRAApply", delta_r=["train", 0], strength=1.0, mode="auto")}
     page.load(editable(graph, server.get("/object_info")))
-    yield page
-    browser.set_settings(server, IDS)
+    return page
 
 
 def choose(page, name, value):

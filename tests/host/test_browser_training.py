@@ -67,12 +67,11 @@ def grown(page, beyond, seconds=300):
 
 @pytest.mark.parametrize("vue", [True, False], ids=["vue", "classic"])
 def test_queue_watch_reload_stop_resume(server, page, vue):
-    browser.set_settings(server, {"Comfy.VueNodes.Enabled": vue, "Comfy.ColorPalette": "dark" if vue else "light"})
     graph = whole_graph(steps=LONG)
     for name in ("train", "style"):  # each renderer trains runs of its own
         graph[name]["inputs"] |= {"seed": 20 + vue, "output_name": f"{name} {vue}"}
     workflow = editable(graph, server.get("/object_info"))
-    page.open()
+    page.fresh({"Comfy.VueNodes.Enabled": vue, "Comfy.ColorPalette": "dark" if vue else "light"})
     page.load(workflow)
     page.js("app.canvas.ds.scale = 0.6; app.canvas.ds.offset = [80, 80]; app.canvas.setDirty(true, true)")
     page.wait(f"return {PANELS}.length === 2 && {PANELS}.every((one) => one.dataset.state === 'idle')")
@@ -123,9 +122,8 @@ def test_queue_watch_reload_stop_resume(server, page, vue):
 @pytest.mark.skipif(not EXAMPLE.is_file(), reason="the example is not in this copy of the pack")
 def test_the_example_opens(server, page):
     """As the front end opens a template: both Train nodes have a panel, no input is lost."""
-    browser.set_settings(server, {"Comfy.VueNodes.Enabled": True, "Comfy.ColorPalette": "dark"})
     saved = json.loads(EXAMPLE.read_text(encoding="utf-8"))
-    page.open()
+    page.fresh({"Comfy.VueNodes.Enabled": True})
     page.load_template(EXAMPLE.stem)
     page.wait("return app.graph.nodes.length === arguments[0]", 30, len(saved["nodes"]))
     page.wait(f"return {PANELS}.length === 2")

@@ -34,9 +34,7 @@ def through_a_foreign_node(residual=False):
 
 
 def opened(page, graph, vue):
-    palette = "light" if vue else "dark"
-    browser.set_settings(page.server, {"Comfy.VueNodes.Enabled": vue, "Comfy.ColorPalette": palette})
-    page.open()
+    page.fresh({"Comfy.VueNodes.Enabled": vue, "Comfy.ColorPalette": "light" if vue else "dark"})
     page.load(graph)
 
 
