@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from demo import server as instance
 from demo.server import GOLDEN, PACK
+from tests.warm import warm_python
 
 NAME = "K\u00fcche \u8bad\u7ec3 folder"
 WIDTH = 768  # of CLIP-L, whose output the small FLUX takes as context and as vector
@@ -298,6 +299,7 @@ class TrainingServer(instance.Server):
 
     def __init__(self, host, base, environment=None, log=None, arguments=()):
         self.part, self._owner, self._real = base / "part.json", base / "owner.json", real_python(host)
+        self._warm = warm_python(self._real, "host")
         self._fake = base / "fake python"
         self._fake.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{FAKE}" "$@"\n')
         self._fake.chmod(0o755)
@@ -312,9 +314,9 @@ class TrainingServer(instance.Server):
         os.utime(self._fake)  # as if it were installed anew: what it answered before does not count
         self._owner.write_text(json.dumps({"python": str(self._fake)}))
 
-    def train_really(self):
-        """The next trainer is the real one."""
-        self._owner.write_text(json.dumps({"python": self._real}))
+    def train_really(self, cold=False):
+        """The next trainer is the real one, forked where that can be; `cold`: started as it starts on any machine."""
+        self._owner.write_text(json.dumps({"python": self._real if cold else self._warm}))
 
 
 def real_python(host):
