@@ -90,8 +90,8 @@ def initial_basis(weight: Tensor, rank: int) -> Basis:
     Raises:
         WeightError: see `decompose`.
     """
-    found = decompose(weight, rank, method="exact")
-    return Basis(found.q.cpu(), found.r.cpu())
+    basis = decompose(weight, rank, method="exact")
+    return Basis(basis.q.cpu(), basis.r.cpu())
 
 
 def own_basis(adapter: Adapter, name: str, weight: Tensor, tolerance: float) -> Basis:

@@ -131,7 +131,7 @@ def ok(fake):
         if fake.part.get("sample_every") and number % fake.part["sample_every"] == 0:
             fake.sample(number)
         print(f"step {number}", flush=True)
-        time.sleep(fake.part.get("seconds", 0.02))
+        time.sleep(fake.part.get("seconds", 0.001))
     if fake.part.get("strengths"):
         fake.strengths(fake.steps)
     fake.finish()

@@ -134,18 +134,18 @@ def require_layers(source: BaseModel, targets: Iterable[LayerTarget]) -> None:
 
 def _write(recipe: MergeRecipe, args: argparse.Namespace) -> None:
     source = BaseModel(args.model) if args.model is not None else None
-    open_core = [one for one in recipe.adapters if one.method == "qr" and not one.has_initial]
+    lacking_initial = [member for member in recipe.adapters if member.method == "qr" and not member.has_initial]
     # the published format keeps a lone full-QR adapter as it is; everything else needs to know what it changes
     alone = len(recipe.terms) == 1 and recipe.terms[0].strength == 1 and args.format == "published"
-    if open_core and not alone and source is None:
+    if lacking_initial and not alone and source is None:
         raise TrainError(
             "settings",
-            f"{open_core[0].name} holds only the trained Q' and R'. What they change is known together with the base "
-            "model that it was trained on: name that with --model",
+            f"{lacking_initial[0].name} holds only the trained Q' and R'. What they change is known together with the "
+            "base model that it was trained on: name that with --model",
         )
     if source is not None:
-        for one in recipe.adapters:
-            require_layers(source, one.targets)
+        for member in recipe.adapters:
+            require_layers(source, member.targets)
     decomposed = source is not None and not alone
     initial = initial_basis_of(source, chosen_device("auto")) if source is not None and decomposed else None
     adapter = merged_adapter(recipe, initial_of=initial)

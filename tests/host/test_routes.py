@@ -6,11 +6,10 @@ import urllib.request
 
 import pytest
 
-from demo import server as instance
-from tests.host.conftest import HOST
+from tests.host import conftest
 
 EVIL = {"Origin": "https://evil.example", "Sec-Fetch-Site": "cross-site"}
-FRIEND = {"Origin": "https://friend.example", "Sec-Fetch-Site": "cross-site"}
+FRIEND = {"Origin": conftest.FRIEND, "Sec-Fetch-Site": "cross-site"}
 READING = (
     "/qrlora/train/state",
     "/qrlora/train/sample?run=a&step=1",
@@ -20,16 +19,11 @@ READING = (
 STOP = "/qrlora/train/stop"
 
 
-@pytest.fixture(scope="module", params=["guarded", "a friend", "everybody"])
-def started(request, server, tmp_path_factory):
+@pytest.fixture(params=["guarded", "a friend", "everybody"])
+def started(request):
     """A server as it starts by default, one that allows a friend's pages, and one that allows all."""
-    arguments = {"a friend": ["--enable-cors-header", FRIEND["Origin"]], "everybody": ["--enable-cors-header"]}
-    if request.param == "guarded":
-        yield request.param, server
-        return
-    base = instance.make_base(tmp_path_factory.mktemp("cors") / "base")
-    with instance.Server(HOST, base, {"OMP_NUM_THREADS": "1"}, arguments=arguments[request.param]) as running:
-        yield request.param, running
+    fixtures = {"guarded": "server", "a friend": "other", "everybody": "bare_server"}
+    return request.param, request.getfixturevalue(fixtures[request.param])
 
 
 def status(server, path, headers, body=None):

@@ -36,12 +36,14 @@ CONTENT, STYLE = "M\u00fcller \u732b/content", "M\u00fcller \u732b/style"
 STEPS = 100  # so many that a Cancel after the first one comes before the last
 
 
-def whole_graph(steps=STEPS, processes=1):
+def whole_graph(steps=STEPS, style_steps=None, processes=1):
     """Two Train nodes, a merge, the patched model, a sampler, pictures; the style by several processes, if so."""
     graph = train_graph(CONTENT, {"sample_every": STEPS // 2}, vae=VAE, steps=steps, trigger="<c>", seed=1)
     graph["batch"] = node("ImageBatch", image1=["picture", 0], image2=["picture", 0])
     graph["train"]["inputs"]["images"] = ["batch", 0]
-    graph["style"] = train_node(STYLE, trigger="<s>", steps=steps, seed=1, dataset="S\u00e4tze \u56fe", images=None)
+    graph["style"] = train_node(
+        STYLE, trigger="<s>", steps=style_steps or steps, seed=1, dataset="S\u00e4tze \u56fe", images=None
+    )
     graph["style"]["inputs"]["options"] = ["options of style", 0]
     graph["options of style"] = node("QRLoRATrainOptions", **{**OPTIONS, "processes": processes})
     graph |= {
@@ -90,13 +92,18 @@ class Whole(NamedTuple):
 
 @pytest.fixture(scope="module")
 def whole(server):
-    """Everything in one graph, once, watched as a page would watch it; the tests below read what came of it."""
+    """Everything in one graph, once, watched as a page would watch it; the tests below read what came of it.
+
+    Its trainers are started as on any machine, by an interpreter that has to import everything.
+    """
     client = Client(server)
-    ticket = server.submit(whole_graph(processes=2), client.id)
+    server.train_really(cold=True)
+    ticket = server.submit(whole_graph(style_steps=10, processes=2), client.id)
     for _ in range(2):  # in whichever order the host takes them
         ended = client.listen(240, lambda data: data["state"] in ("finished", "failed", "stopped"))
         assert ended and ended["state"] == "finished", ended
     entry = server.wait(ticket)
+    server.train_really()
     client.close()
     return Whole(entry, ticket, client)
 

@@ -23,16 +23,14 @@ from PIL import Image
 
 from demo.server import PACK, WorkflowError
 from tests.host import training
-from tests.host.conftest import HOST
 from tests.host.training import (
-    TrainingServer,
     adapter_names,
     children,
     interrupt,
+    light_graph,
     runs,
     state,
     text_of,
-    train_graph,
     train_node,
     wait_for,
 )
@@ -77,7 +75,7 @@ FAILURES = {
 def test_failures(server, scenario):
     server.play(scenario)
     with pytest.raises(WorkflowError) as error:
-        server.queue(train_graph(scenario))
+        server.queue(light_graph(scenario))
     text = text_of(error)
     assert all(word in text for word in FAILURES[scenario]), text
     assert "log.txt" in text and "execution_error" in text
@@ -90,9 +88,9 @@ def test_failures(server, scenario):
 def test_after_a_failure_the_same_inputs_work(server):
     server.play("crash")
     with pytest.raises(WorkflowError):
-        server.queue(train_graph("again"))
+        server.queue(light_graph("again"))
     server.play("ok")
-    entry = server.queue(train_graph("again"))
+    entry = server.queue(light_graph("again"))
     assert "finished: again.safetensors" in entry["outputs"]["train"]["text"][0]
     events = [json.loads(line) for line in (runs_of(server, "again")[0] / "events.jsonl").read_text().splitlines()]
     assert [event["first_step"] for event in events if event["event"] == "started"] == [0, 1]
@@ -104,12 +102,12 @@ def runs_of(server, name):
 
 def test_an_adapter_of_an_earlier_run_does_not_pass(server):
     server.play("ok")
-    server.queue(train_graph("stale"))
+    server.queue(light_graph("stale"))
     folder = runs_of(server, "stale")[0]
     (folder / "result.json").unlink()  # as if the earlier run had ended before it was checked
     server.play("stale")
     with pytest.raises(WorkflowError) as error:
-        server.queue(train_graph("stale", output_name="stale2"))
+        server.queue(light_graph("stale", output_name="stale2"))
     assert "missing" in text_of(error)
     assert (folder / "adapter-00000030.unchecked.safetensors").is_file()
     assert "stale2.safetensors" not in adapter_names(server)
@@ -119,7 +117,7 @@ def test_hang(server):
     server.play("hang")
     began = time.monotonic()
     with pytest.raises(WorkflowError) as error:
-        server.queue(train_graph("hang", {"silence_seconds": 5.0}))
+        server.queue(light_graph("hang", {"silence_seconds": 5.0}))
     assert "reported nothing for" in text_of(error) and 5 < time.monotonic() - began < 25
     assert usable(server)
 
@@ -127,7 +125,7 @@ def test_hang(server):
 def test_grandchildren(server):
     server.play("family", then="crash")
     with pytest.raises(WorkflowError):
-        server.queue(train_graph("family"))
+        server.queue(light_graph("family"))
     marks = [p for p in psutil.process_iter(["cmdline"]) if any("qrlora-fake" in x for x in p.info["cmdline"] or [])]
     assert not marks
 
@@ -136,7 +134,7 @@ def test_problems_are_found_before_anything_starts(server):
     problems = [{"what": "diffusers cannot be imported", "fix": "/the/python -m pip install diffusers"}]
     server.play("ok", problems=problems)
     with pytest.raises(WorkflowError) as error:
-        server.queue(train_graph("problems"))
+        server.queue(light_graph("problems"))
     text = text_of(error)
     assert "diffusers cannot be imported" in text and "/the/python -m pip install diffusers" in text
     assert "fake python" in text and "owner.json" in text
@@ -146,14 +144,14 @@ def test_problems_are_found_before_anything_starts(server):
 def test_a_broken_interpreter_is_named(server):
     server.play("ok", check="broken")
     with pytest.raises(WorkflowError) as error:
-        server.queue(train_graph("broken"))
+        server.queue(light_graph("broken"))
     assert "before it could check anything" in text_of(error) and "No module named 'torch'" in text_of(error)
 
 
 @pytest.mark.parametrize("phase", ["check", "encode", "start", "train", "deaf"])
 def test_cancel_at_every_phase(server, phase):
     server.play("ok", seconds=0.2, check="slow" if phase == "check" else "", deaf=phase == "deaf")
-    graph = train_graph(f"cancel {phase}", {"stop_seconds": 2.0})
+    graph = light_graph(f"cancel {phase}", {"stop_seconds": 2.0})
     if phase == "encode":
         graph["picture"]["inputs"]["image"] = "picture 2.png"
         graph["train"]["inputs"]["resolution"] = 512  # half a second or more for the VAE
@@ -184,7 +182,7 @@ def test_cancel_at_every_phase(server, phase):
 
 def test_the_stop_button(server):
     server.play("ok", seconds=0.2)
-    graph = {**train_graph("button"), "after": node_after()}
+    graph = {**light_graph("button"), "after": node_after()}
     ticket = server.submit(graph)
     wait_for(server, running_step)
     with pytest.raises(WorkflowError, match="not training"):
@@ -206,7 +204,7 @@ def node_after():
 
 def test_the_rest_of_the_queue_goes_on(server):
     server.play("ok", seconds=0.2)
-    first = server.submit(train_graph("queue one"))
+    first = server.submit(light_graph("queue one"))
     second = server.submit({**MERGE, "4": {**MERGE["4"], "inputs": {**MERGE["4"]["inputs"], "alpha": 0.123}}})
     wait_for(server, running_step)
     interrupt(server)
@@ -216,14 +214,14 @@ def test_the_rest_of_the_queue_goes_on(server):
 
 
 def test_same_inputs_are_not_trained_twice(server):
-    server.queue(train_graph("same", seed=7))
+    server.queue(light_graph("same", seed=7))
     starts = count_starts(server, "same")
-    graph = train_graph("same", seed=7)
+    graph = light_graph("same", seed=7)
     graph["train"]["inputs"]["options"] = ["other", 0]  # another node, so that ComfyUI's own cache does not answer
     graph["other"] = training.node("QRLoRATrainOptions", **{**training.OPTIONS, "stop_seconds": 9.0})
     entry = server.queue(graph)
     assert "already trained: same.safetensors" in entry["outputs"]["train"]["text"][0]
-    renamed = train_graph("renamed", seed=7)
+    renamed = light_graph("renamed", seed=7)
     entry = server.queue(renamed)
     assert "already trained: renamed.safetensors" in entry["outputs"]["train"]["text"][0]
     assert count_starts(server, "same") == starts == 1 and not runs_of(server, "renamed")
@@ -232,10 +230,10 @@ def test_same_inputs_are_not_trained_twice(server):
 
 def test_a_finished_run_gets_its_name_in_another_folder(server):
     """Without training again: in models/loras, where every LoRA loader finds it, and back in output/qrlora."""
-    server.queue(train_graph("placed", seed=17))
+    server.queue(light_graph("placed", seed=17))
     for folder, place in (("models/loras", "models/loras"), ("models/qrlora", "models/qrlora")):
         for _ in range(2):  # the second time it has its name there already
-            entry = server.queue(train_graph("sub/placed", {"stop_seconds": 3.0}, seed=17, folder=folder))
+            entry = server.queue(light_graph("sub/placed", {"stop_seconds": 3.0}, seed=17, folder=folder))
             assert "placed.safetensors" in entry["outputs"]["train"]["text"][0]
         names = [path.name for path in (server.base / place / "sub").glob("placed*")]
         assert names == ["placed.safetensors"]
@@ -245,7 +243,7 @@ def test_a_finished_run_gets_its_name_in_another_folder(server):
     for path in runs_of(server, "placed"):
         path.joinpath("adapter-00000030.safetensors").unlink()
     (server.base / "output" / "qrlora" / "placed.safetensors").unlink()
-    entry = server.queue(train_graph("placed", {"stop_seconds": 4.0}, seed=17))
+    entry = server.queue(light_graph("placed", {"stop_seconds": 4.0}, seed=17))
     assert "already trained: placed.safetensors" in entry["outputs"]["train"]["text"][0]
     assert count_starts(server, "placed") == 1, "the file in models/loras vouches for the run"
 
@@ -256,14 +254,14 @@ def count_starts(server, name):
 
 def test_more_steps_go_on_and_fewer_have_their_own_run(server):
     server.play("ok", seconds=0.05)
-    ticket = server.submit(train_graph("steps", seed=8, steps=40))
+    ticket = server.submit(light_graph("steps", seed=8, steps=40))
     wait_for(server, running_step)
     interrupt(server)
     with pytest.raises(WorkflowError):
         server.wait(ticket)
     server.play("ok")
     for steps, folders in ((40, 1), (60, 1), (40, 1), (1, 2)):
-        entry = server.queue(train_graph("steps", {"stop_seconds": 1.0 + steps}, seed=8, steps=steps))
+        entry = server.queue(light_graph("steps", {"stop_seconds": 1.0 + steps}, seed=8, steps=steps))
         assert len(runs_of(server, "steps")) == folders, steps
         assert ("already" in entry["outputs"]["train"]["text"][0]) == (steps == 40 and folders == 1 and "seen" in seen)
         seen.add("seen")
@@ -288,7 +286,7 @@ seen: set[str] = set()
 def test_any_other_input_is_another_run(server, change):
     before = len(runs(server))
     graph = {
-        **train_graph("other", **{"seed": 20, **change}),
+        **light_graph("other", **{"seed": 20, **change}),
         "second": training.node("LoadImage", image="picture 1.png"),
     }
     server.queue(graph)
@@ -299,13 +297,13 @@ def test_a_taken_name_gets_a_number(server):
     folder = server.base / "output" / "qrlora"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "mine.safetensors").write_bytes(b"precious")
-    entry = server.queue(train_graph("mine", seed=30))
+    entry = server.queue(light_graph("mine", seed=30))
     assert "mine_00002.safetensors" in entry["outputs"]["train"]["text"][0]
     assert (folder / "mine.safetensors").read_bytes() == b"precious"
 
 
 def test_a_deleted_adapter_is_published_again(server):
-    graph = train_graph("deleted", seed=31)
+    graph = light_graph("deleted", seed=31)
     server.queue(graph)
     path = server.base / "output" / "qrlora" / "deleted.safetensors"
     path.unlink()
@@ -315,7 +313,7 @@ def test_a_deleted_adapter_is_published_again(server):
 
 def test_an_adapter_has_the_newest_sample_as_its_picture(server):
     server.play("ok", sample_every=2)
-    server.queue(train_graph("pictured", {"sample_every": 2}, steps=4))
+    server.queue(light_graph("pictured", {"sample_every": 2}, steps=4))
     with Image.open(server.base / "output" / "qrlora" / "pictured.preview.png") as picture:
         assert picture.format == "PNG" and max(picture.size) <= 512
     with urllib.request.urlopen(f"{server.url}/qrlora/adapter/picture?name=pictured.safetensors", timeout=10) as answer:
@@ -329,7 +327,7 @@ def test_an_adapter_has_the_newest_sample_as_its_picture(server):
 
 def test_an_adapter_that_was_overwritten_is_published_again(server):
     """By another file of another size or time: what Train gave before is no longer there."""
-    graph = train_graph("overwritten", seed=33)
+    graph = light_graph("overwritten", seed=33)
     server.queue(graph)
     path = server.base / "output" / "qrlora" / "overwritten.safetensors"
     path.unlink()  # a hard link: what is written into it would change the run's own copy, too
@@ -361,7 +359,7 @@ def test_an_adapter_that_was_overwritten_is_published_again(server):
 def test_wrong_inputs_are_refused(server, inputs, words):
     before = len(runs(server))
     with pytest.raises(WorkflowError) as error:
-        server.queue(train_graph("wrong", **inputs))
+        server.queue(light_graph("wrong", **inputs))
     assert words in text_of(error), text_of(error)
     assert len(runs(server)) == before
 
@@ -369,7 +367,7 @@ def test_wrong_inputs_are_refused(server, inputs, words):
 @pytest.mark.parametrize("inputs", [{"dataset": "absent", "images": None}, {"model_name": "absent.safetensors"}])
 def test_a_mistake_is_reported_once_on_its_input(server, inputs):
     with pytest.raises(WorkflowError) as error:
-        server.queue(train_graph("once", **inputs))
+        server.queue(light_graph("once", **inputs))
     errors = json.loads(str(error.value))["node_errors"]["train"]["errors"]
     assert [one["extra_info"]["input_name"] for one in errors] == [next(iter(inputs))], errors
 
@@ -377,7 +375,7 @@ def test_a_mistake_is_reported_once_on_its_input(server, inputs):
 def test_a_clock_that_is_wrong_does_not_refuse_an_adapter(server):
     """The disk's time says that the adapter is older than its own start; its checksum is the one that was reported."""
     server.play("touched")
-    entry = server.queue(train_graph("skewed", steps=5))
+    entry = server.queue(light_graph("skewed", steps=5))
     assert "finished: skewed.safetensors" in entry["outputs"]["train"]["text"][0]
 
 
@@ -385,13 +383,13 @@ def test_a_failure_right_after_the_start_leaves_no_trainer(server):
     """Here the note about who trains cannot be written."""
     server.play("failed")
     with pytest.raises(WorkflowError):
-        server.queue(train_graph("unnoted"))
+        server.queue(light_graph("unnoted"))
     note = runs_of(server, "unnoted")[0] / "trainer.json"
     note.unlink()
     note.mkdir()
     server.play("hang")
     with pytest.raises(WorkflowError) as error:
-        server.queue(train_graph("unnoted"))
+        server.queue(light_graph("unnoted"))
     assert "trainer.json cannot be written" in text_of(error)
     assert not children(server)
 
@@ -402,13 +400,13 @@ def test_a_failure_right_after_the_start_leaves_no_trainer(server):
 def test_half_a_character_is_refused_before_anything_is_trained(server, inputs):
     before = len(runs(server))
     with pytest.raises(WorkflowError) as error:
-        server.queue(train_graph("surrogate", **inputs))
+        server.queue(light_graph("surrogate", **inputs))
     assert f"{next(iter(inputs))} is not valid Unicode text" in text_of(error)
     assert len(runs(server)) == before
 
 
 def test_alpha_zero_is_as_rank_and_a_missing_trigger_is_said(server):
-    entry = server.queue(train_graph("scaled", steps=5, rank=8, alpha=0.0, instance_prompt="a dog", trigger="<c>"))
+    entry = server.queue(light_graph("scaled", steps=5, rank=8, alpha=0.0, instance_prompt="a dog", trigger="<c>"))
     text = entry["outputs"]["train"]["text"][0]
     assert "no caption holds the trigger '<c>'" in text, text
     settings = json.loads((runs_of(server, "scaled")[0] / "settings.json").read_text())
@@ -418,7 +416,7 @@ def test_alpha_zero_is_as_rank_and_a_missing_trigger_is_said(server):
 
 def test_without_the_cache_of_pictures_a_run_goes_on(server):
     """Encoded again, into the same run."""
-    graph = train_graph("recached", steps=5)
+    graph = light_graph("recached", steps=5)
     server.queue(graph)
     caches = list((server.base / "output" / "qrlora" / "runs" / "_cache").glob("*.safetensors"))
     shutil.rmtree(caches[0].parent)
@@ -437,32 +435,32 @@ def test_a_mistake_before_the_trainer_is_on_the_node(server):
     broken.mkdir()
     (broken / "a.png").write_bytes(b"no picture")
     with pytest.raises(WorkflowError):
-        server.queue(train_graph("early", dataset="unreadable", images=None))
+        server.queue(light_graph("early", dataset="unreadable", images=None))
     shutil.rmtree(broken)
     job = state(server)
     assert job["state"] == "failed" and job["text"].startswith("DatasetError: the picture a.png cannot be read")
 
 
 def test_a_dataset_folder(server):
-    graph = train_graph("folder", dataset="S\u00e4tze \u56fe", images=None)
+    graph = light_graph("folder", dataset="S\u00e4tze \u56fe", images=None)
     server.queue(graph)
     assert runs_of(server, "folder")
     broken = server.base / "input" / "broken"
     broken.mkdir(exist_ok=True)
     (broken / "a.png").write_bytes(b"no picture")
     with pytest.raises(WorkflowError) as error:
-        server.queue(train_graph("folder", dataset="broken", images=None))
+        server.queue(light_graph("folder", dataset="broken", images=None))
     assert "the picture a.png cannot be read" in text_of(error)
     shutil.rmtree(broken)
     broken.mkdir()
     with pytest.raises(WorkflowError) as error:
-        server.queue(train_graph("folder", dataset="broken", images=None, seed=5))
+        server.queue(light_graph("folder", dataset="broken", images=None, seed=5))
     assert "no pictures in the folder broken" in text_of(error)
 
 
 def test_several_train_nodes_run_one_after_another(server):
-    server.play("ok", seconds=0.05)
-    graph = train_graph("one", seed=40)
+    server.play("ok", seconds=0.02)
+    graph = light_graph("one", seed=40)
     graph["train2"] = train_node("two", seed=41)
     graph["merge"] = training.node(
         "QRLoRAMerge",
@@ -494,7 +492,7 @@ def test_full_disk(server, tmp_path):
     """The run folder on a disk of 3 MB."""
     if os.geteuid() != 0:
         pytest.skip("only root may mount a small disk")
-    graph = train_graph("disk", seed=50)
+    graph = light_graph("disk", seed=50)
     server.play("crash")
     with pytest.raises(WorkflowError):
         server.queue(graph)
@@ -513,18 +511,10 @@ def test_full_disk(server, tmp_path):
     assert usable(server)
 
 
-@pytest.fixture(scope="module")
-def other(server):
-    """Another ComfyUI over the same folders; the last test that uses it may kill it."""
-    log = server.log.with_name("other.log")
-    with TrainingServer(HOST, server.base, log=log) as running:
-        yield running
-
-
 def test_two_servers_with_the_same_name_and_inputs(server, other):
     """One trains, the other waits for it and takes its result."""
     server.play("ok", seconds=0.15)
-    graph = train_graph("shared", seed=60, steps=20)
+    graph = light_graph("shared", seed=60, steps=20)
     tickets = [(one, one.submit(graph)) for one in (server, other)]
     texts = [one.wait(ticket)["outputs"]["train"]["text"][0] for one, ticket in tickets]
     assert sorted(text.split(":")[0] for text in texts) == ["already trained", "finished"]
@@ -532,9 +522,12 @@ def test_two_servers_with_the_same_name_and_inputs(server, other):
 
 
 def test_comfyui_killed(server, other):
-    """The trainer ends within five seconds, and another ComfyUI over the same folders goes on."""
+    """The trainer ends within five seconds, and another ComfyUI over the same folders goes on.
+
+    The last test that asks the other server, for it kills it.
+    """
     server.play("ok", seconds=0.3)
-    other.submit(train_graph("orphan"))
+    other.submit(light_graph("orphan"))
     wait_for(other, running_step)
     trainers = children(other)
     assert len(trainers) == 1
@@ -543,7 +536,7 @@ def test_comfyui_killed(server, other):
     gone, left = psutil.wait_procs(trainers, timeout=5)
     assert gone and not left
     server.play("ok")
-    entry = server.queue(train_graph("orphan"))
+    entry = server.queue(light_graph("orphan"))
     assert "finished" in entry["outputs"]["train"]["text"][0]
 
 
@@ -588,8 +581,8 @@ def test_a_sample_that_is_none_is_not_an_error_of_the_server(server):
 
 def test_the_page_can_catch_up(server):
     """What a reloaded page asks for, and what it may not."""
-    server.play("ok", seconds=0.1)
-    ticket = server.submit(train_graph("page", seed=70))
+    server.play("ok", seconds=0.03)
+    ticket = server.submit(light_graph("page", seed=70))
     job = wait_for(server, running_step)
     assert job["run"].startswith("page-") and job["prompt_id"] == ticket
     assert {"node", "prompt_id", "run", "state", "text", "events", "samples"} <= job.keys()

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from demo import server as instance
 from demo.server import GOLDEN, PACK
+from tests.warm import warm_python
 
 NAME = "K\u00fcche \u8bad\u7ec3 folder"
 WIDTH = 768  # of CLIP-L, whose output the small FLUX takes as context and as vector
@@ -201,6 +202,13 @@ def train_graph(name="adapter", options=None, vae="test_vae.safetensors", **inpu
     }
 
 
+def light_graph(name="adapter", options=None, **inputs):
+    """The same with an encoder that takes no time, where it is not encoding that is looked at."""
+    graph = train_graph(name, options, **inputs)
+    graph["clip"] = node("QRLoRATestClip", width=WIDTH, pooled=True)
+    return graph
+
+
 def train_node(name, **inputs):
     values = {
         "model_name": "flux 768 \u00e9.safetensors",
@@ -289,15 +297,16 @@ def runs(server):
 class TrainingServer(instance.Server):
     """A server whose owner's file names the real trainer, or the fake one for as long as a test plays it."""
 
-    def __init__(self, host, base, environment=None, log=None):
+    def __init__(self, host, base, environment=None, log=None, arguments=()):
         self.part, self._owner, self._real = base / "part.json", base / "owner.json", real_python(host)
+        self._warm = warm_python(self._real, "host")
         self._fake = base / "fake python"
         self._fake.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{FAKE}" "$@"\n')
         self._fake.chmod(0o755)
         if not self._owner.is_file():  # a second server over the same folders plays what the first one does
             self.train_really()
         environment = {"QRLORA_CONFIG": str(self._owner), "QRLORA_FAKE": str(self.part), **(environment or {})}
-        super().__init__(host, base, environment, log)
+        super().__init__(host, base, environment, log, arguments)
 
     def play(self, scenario, **more):
         """What the next trainer does: a scenario of the fake one."""
@@ -305,9 +314,9 @@ class TrainingServer(instance.Server):
         os.utime(self._fake)  # as if it were installed anew: what it answered before does not count
         self._owner.write_text(json.dumps({"python": str(self._fake)}))
 
-    def train_really(self):
-        """The next trainer is the real one."""
-        self._owner.write_text(json.dumps({"python": self._real}))
+    def train_really(self, cold=False):
+        """The next trainer is the real one, forked where that can be; `cold`: started as it starts on any machine."""
+        self._owner.write_text(json.dumps({"python": self._real if cold else self._warm}))
 
 
 def real_python(host):

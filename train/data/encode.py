@@ -146,8 +146,8 @@ def _encode_texts(
         _require_vocabulary(pipeline, part, encoder)
     encoded = []
     for text in tqdm(texts, desc="captions"):
-        found = family.encode_text(pipeline, text, config.max_tokens, device)
-        encoded.append(found.map(lambda tensor: tensor.cpu().clone()))
+        encoded_text = family.encode_text(pipeline, text, config.max_tokens, device)
+        encoded.append(encoded_text.map(lambda tensor: tensor.cpu().clone()))
     del pipeline
     _free(device)
     return encoded
