@@ -17,7 +17,6 @@ import gc
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +38,6 @@ from train.model.transformer import DTYPES, load_transformer
 from train.run.denoise import denoising_loss
 from train.run.optim import make_optimizer
 from train.settings import make_config
-
-Restore = Callable[[], None]
 
 
 class PublishedLinear(nn.Module):

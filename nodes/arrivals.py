@@ -83,14 +83,16 @@ class Node(io.ComfyNode):
 
 
 def _checked(execute: Callable[..., io.NodeOutput]) -> Callable[..., io.NodeOutput]:
-    known: dict[str, Any] = {}
+    remembered: dict[str, Any] = {}
 
     @functools.wraps(execute)
     def run(cls: Any, *args: Any, **values: Any) -> io.NodeOutput:
-        if not known:
+        if not remembered:
             schema = cls.define_schema()
-            known.update({"lists": bool(schema.is_input_list), "inputs": {one.id: one for one in schema.inputs}})
-        return execute(cls, *args, **arrived(known["inputs"], values, known["lists"]))
+            remembered.update(
+                {"lists": bool(schema.is_input_list), "inputs": {entry.id: entry for entry in schema.inputs}}
+            )
+        return execute(cls, *args, **arrived(remembered["inputs"], values, remembered["lists"]))
 
     return run
 
@@ -113,14 +115,14 @@ def arrived(inputs: Mapping[str, Any], values: Mapping[str, Any], lists: bool = 
         if entry is None or expected is None:
             kept[name] = value
             continue
-        found = list(value) if lists and isinstance(value, list | tuple) else [value]
-        if entry.optional and all(one is None for one in found):
+        items = list(value) if lists and isinstance(value, list | tuple) else [value]
+        if entry.optional and all(item is None for item in items):
             continue
-        for one in found:
-            if one is None and not entry.optional:
+        for item in items:
+            if item is None and not entry.optional:
                 raise SettingError(f"{name} is empty, expected {expected.title}: {expected.advice}")
-            if one is not None and not expected.fits(one):
-                raise SettingError(f"{name} is {_shown(one)}, expected {expected.title}: {expected.advice}")
+            if item is not None and not expected.fits(item):
+                raise SettingError(f"{name} is {_shown(item)}, expected {expected.title}: {expected.advice}")
         kept[name] = value
     return kept
 

@@ -172,7 +172,9 @@ class Balance(Node):
     ) -> io.NodeOutput:
         pair = Pair(delta_r_style, delta_r_content, on_basis_mismatch)
         triggers = Triggers(style_trigger, content_trigger)
-        missing = [name for name, one in (("style", delta_r_style), ("content", delta_r_content)) if not one.terms]
+        missing = [
+            name for name, recipe in (("style", delta_r_style), ("content", delta_r_content)) if not recipe.terms
+        ]
         if len(missing) == 2:
             text = report.nothing_to_balance()
             return io.NodeOutput(NOTHING, alpha, beta, _card([text]), "{}", ui={"text": [text]})
@@ -187,11 +189,13 @@ class Balance(Node):
             for trial, kinds in needed([alpha], [beta], acts).items():
                 questions[trial] = tuple(dict.fromkeys((*questions.get(trial, ()), *kinds)))
         start = time.monotonic()
-        found, evaluations = measure(model, clip, pair, asked, questions, Path(points, size, noises, seed, sigmas))
-        measured = cells(found, alphas, betas, acts)
-        hand = cells(found, [alpha], [beta], acts) if choose == BY_HAND else []
+        measurements, evaluations = measure(
+            model, clip, pair, asked, questions, Path(points, size, noises, seed, sigmas)
+        )
+        measured = cells(measurements, alphas, betas, acts)
+        hand = cells(measurements, [alpha], [beta], acts) if choose == BY_HAND else []
         chosen = proposal(hand or measured, CHOICES[0] if hand else choose)
-        result = balance_report(measured, chosen, choose, found, asked)
+        result = balance_report(measured, chosen, choose, measurements, asked)
         merged = merge_acting(
             delta_r_style,
             chosen.alpha,
@@ -222,7 +226,7 @@ def candidates(act: str, words: tuple[tuple[str, ...], tuple[str, ...]], missing
     Raises:
         SettingError: acting by the prompt is wanted, and an adapter has no trigger.
     """
-    unnamed = [name for name, found in zip(("style", "content"), words) if not found and name not in missing]
+    unnamed = [name for name, triggers in zip(("style", "content"), words) if not triggers and name not in missing]
     if act != ANY:
         if ACTS[act].by_prompt and unnamed:
             raise SettingError(

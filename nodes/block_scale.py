@@ -136,7 +136,9 @@ class BlockScaleNode(Node):
         if save_as.strip() and delta_r.terms:
             name, is_new = block_files.write_blocks(save_as, scale_to_json(scale))
             text += f"\nsaved as {name}" if is_new else f"\n{name} is saved already"
-        blocks = [{"kind": kind, "blocks": one} for kind, one in block_factors(scale, scaled.layer_names).items()]
+        blocks = [
+            {"kind": kind, "blocks": factors} for kind, factors in block_factors(scale, scaled.layer_names).items()
+        ]
         return io.NodeOutput(scaled, ui={"text": [text], "qrlora_blocks": blocks})
 
 

@@ -33,13 +33,13 @@ def stack_entries(stack: Any) -> Sequence[Entry]:
     for entry in stack or ():
         try:
             name, strength, clip = entry
-            one = (str(name), float(strength), float(clip))
+            checked = (str(name), float(strength), float(clip))
         except (TypeError, ValueError) as error:
             raise SettingError(
                 f"lora_stack holds {str(entry)[:80]!r}, expected (file, model strength, CLIP strength)"
             ) from error
-        if one[0] and one[0] != "None":
-            entries.append(one)
+        if checked[0] and checked[0] != "None":
+            entries.append(checked)
     return entries
 
 

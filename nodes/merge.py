@@ -91,6 +91,8 @@ class Merge(Node):
             prompt=prompt,
             on_basis_mismatch=on_basis_mismatch,
         )
-        missing = [name for name, one in (("style", delta_r_style), ("content", delta_r_content)) if not one.terms]
+        missing = [
+            name for name, recipe in (("style", delta_r_style), ("content", delta_r_content)) if not recipe.terms
+        ]
         done = merge_report(merged, host.interruptible)
         return io.NodeOutput(merged, ui={"text": [report.merge_text(merged, done, missing)]})

@@ -46,9 +46,9 @@ class PromptNode(Node):
 
     @classmethod
     def execute(cls, clip: Any, text: str, insert_triggers: bool, delta_r: MergeRecipe = NOTHING) -> io.NodeOutput:
-        triggers = list(dict.fromkeys(one for adapter in delta_r.adapters for one in triggers_of(adapter)))
+        triggers = list(dict.fromkeys(trigger for adapter in delta_r.adapters for trigger in triggers_of(adapter)))
         if insert_triggers:
-            text = " ".join([*(one for one in triggers if not holds(text, one)), text])
+            text = " ".join([*(trigger for trigger in triggers if not holds(text, trigger)), text])
         return io.NodeOutput(conditioning_of(clip, text), text, ui={"text": [_report(text, triggers)]})
 
 
@@ -56,8 +56,8 @@ def _report(text: str, triggers: list[str]) -> str:
     """Which triggers a prompt holds."""
     if not triggers:
         return "no adapter connected, or its file states no trigger"
-    held = [one for one in triggers if holds(text, one)]
-    missing = [one for one in triggers if one not in held]
+    held = [trigger for trigger in triggers if holds(text, trigger)]
+    missing = [trigger for trigger in triggers if trigger not in held]
     lines = [f"holds {', '.join(held)}"] if held else []
     lines += [f"lacks {', '.join(missing)}: where a merge acts by the prompt, those stay off"] if missing else []
     return "\n".join(lines)

@@ -174,8 +174,10 @@ def similarity_text(report: SimilarityReport) -> str:
     if beyond is not None:
         lines.append(f"{100 * beyond:.0f} % of the layers beyond chance")
     for key, title in (("delta_r", "\u0394R"), ("q", "Q"), ("r", "R")):
-        found = summary[key]
-        span = "not defined" if found is None else f"{found['mean']:+.4f} ({found['min']:+.4f} to {found['max']:+.4f})"
+        numbers = summary[key]
+        span = "not defined"
+        if numbers is not None:
+            span = f"{numbers['mean']:+.4f} ({numbers['min']:+.4f} to {numbers['max']:+.4f})"
         lines.append(f"cosine of {title}: {span}")
     signs = summary["sign_conflict"]
     if signs is not None:

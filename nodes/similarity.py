@@ -46,18 +46,18 @@ class Similarity(Node):
     @classmethod
     def execute(cls, delta_r_a: MergeRecipe, delta_r_b: MergeRecipe, fixed_scale: bool) -> io.NodeOutput:
         a, b = (merged_adapter(recipe, progress=host.interruptible) for recipe in (delta_r_a, delta_r_b))
-        found = similarity_report(a, b, host.with_progress)
-        lines = [report.similarity_text(found)]
-        picture, missing = _picture(found, lines, fixed_scale)
+        comparison = similarity_report(a, b, host.with_progress)
+        lines = [report.similarity_text(comparison)]
+        picture, missing = _picture(comparison, lines, fixed_scale)
         shown = ui.PreviewImage(picture, cls=cls).as_dict()
-        numbers = json.dumps(found, allow_nan=False, indent=1)
+        numbers = json.dumps(comparison, allow_nan=False, indent=1)
         return io.NodeOutput(picture, numbers, ui={**shown, "text": missing + lines})
 
 
-def _picture(found: SimilarityReport, lines: list[str], fixed_scale: bool) -> tuple[torch.Tensor, list[str]]:
+def _picture(comparison: SimilarityReport, lines: list[str], fixed_scale: bool) -> tuple[torch.Tensor, list[str]]:
     """The plots, or the numbers as text where they cannot be drawn; and what to say about that."""
     try:
-        return torch.from_numpy(array_of(similarity_image(found, fixed_scale=fixed_scale))), []
+        return torch.from_numpy(array_of(similarity_image(comparison, fixed_scale=fixed_scale))), []
     except PlotsUnavailableError as error:
         log.warning("QR-LoRA: %s", error)
         text = [line for part in (str(error), "", *lines) for line in part.split("\n")]

@@ -30,16 +30,16 @@ def schema(
     """
     typed = display_name.replace("\u0394R", "delta R")
     fields["search_aliases"] = list(dict.fromkeys([typed, "qr-lora delta r", *search_aliases]))
-    known = {field.name for field in dataclasses.fields(io.Schema)}
-    fields = {name: value for name, value in fields.items() if name in known}
+    known_fields = {field.name for field in dataclasses.fields(io.Schema)}
+    fields = {name: value for name, value in fields.items() if name in known_fields}
     fields = {"category": CATEGORY, **fields}
     return io.Schema(node_id=node_id, display_name=display_name, description=description, **fields)
 
 
 def newest(kind: Any, name: str, **fields: Any) -> Any:
     """An input of a kind such as `io.Combo.Input`, without the arguments that this host's version does not know."""
-    known = inspect.signature(kind).parameters
-    return kind(name, **{key: value for key, value in fields.items() if key in known})
+    parameters = inspect.signature(kind).parameters
+    return kind(name, **{key: value for key, value in fields.items() if key in parameters})
 
 
 def advanced(kind: Any, name: str, **fields: Any) -> Any:

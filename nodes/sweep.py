@@ -205,25 +205,25 @@ def _upstream(prompt: dict[str, Any], node_id: str) -> Iterator[dict[str, Any]]:
 
 def _collected(nodes: list[dict[str, Any]], keys: tuple[str, ...]) -> list[Any]:
     """Every value of these inputs once."""
-    found = [inputs[key] for inputs in nodes for key in keys if inputs.get(key) is not None]
-    return sorted(dict.fromkeys(found), key=str)
+    values = [inputs[key] for inputs in nodes for key in keys if inputs.get(key) is not None]
+    return sorted(dict.fromkeys(values), key=str)
 
 
 def _values(label: str) -> dict[str, float | str]:
     """{"alpha": 0.6, "beta": 1.0, "schedule": "late"} of "alpha=0.6, beta=1, schedule=late"; empty for other labels."""
-    found: dict[str, float | str] = {}
+    values: dict[str, float | str] = {}
     for part in label.split(","):
         name, _, value = (word.strip() for word in part.partition("="))
         if name == "schedule" and value:
-            found[name] = value
+            values[name] = value
             continue
         try:
             number = float(value)
         except ValueError:
             return {}
         if math.isfinite(number):
-            found[name] = number
-    return found
+            values[name] = number
+    return values
 
 
 def _names(recipe: MergeRecipe) -> str:

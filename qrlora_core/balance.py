@@ -103,8 +103,8 @@ class Cell(NamedTuple):
 def products(effect: Tensor, style: Tensor, content: Tensor) -> Products:
     """Inner products of a change of the prediction with those of the adapters alone; all of one shape."""
     # on the processor: latents are small, and Apple's graphics have no float64
-    one, *others = (tensor.flatten().cpu().double() for tensor in (effect, style, content))
-    return Products(*(float(torch.dot(one, other)) for other in (*others, one)))
+    change, *others = (tensor.flatten().cpu().double() for tensor in (effect, style, content))
+    return Products(*(float(torch.dot(change, other)) for other in (*others, change)))
 
 
 def four_prompts(prompt: str, style: Sequence[str], content: Sequence[str]) -> dict[Asked, str]:
@@ -134,19 +134,19 @@ def four_prompts(prompt: str, style: Sequence[str], content: Sequence[str]) -> d
 def needed(alphas: Sequence[float], betas: Sequence[float], acts: Iterable[str]) -> dict[Trial, tuple[Asked, ...]]:
     """What the model has to be asked at each point besides its own predictions: trial -> prompts."""
     ways = [ACTS[act] for act in acts]
-    found: dict[Trial, set[Asked]] = {trial: set(ASKED) for trial in (STYLE_ALONE, CONTENT_ALONE, BOTH_FULLY)}
+    asked_at: dict[Trial, set[Asked]] = {trial: set(ASKED) for trial in (STYLE_ALONE, CONTENT_ALONE, BOTH_FULLY)}
 
     def ask(pairs: Iterable[tuple[float, float]], prompts: Iterable[Asked]) -> None:
         for pair in pairs:
             if any(pair):
-                found.setdefault(Trial(*pair), set()).update(prompts)
+                asked_at.setdefault(Trial(*pair), set()).update(prompts)
 
     if any(not way.one_pass_each and not way.content_first for way in ways):
         free = any(not way.one_pass_each and not way.by_prompt for way in ways)
         ask(itertools.product(alphas, betas), ("both", "none") if free else ("both",))
     if any(way.content_first for way in ways):
         ask([(alpha, 0.0) for alpha in alphas] + [(0.0, beta) for beta in betas], ("both",))
-    return {trial: tuple(asked for asked in ASKED if asked in prompts) for trial, prompts in found.items()}
+    return {trial: tuple(asked for asked in ASKED if asked in prompts) for trial, prompts in asked_at.items()}
 
 
 def cells(points: Sequence[Point], alphas: Sequence[float], betas: Sequence[float], acts: Iterable[str]) -> list[Cell]:
@@ -163,7 +163,7 @@ def cells(points: Sequence[Point], alphas: Sequence[float], betas: Sequence[floa
         _cell(points, act, alpha, beta, switch)
         for act in acts
         for alpha, beta in itertools.product(alphas, betas)
-        for switch in ([one for one in between if 0.01 <= one <= 0.99] if ACTS[act].content_first else [None])
+        for switch in ([level for level in between if 0.01 <= level <= 0.99] if ACTS[act].content_first else [None])
     ]
 
 
@@ -173,13 +173,13 @@ def pulls(points: Sequence[Point]) -> tuple[float | None, float | None]:
     Returns:
         Of the style on prompts for the content, and of the content on prompts for the style; None without an effect.
     """
-    found: list[float | None] = []
+    shares: list[float | None] = []
     for field, own, other, asked in _GUESTS:
         size = _sum(point.effects[own, asked] for point in points).own
         extra = sum(getattr(point.effects[BOTH_FULLY, asked], field) for point in points)
         extra -= sum(getattr(point.effects[other, asked], field) for point in points)
-        found.append(extra / size if size else None)
-    return found[0], found[1]
+        shares.append(extra / size if size else None)
+    return shares[0], shares[1]
 
 
 def _cell(points: Sequence[Point], act: str, alpha: float, beta: float, switch: float | None) -> Cell:

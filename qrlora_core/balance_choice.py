@@ -38,7 +38,7 @@ def shown(cell: Cell) -> tuple[float | None, float | None]:
 
 def both_shown(cell: Cell) -> float:
     """Presence of the one that is worse off; 0 where neither adapter does anything."""
-    return min((one for one in shown(cell) if one is not None), default=0.0)
+    return min((share for share in shown(cell) if share is not None), default=0.0)
 
 
 def quiet(cell: Cell) -> float:
@@ -55,7 +55,7 @@ def score(cell: Cell, choice: str) -> float:
     Raises:
         KeyError: there is no such choice.
     """
-    style, content = (1.0 if one is None else one for one in shown(cell))
+    style, content = (1.0 if share is None else share for share in shown(cell))
     scores = {
         "balanced": both_shown(cell) * quiet(cell),
         "quiet": both_shown(cell) * quiet(cell) ** 3,
@@ -87,15 +87,15 @@ def proposal(measured: Sequence[Cell], choice: str) -> Cell:
 
 def frontier(measured: Sequence[Cell]) -> list[Cell]:
     """The settings that no other one of their act beats in both numbers, act by act, by rising drift."""
-    found: list[Cell] = []
+    unbeaten: list[Cell] = []
     for act in dict.fromkeys(cell.act for cell in measured):
         best: list[Cell] = []
         of_act = [cell for cell in measured if cell.act == act]
-        for cell in sorted(of_act, key=lambda one: (one.drift, -both_shown(one), _distance(one))):
+        for cell in sorted(of_act, key=lambda setting: (setting.drift, -both_shown(setting), _distance(setting))):
             if not best or both_shown(cell) > both_shown(best[-1]) + _SAME:
                 best.append(cell)
-        found += best
-    return found
+        unbeaten += best
+    return unbeaten
 
 
 def balance_report(

@@ -28,7 +28,7 @@ LARGEST_FILE = 100_000  # bytes of JSON
 
 def preset_names(family: Family | None = None) -> tuple[str, ...]:
     """Names of the presets that a family has; of all families without one."""
-    own = [preset.name for one in (FAMILIES if family is None else (family,)) for preset in one.presets]
+    own = [preset.name for owner in (FAMILIES if family is None else (family,)) for preset in owner.presets]
     return tuple(dict.fromkeys([*_DEPTHS, *_PARTS, *own]))
 
 
@@ -70,11 +70,11 @@ def blocks_of(names: Iterable[str], family: Family | None) -> list[Block]:
     return list(dict.fromkeys((kind.block, kind.number) for kind in kinds))
 
 
-def combined(one: BlockScale, other: BlockScale) -> BlockScale:
+def combined(first: BlockScale, second: BlockScale) -> BlockScale:
     """Both at once: their factors multiply."""
-    factors: dict[str, Any] = {name: getattr(one, name) * getattr(other, name) for name in _FACTORS}
-    ranges = [entry for scale in (one, other) for entry in _all_ranges(scale)]
-    return BlockScale(**factors, other_ranges=tuple(ranges), family=one.family or other.family)
+    factors: dict[str, Any] = {name: getattr(first, name) * getattr(second, name) for name in _FACTORS}
+    ranges = [entry for scale in (first, second) for entry in _all_ranges(scale)]
+    return BlockScale(**factors, other_ranges=tuple(ranges), family=first.family or second.family)
 
 
 def block_factors(scale: BlockScale, names: Iterable[str]) -> dict[str, list[tuple[int, float, float, float]]]:
@@ -83,10 +83,10 @@ def block_factors(scale: BlockScale, names: Iterable[str]) -> dict[str, list[tup
     for name in sorted(names, key=network_order):
         kind = layer_kind(name, scale.family)
         layers.setdefault((kind.block, kind.number), []).append(scale.factor(name))
-    found: dict[str, list[tuple[int, float, float, float]]] = {}
+    by_kind: dict[str, list[tuple[int, float, float, float]]] = {}
     for (block, number), factors in layers.items():
-        found.setdefault(block, []).append((number, sum(factors) / len(factors), min(factors), max(factors)))
-    return found
+        by_kind.setdefault(block, []).append((number, sum(factors) / len(factors), min(factors), max(factors)))
+    return by_kind
 
 
 def scale_to_json(scale: BlockScale) -> str:
@@ -98,7 +98,9 @@ def scale_to_json(scale: BlockScale) -> str:
     beyond = [value for value in (getattr(scale, name) for name in _FACTORS) if abs(value) > LIMIT]
     if beyond:
         raise SettingError(f"a factor of {beyond[0]:g} cannot be saved; {-LIMIT:g} to {LIMIT:g} can")
-    ranges = [[kind, one.first, one.last, one.factor] for kind, one in _all_ranges(scale)]
+    ranges = [
+        [kind, block_range.first, block_range.last, block_range.factor] for kind, block_range in _all_ranges(scale)
+    ]
     factors = {name: getattr(scale, name) for name in _FACTORS}
     family = scale.family.name if scale.family else None
     return json.dumps({"qrlora.blocks": _VERSION, "family": family, **factors, "ranges": ranges}, indent=1) + "\n"
@@ -129,31 +131,33 @@ def scale_from_json(text: str, title: str, family: Family | None) -> BlockScale:
 
 
 def _family_factors(preset: str, present: list[Block], family: Family) -> Mapping[Block, float]:
-    found = next((one for one in family.presets if one.name == preset), None)
-    if found is None:
+    chosen = next((entry for entry in family.presets if entry.name == preset), None)
+    if chosen is None:
         raise TargetError(f"{family.name} has no preset {preset!r}; it has {', '.join(preset_names(family))}")
-    named = parse_kind_ranges(found.ranges, preset)
+    named = parse_kind_ranges(chosen.ranges, preset)
     factors = {}
     for kind, number in present:
-        fits = (one.factor for name, one in named if name == kind and one.first <= number <= one.last)
-        factors[kind, number] = next(fits, found.rest)
+        fits = (entry.factor for name, entry in named if name == kind and entry.first <= number <= entry.last)
+        factors[kind, number] = next(fits, chosen.rest)
     return factors
 
 
 def _ranges(factors: Mapping[Block, float]) -> tuple[tuple[str, BlockRange], ...]:
     """Neighbours of one kind and factor together; those that keep 1 are left out."""
-    found: list[tuple[str, BlockRange]] = []
+    joined: list[tuple[str, BlockRange]] = []
     for (kind, number), factor in factors.items():
-        last = found[-1] if found else None
+        last = joined[-1] if joined else None
         if last is not None and last[0] == kind and last[1].last == number - 1 and last[1].factor == factor:
-            found[-1] = (kind, BlockRange(last[1].first, number, factor))
+            joined[-1] = (kind, BlockRange(last[1].first, number, factor))
         else:
-            found.append((kind, BlockRange(number, number, factor)))
-    return tuple(entry for entry in found if entry[1].factor != 1)
+            joined.append((kind, BlockRange(number, number, factor)))
+    return tuple(entry for entry in joined if entry[1].factor != 1)
 
 
 def _all_ranges(scale: BlockScale) -> list[tuple[str, BlockRange]]:
-    own = [("double", one) for one in scale.double_ranges] + [("single", one) for one in scale.single_ranges]
+    own = [("double", block_range) for block_range in scale.double_ranges] + [
+        ("single", block_range) for block_range in scale.single_ranges
+    ]
     return [*own, *scale.other_ranges]
 
 

@@ -64,22 +64,22 @@ class BlockScale:
 
     def _ranges(self) -> list[tuple[str, str, BlockRange]]:
         """(input, kind of block, range) of all ranges."""
-        named = [("double_ranges", "double", one) for one in self.double_ranges]
-        named += [("single_ranges", "single", one) for one in self.single_ranges]
-        return named + [("other_ranges", block, one) for block, one in self.other_ranges]
+        named = [("double_ranges", "double", block_range) for block_range in self.double_ranges]
+        named += [("single_ranges", "single", block_range) for block_range in self.single_ranges]
+        return named + [("other_ranges", block, block_range) for block, block_range in self.other_ranges]
 
     def check(self, names: Iterable[str]) -> None:
         """Raise TargetError when a range holds no block of these layers: it would be ignored in silence."""
         kinds = [layer_kind(name, self.family) for name in names]
         if not kinds:
             return  # nothing is scaled, so nothing is ignored
-        for where, block, one in self._ranges():
+        for where, block, block_range in self._ranges():
             present = sorted({kind.number for kind in kinds if kind.block == block})
-            if not any(one.first <= index <= one.last for index in present):
-                known = f"{present[0]} to {present[-1]}" if present else "none"
+            if not any(block_range.first <= index <= block_range.last for index in present):
+                numbers = f"{present[0]} to {present[-1]}" if present else "none"
                 others = ", ".join(dict.fromkeys(kind.block for kind in kinds if kind.block != block))
                 raise TargetError(
-                    f"{where}: {_shown(one)!r} matches no block; the adapter has {block} blocks: {known}"
+                    f"{where}: {_shown(block_range)!r} matches no block; the adapter has {block} blocks: {numbers}"
                     + (f" (it has {others} blocks)" if others and not present else "")
                 )
 
@@ -89,9 +89,9 @@ class BlockScale:
         for kind in (layer_kind(name, self.family) for name in names):
             last[kind.block] = max(last.get(kind.block, -1), kind.number)
         return [
-            f"{_shown(one)}: the last of the {block} blocks is {last[block]}"
-            for _, block, one in self._ranges()
-            if block in last and one.last > last[block] and one.last != _LAST
+            f"{_shown(block_range)}: the last of the {block} blocks is {last[block]}"
+            for _, block, block_range in self._ranges()
+            if block in last and block_range.last > last[block] and block_range.last != _LAST
         ]
 
     def __str__(self) -> str:
@@ -99,8 +99,8 @@ class BlockScale:
         names = ("double", "single", "attention", "feed_forward", "image", "text")
         parts = [f"{name} {getattr(self, name):g}" for name in names if getattr(self, name) != 1]
         for block, ranges in (("double", self.double_ranges), ("single", self.single_ranges)):
-            parts += [f"{block} {_shown(one)}" for one in ranges]
-        parts += [f"{block} {_shown(one)}" for block, one in self.other_ranges]
+            parts += [f"{block} {_shown(block_range)}" for block_range in ranges]
+        parts += [f"{block} {_shown(block_range)}" for block, block_range in self.other_ranges]
         return ", ".join(parts) or "all 1"
 
 
@@ -115,19 +115,19 @@ def parse_ranges(text: str, what: str) -> tuple[BlockRange, ...]:
         SettingError: a part is no range, its factor is not a number from -4 to 4, or two ranges share a block.
     """
     require_short(text, what)
-    found: list[BlockRange] = []
+    ranges: list[BlockRange] = []
     for part in split_points(text, _RANGE.fullmatch):
         match, where = _RANGE.fullmatch(part), f"{what}: {shortened(part)!r}"
         if not match:
             raise SettingError(f"{where} is not a block range; write blocks and a factor, as in '0-9: 0.5'")
-        one = BlockRange(int(match[1]), int(match[2] or match[1]), parse_factor(match[3], where))
-        if one.last < one.first:
+        block_range = BlockRange(int(match[1]), int(match[2] or match[1]), parse_factor(match[3], where))
+        if block_range.last < block_range.first:
             raise SettingError(f"{where} ends before it begins")
-        for other in found:
-            if one.first <= other.last and other.first <= one.last:
-                raise SettingError(f"{where} and {_shown(other)!r} share blocks; give each block one factor")
-        found.append(one)
-    return tuple(found)
+        for earlier in ranges:
+            if block_range.first <= earlier.last and earlier.first <= block_range.last:
+                raise SettingError(f"{where} and {_shown(earlier)!r} share blocks; give each block one factor")
+        ranges.append(block_range)
+    return tuple(ranges)
 
 
 def parse_kind_ranges(text: str, what: str) -> tuple[tuple[str, BlockRange], ...]:
@@ -137,7 +137,7 @@ def parse_kind_ranges(text: str, what: str) -> tuple[tuple[str, BlockRange], ...
         SettingError: as for `parse_ranges`, or a part that names no kind of block.
     """
     require_short(text, what)
-    found: dict[str, list[str]] = {}
+    parts_of_kind: dict[str, list[str]] = {}
     for part in split_points(text, _kind_range):
         match = _kind_range(part)
         if match is None:
@@ -145,9 +145,13 @@ def parse_kind_ranges(text: str, what: str) -> tuple[tuple[str, BlockRange], ...
                 f"{what}: {shortened(part)!r} names no kind of block; write kind, blocks and a factor, as in "
                 "'input 4-5: 0.5' or 'middle: 0'"
             )
-        rest = match[2] if not match[2].startswith(":") else f"0-{_LAST}{match[2]}"
-        found.setdefault(match[1], []).append(rest)
-    return tuple((kind, one) for kind, parts in found.items() for one in parse_ranges(", ".join(parts), what))
+        blocks_and_factor = match[2] if not match[2].startswith(":") else f"0-{_LAST}{match[2]}"
+        parts_of_kind.setdefault(match[1], []).append(blocks_and_factor)
+    return tuple(
+        (kind, block_range)
+        for kind, parts in parts_of_kind.items()
+        for block_range in parse_ranges(", ".join(parts), what)
+    )
 
 
 def _kind_range(part: str) -> re.Match[str] | None:
@@ -202,8 +206,9 @@ def shortened(text: str, length: int = 60) -> str:
     return text if len(text) <= length else f"{text[: length - 20]}...{text[-17:]}"
 
 
-def _shown(one: BlockRange) -> str:
-    if (one.first, one.last) == (0, _LAST):
-        return f"all: {one.factor:g}"
-    blocks = f"{one.first}" if one.first == one.last else f"{one.first}-{one.last}"
-    return f"{blocks}: {one.factor:g}"
+def _shown(block_range: BlockRange) -> str:
+    if (block_range.first, block_range.last) == (0, _LAST):
+        return f"all: {block_range.factor:g}"
+    first, last = block_range.first, block_range.last
+    blocks = f"{first}" if first == last else f"{first}-{last}"
+    return f"{blocks}: {block_range.factor:g}"

@@ -16,12 +16,13 @@ def bucket_size(width: int, height: int, resolution: int, step: int = 64, keep_a
     aspect = width / height
     best = (side, side)
     best_error = abs(_log_ratio(1.0, aspect))
-    for one in range(step, 4 * side + 1, step):
-        fitting = int(area / one)
-        for other in {max(step, fitting // step * step), max(step, -(-fitting // step) * step)}:
-            if one * other > area * 1.02 or other > 4 * side:
+    for length in range(step, 4 * side + 1, step):
+        fitting = int(area / length)
+        for across in {max(step, fitting // step * step), max(step, -(-fitting // step) * step)}:
+            if length * across > area * 1.02 or across > 4 * side:
                 continue
-            for wide, tall in ((one, other), (other, one)):  # both ways, so that a turned picture gets the turned size
+            # both ways, so that a turned picture gets the turned size
+            for wide, tall in ((length, across), (across, length)):
                 error = abs(_log_ratio(wide / tall, aspect))
                 nearer, equal = error < best_error - 1e-9, error < best_error + 1e-9
                 if nearer or (equal and wide * tall > best[0] * best[1]):

@@ -190,8 +190,8 @@ class TrainingCache:
         for index, item in enumerate(self.items):
             latent = specs.get(f"latent.{index}")
             if latent is None or len(latent.shape) != 3 or any(side % 2 for side in latent.shape[1:]):
-                found = latent.shape if latent else "none"
-                raise FileFormatError(f"{name}: latent {index} of {item.name} is {found}, expected 3-D, even sides")
+                held = latent.shape if latent else "none"
+                raise FileFormatError(f"{name}: latent {index} of {item.name} is {held}, expected 3-D, even sides")
             if 0 in latent.shape:
                 raise FileFormatError(f"{name}: latent {index} of {item.name} is {latent.shape}: empty")
             for key, shape in ((f"latent.{index}.flip", latent.shape), (f"mask.{index}", latent.shape[1:])):

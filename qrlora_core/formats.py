@@ -72,19 +72,19 @@ def open_adapter(path: Path) -> Adapter:
         FileFormatError: it is something else (a plain LoRA, a residual, ...), or keys or shapes do not fit.
     """
     file = TensorFile(path)
-    known = _opened.get(file.identity())
-    if known is not None:
-        return known
+    opened = _opened.get(file.identity())
+    if opened is not None:
+        return opened
     kind = file_kind(file)
     if kind in _OPENERS:
         _opened[file.identity()] = adapter = _OPENERS[kind](file)
         return adapter
-    found = {
+    reason = {
         "lora": "is a plain LoRA (its `up` is not a basis): load it with Load LoRA as \u0394R, from models/loras",
         "residual": "is a residual: load it with Load FLUX Residual",
         "basis": "is a basis (Q and R), which holds no trained change",
     }.get(kind, f"is not an adapter; it begins with {first_few(file.specs) or 'nothing'}")
-    raise FileFormatError(f"{file.path.name} {found}. Expected keys like {PUBLISHED['delta_r'].format('<layer>')}")
+    raise FileFormatError(f"{file.path.name} {reason}. Expected keys like {PUBLISHED['delta_r'].format('<layer>')}")
 
 
 def portable_key(name: str) -> str:
@@ -101,9 +101,9 @@ def portable_layer(key: str) -> str | None:
         return key.removeprefix(_TRANSFORMER)
     if key.startswith(KOHYA):
         for family in FAMILIES:
-            found = find(family, key.removeprefix(KOHYA)) if family.portable == KOHYA else None
-            if found is not None and not found.native:
-                return found.name(found.layers[0])
+            entry = find(family, key.removeprefix(KOHYA)) if family.portable == KOHYA else None
+            if entry is not None and not entry.native:
+                return entry.name(entry.layers[0])
     return key if key.startswith(_OWN) else None
 
 
@@ -140,8 +140,8 @@ def group_layers(
             layers.setdefault(owner[1], {})[owner[0]] = key
     if foreign:
         raise FileFormatError(f"{name} holds {len(foreign)} tensors that do not belong there: {first_few(foreign)}")
-    expected = {role for found in layers.values() for role in found} | patterns.keys()
-    missing = [every[role].format(layer) for layer, found in layers.items() for role in expected - found.keys()]
+    expected = {role for keys in layers.values() for role in keys} | patterns.keys()
+    missing = [every[role].format(layer) for layer, keys in layers.items() for role in expected - keys.keys()]
     if missing or not layers:
         raise FileFormatError(f"{name} is incomplete, it lacks {len(missing)} tensors: {first_few(sorted(missing))}")
     return layers

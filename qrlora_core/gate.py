@@ -94,10 +94,10 @@ def triggers_of(adapter: Adapter, given: str = "") -> tuple[str, ...]:
     """
     if given.strip():
         require_short(given, "the trigger")
-        found = _words(given)
-        if len(found) > MAX_TRIGGERS:
-            raise SettingError(f"{len(found)} triggers are given, {MAX_TRIGGERS} are the most")
-        return found
+        triggers = _words(given)
+        if len(triggers) > MAX_TRIGGERS:
+            raise SettingError(f"{len(triggers)} triggers are given, {MAX_TRIGGERS} are the most")
+        return triggers
     stated = [adapter.metadata.get(key, "")[:LONGEST_TEXT] for key in _TRIGGER_KEYS]
     return _words(",".join(stated))[:MAX_TRIGGERS]
 

@@ -27,6 +27,8 @@ _SPACE_ERROR = 1e-4
 _QR_ERROR = 1e-6
 # Above this a Q is not the basis of a decomposition; Q stored in bfloat16 is orthonormal to about 2e-3
 ORTHONORMAL = 1e-2
+# Up to this columns are orthonormal but for the rounding of float32
+EXACTLY_ORTHONORMAL = 1e-5
 
 
 class Basis(NamedTuple):
@@ -66,16 +68,16 @@ def decompose(weight: Tensor, rank: int, *, method: Method = "exact", seed: int 
     narrow = min(weight.shape) <= KRYLOV_STEPS * (rank + OVERSAMPLE)
     try:
         if method == "exact" or narrow:  # a Krylov space as wide as the weight would cost more than the SVD
-            left = torch.linalg.svd(weight, full_matrices=False).U[:, :rank]
+            left_vectors = torch.linalg.svd(weight, full_matrices=False).U[:, :rank]
         else:
-            left = _krylov_left(weight, rank, seed)
-        small_q, r = torch.linalg.qr(left.mT @ weight)
+            left_vectors = _krylov_left(weight, rank, seed)
+        small_q, r = torch.linalg.qr(left_vectors.mT @ weight)
     except RuntimeError as error:
         if "out of memory" in str(error).lower():
             raise
         raise WeightError(f"the decomposition of a {tuple(weight.shape)} weight failed: {error}") from error
     signs = torch.where(r.diagonal() < 0, -1.0, 1.0)
-    return Basis(q=(left @ small_q) * signs, r=torch.triu(r * signs[:, None]))
+    return Basis(q=(left_vectors @ small_q) * signs, r=torch.triu(r * signs[:, None]))
 
 
 def base_r(weight: Tensor, q: Tensor) -> Tensor:
@@ -137,8 +139,8 @@ def trapezoid_error(r: Tensor) -> float:
     if not below.any():
         return 0.0
     values = r.double()
-    rest = values[~below].square().mean().sqrt()
-    return float(values[below].square().mean().sqrt() / rest) if rest > 0 else 1.0
+    above = values[~below].square().mean().sqrt()
+    return float(values[below].square().mean().sqrt() / above) if above > 0 else 1.0
 
 
 def positive_qr(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -211,5 +213,5 @@ def _krylov_left(weight: Tensor, rank: int, seed: int) -> Tensor:
     vectors = torch.linalg.eigh((image.mT @ image).double()).eigenvectors
     top = vectors[:, -rank:].flip(1).float()
     # For a wide weight the iteration ran on W^T: its right vectors are the left ones of W.
-    left: Tensor = torch.linalg.qr(image @ top if tall is weight else space @ top).Q
-    return left
+    left_vectors: Tensor = torch.linalg.qr(image @ top if tall is weight else space @ top).Q
+    return left_vectors

@@ -174,7 +174,7 @@ def _modules(file: TensorFile) -> tuple[dict[str, dict[str, str]], int, dict[str
     text: set[str] = set()
     others: dict[str, str] = {}
     for key in file.specs:
-        ending = next((one for one in _ORDERED if key.endswith(one)), "")
+        ending = next((suffix for suffix in _ORDERED if key.endswith(suffix)), "")
         base = key[: len(key) - len(ending)]
         if key.startswith(_TEXT_ENCODERS):
             text.add(base)
@@ -189,8 +189,8 @@ def _modules(file: TensorFile) -> tuple[dict[str, dict[str, str]], int, dict[str
             others[modules.pop(base)["alpha"]] = "tensors of an unknown kind"
     for key, what in list(others.items()):  # a module of another size than the model's is changed as a whole
         if what == _OTHER[".reshape_weight"]:
-            for one in modules.pop(key.removesuffix(".reshape_weight"), {}).values():
-                others[one] = what
+            for part_key in modules.pop(key.removesuffix(".reshape_weight"), {}).values():
+                others[part_key] = what
     for family in FAMILIES:
         for module, marks in family.widened:
             if file.specs.keys() >= set(marks):
@@ -203,8 +203,10 @@ def _require_readable(
 ) -> None:
     title = file.path.name
     if not modules:
-        found = first_few(file.specs) or "nothing"
-        raise FileFormatError(f"{title} holds no LoRA of a diffusion model that can be read; it begins with {found}")
+        first_keys = first_few(file.specs) or "nothing"
+        raise FileFormatError(
+            f"{title} holds no LoRA of a diffusion model that can be read; it begins with {first_keys}"
+        )
     dora = [base for base, keys in modules.items() if "dora" in keys]
     if dora:
         raise FileFormatError(
@@ -240,11 +242,11 @@ def _layers(
 ) -> Iterable[tuple[str, slice | Tensor]]:
     """The layers of a module, and the rows of its change that each of them has."""
     plain = _plain(base)
-    found = find(family, plain) if family is not None else None
-    if found is not None:
-        places = cut(found, shape) if len(found.layers) > 1 else {found.name(found.layers[0]): (0, shape[0])}
+    entry = find(family, plain) if family is not None else None
+    if entry is not None:
+        places = cut(entry, shape) if len(entry.layers) > 1 else {entry.name(entry.layers[0]): (0, shape[0])}
         if places is None:
-            names = ", ".join(found.name(layer) for layer in found.layers)
+            names = ", ".join(entry.name(layer) for layer in entry.layers)
             raise FileFormatError(f"{file.path.name}: {base} with shape {shape} cannot be cut into {names}")
         return [(name, slice(start, start + rows)) for name, (start, rows) in places.items()]
     for theirs, native in family.swapped if family is not None else ():

@@ -119,11 +119,11 @@ def merged_adapter(
     require_fixed(recipe)
     active = recipe.require_terms().active
     terms = active or recipe.terms  # of nothing but zeros, the zeros: an adapter has layers
-    open_core = [term.adapter for term in terms if term.adapter.method == "qr" and not term.adapter.has_initial]
+    lacking_initial = [term.adapter for term in terms if term.adapter.method == "qr" and not term.adapter.has_initial]
     core_known = initial_of is not None or core_in_residual
     only = terms[0] if len(terms) == 1 else None
     as_it_is = only and only.onto is None and all(only.factor(name) == 1 for name in only.adapter.layers)
-    if as_it_is and not (open_core and core_known):
+    if as_it_is and not (lacking_initial and core_known):
         return terms[0].adapter
     layers: dict[str, AdapterLayer] = {}
     infos: dict[str, LayerInfo] = {}
@@ -131,10 +131,10 @@ def merged_adapter(
         parts = [term for term in terms if (term.changes(name) if active else name in term.adapter.layers)]
         if not parts:
             continue
-        found = sum_of(parts, name, initial_of, core_in_residual)
-        layers[name] = joined(found.products)
+        total = sum_of(parts, name, initial_of, core_in_residual)
+        layers[name] = joined(total.products)
         up, down, _ = layers[name]
-        infos[name] = LayerInfo((up.shape[0], down.shape[1]), up.shape[1], found.scaling, down.dtype)
+        infos[name] = LayerInfo((up.shape[0], down.shape[1]), up.shape[1], total.scaling, down.dtype)
     complete = all(layer.initial is not None for layer in layers.values())
     return Adapter(
         " + ".join(map(str, terms)),

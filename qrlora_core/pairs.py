@@ -21,18 +21,18 @@ class _Memory(Generic[Value]):
     """What was computed for a layer of some adapters; it goes when one of the adapters goes."""
 
     def __init__(self) -> None:
-        self._known: weakref.WeakKeyDictionary[Adapter, dict[tuple[object, ...], Value]] = weakref.WeakKeyDictionary()
+        self._values: weakref.WeakKeyDictionary[Adapter, dict[tuple[object, ...], Value]] = weakref.WeakKeyDictionary()
 
     def get(self, adapters: tuple[Adapter, ...], name: str, compute: Callable[[], Value]) -> Value:
         """What `compute` gave for this layer of these adapters; it is called at most once while all of them live."""
         first, *others = adapters
-        known = self._known.setdefault(first, {})
+        values = self._values.setdefault(first, {})
         key: tuple[object, ...] = (name, *map(weakref.ref, others))
-        if key not in known:
+        if key not in values:
             value = compute()
-            key = (name, *(weakref.ref(other, lambda _: known.pop(key, None)) for other in others))
-            known[key] = value
-        return known[key]
+            key = (name, *(weakref.ref(other, lambda _: values.pop(key, None)) for other in others))
+            values[key] = value
+        return values[key]
 
 
 _own_layers: _Memory[AdapterLayer] = _Memory()
@@ -63,12 +63,12 @@ def shares_basis(first: Adapter, second: Adapter, name: str) -> bool:
 def same_columns(first: Tensor, second: Tensor) -> bool:
     """`same_basis` of two Q, (out, rank), compared once for a pair: turning alpha asks for the same again."""
     key = (id(first), id(second))
-    known = _compared.get(key)
-    if known is None:
-        known = _compared[key] = same_basis(first, second)
+    same = _compared.get(key)
+    if same is None:
+        same = _compared[key] = same_basis(first, second)
         for tensor in (first, second):  # another tensor may get the number of one that is gone
             weakref.finalize(tensor, _compared.pop, key, None).atexit = False
-    return known
+    return same
 
 
 def moved_update(adapter: Adapter, onto: Adapter, name: str) -> Tensor:
@@ -100,10 +100,10 @@ def column_counts(owners: tuple[Adapter, ...], name: str) -> tuple[int, int, int
         ups: list[Tensor] = []
         for owner in owners:
             layer = owner.layer(name)
-            found = [own_layer(owner, name).up] if owner.method != "qr" else [layer.up]
+            own_ups = [own_layer(owner, name).up] if owner.method != "qr" else [layer.up]
             if owner.method == "qr" and layer.initial:  # Q'R' and QR: two products
-                found.insert(0, layer.initial.q)
-            ups += [up for up in found if not any(same_columns(known, up) for known in ups)]
+                own_ups.insert(0, layer.initial.q)
+            ups += [up for up in own_ups if not any(same_columns(earlier, up) for earlier in ups)]
         columns = sum(up.shape[1] for up in ups)
         return len(ups), columns, joint_basis(ups).q.shape[1] if len(ups) > 1 else columns
 

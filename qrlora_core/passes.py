@@ -46,11 +46,12 @@ def evaluations(passes: Sequence[Hashable | None], table: Sequence[Factors]) -> 
     if all(factors in ([], [1.0]) for factors in acting):
         return (Evaluation(rows, (1.0,) * len(rows)),)
     first = tuple(1.0 - sum(factors) for factors in acting)
-    found = [Evaluation(tuple(_within(passes, row, None, 0.0) for row in rows), first)]
+    candidates = [Evaluation(tuple(_within(passes, row, None, 0.0) for row in rows), first)]
     for key in own:
         weights = tuple(factors[key] for factors in outer)
-        found.append(Evaluation(tuple(_within(passes, row, key, one) for row, one in zip(rows, weights)), weights))
-    return tuple(one for one in found if any(one.weights))
+        factors_of = tuple(_within(passes, row, key, weight) for row, weight in zip(rows, weights))
+        candidates.append(Evaluation(factors_of, weights))
+    return tuple(evaluation for evaluation in candidates if any(evaluation.weights))
 
 
 def _largest(passes: Sequence[Hashable | None], row: Factors, key: Hashable) -> float:

@@ -30,10 +30,10 @@ def numbered_names(folder: Path, name: str, ending: str = ".safetensors") -> lis
     Args, Raises: see `free_name`.
     """
     path = contained_path(folder, name.strip().removesuffix(ending) + ending)
-    found = [path]
-    while found[-1].exists() or found[-1].is_symlink():  # a link that leads nowhere takes its name, too
-        found.append(path.with_name(f"{path.stem}_{len(found) + 1:05}{ending}"))
-    return found
+    paths = [path]
+    while paths[-1].exists() or paths[-1].is_symlink():  # a link that leads nowhere takes its name, too
+        paths.append(path.with_name(f"{path.stem}_{len(paths) + 1:05}{ending}"))
+    return paths
 
 
 def contained_path(folder: Path, name: str) -> Path:

@@ -79,8 +79,8 @@ class MergeRecipe:
     def __post_init__(self) -> None:
         joined: dict[object, Term] = {}
         for term in self.terms:
-            known = joined.get(term.identity)
-            joined[term.identity] = replace(known, strength=known.strength + term.strength) if known else term
+            earlier = joined.get(term.identity)
+            joined[term.identity] = replace(earlier, strength=earlier.strength + term.strength) if earlier else term
         object.__setattr__(self, "terms", tuple(joined.values()))
 
     @classmethod

@@ -117,9 +117,9 @@ def save_once(
     fields = standard_metadata(adapter) | {"qrlora.format": format}
     alike = [path for path in taken if _is_alike(path, written.specs, fields)]
     if alike:
-        found = content_hash(written.specs, written.stream())
+        content = content_hash(written.specs, written.stream())
         for path in alike:
-            if TensorFile(path).metadata[CONTENT] == found:
+            if TensorFile(path).metadata[CONTENT] == content:
                 return Saved(path, False, len(taken))
     save_adapter(adapter, free, format=format, base_r=base_r, dtype=dtype, progress=progress)
     return Saved(free, True, len(taken) + 1)
@@ -168,7 +168,9 @@ class _Written:
             raise FileFormatError(f"format is {format!r}, expected one of {', '.join(ADAPTER_FORMATS)}")
         entries = _portable_entries if format == "portable" else _published_entries
         self._adapter, self._progress = adapter, progress
-        self._plan = {name: [_stored(one, dtype) for one in entries(adapter, name, base_r)] for name in adapter.layers}
+        self._plan = {
+            name: [_stored(entry, dtype) for entry in entries(adapter, name, base_r)] for name in adapter.layers
+        }
         self.specs = {key: spec for layer in self._plan.values() for key, spec, _ in layer}
 
     def stream(self) -> Iterable[tuple[str, Tensor]]:
@@ -187,7 +189,9 @@ def _is_alike(path: Path, specs: Mapping[str, TensorSpec], fields: Mapping[str, 
         file = TensorFile(path)
     except FileFormatError:  # another file of that name, or none that can be read
         return False
-    theirs, ours = ({key: one for key, one in each.items() if key not in _PASSING} for each in (file.metadata, fields))
+    theirs, ours = (
+        {key: value for key, value in each.items() if key not in _PASSING} for each in (file.metadata, fields)
+    )
     return CONTENT in file.metadata and file.specs == specs and theirs == ours
 
 

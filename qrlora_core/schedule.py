@@ -97,10 +97,10 @@ def parse_schedule(text: str, over: Over = "steps") -> Schedule:
     if len(points) > MAX_POINTS:
         raise SettingError(f"schedule: {len(points)} points are too many, {MAX_POINTS} are allowed")
     sign = 1 if over == "steps" else -1
-    for (one, _), (other, _) in pairwise(points):
-        if sign * other < sign * one:
+    for (place_before, _), (place_after, _) in pairwise(points):
+        if sign * place_after < sign * place_before:
             way = "rise" if over == "steps" else "fall, as sigma does in sampling"
-            raise SettingError(f"schedule: places must {way}; {other:g} comes after {one:g}")
+            raise SettingError(f"schedule: places must {way}; {place_after:g} comes after {place_before:g}")
     return Schedule(tuple(points), over)
 
 

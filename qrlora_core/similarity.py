@@ -104,10 +104,10 @@ class _Parts(NamedTuple):
 def _both(layer_a: AdapterLayer, layer_b: AdapterLayer, a: Adapter, b: Adapter, name: str) -> tuple[_Parts, _Parts]:
     """The two sides of a layer. Tensors that are equal bit by bit are one tensor in both, which saves most of the work
     for adapters of one base."""
-    one = _parts(a, layer_a, a.layers[name].scaling)
-    q = one.q if _equal(layer_a.up, layer_b.up) else None
-    r = one.r if layer_a.initial and layer_b.initial and _equal(layer_a.initial.r, layer_b.initial.r) else None
-    return one, _parts(b, layer_b, b.layers[name].scaling, q, r)
+    parts_a = _parts(a, layer_a, a.layers[name].scaling)
+    q = parts_a.q if _equal(layer_a.up, layer_b.up) else None
+    r = parts_a.r if layer_a.initial and layer_b.initial and _equal(layer_a.initial.r, layer_b.initial.r) else None
+    return parts_a, _parts(b, layer_b, b.layers[name].scaling, q, r)
 
 
 def _parts(
@@ -116,8 +116,8 @@ def _parts(
     up = layer.up.double() if q is None else q
     down = layer.down.double()
     if adapter.method != "qr":
-        known = layer.initial.r.double() if layer.initial and r is None else r
-        return _Parts(up, known, down, _Update(up, down, scaling))
+        base_r = layer.initial.r.double() if layer.initial and r is None else r
+        return _Parts(up, base_r, down, _Update(up, down, scaling))
     if layer.initial is None:
         return _Parts(up, down, None, None)
     stacked = torch.cat([up, layer.initial.q.double()], dim=1), torch.cat([down, -layer.initial.r.double()])
@@ -128,28 +128,30 @@ def _compare(name: str, a: Adapter, b: Adapter, family: Family | None) -> tuple[
     """One layer, and the inner product of its two updates."""
     info, kind = a.layers[name], layer_kind(name, family)
     layer_a, layer_b = a.layer(name), b.layer(name)
-    one, two = _both(layer_a, layer_b, a, b, name)
-    same = one.q is two.q or same_basis(layer_a.up, layer_b.up)
+    parts_a, parts_b = _both(layer_a, layer_b, a, b, name)
+    same = parts_a.q is parts_b.q or same_basis(layer_a.up, layer_b.up)
     cosine: Quantities = {"delta_r": None, "q": None, "r": None, "update": None}
     band: Quantities = {"delta_r": None, "q": None, "r": None, "update": None}
-    cosine["delta_r"], band["delta_r"] = _cosine(one.delta_r, two.delta_r)
-    cosine["q"], band["q"] = _cosine(one.q, two.q)
-    cosine["r"], band["r"] = _cosine(one.r, two.r)
-    gram_a = one.q.mT @ one.q
-    gram_b, cross = (gram_a, gram_a) if two.q is one.q else (two.q.mT @ two.q, one.q.mT @ two.q)
-    inner, norm_a, norm_b = 0.0, _product_norm(one, gram_a), _product_norm(two, gram_b)
-    if one.update and two.update:
-        shared = one.update.up is one.q and two.update.up is two.q
-        inner, deviation = _inner(one.update, two.update, cross if shared else one.update.up.mT @ two.update.up)
+    cosine["delta_r"], band["delta_r"] = _cosine(parts_a.delta_r, parts_b.delta_r)
+    cosine["q"], band["q"] = _cosine(parts_a.q, parts_b.q)
+    cosine["r"], band["r"] = _cosine(parts_a.r, parts_b.r)
+    gram_a = parts_a.q.mT @ parts_a.q
+    gram_b, cross = (gram_a, gram_a) if parts_b.q is parts_a.q else (parts_b.q.mT @ parts_b.q, parts_a.q.mT @ parts_b.q)
+    inner, norm_a, norm_b = 0.0, _product_norm(parts_a, gram_a), _product_norm(parts_b, gram_b)
+    if parts_a.update and parts_b.update:
+        shared = parts_a.update.up is parts_a.q and parts_b.update.up is parts_b.q
+        inner, deviation = _inner(
+            parts_a.update, parts_b.update, cross if shared else parts_a.update.up.mT @ parts_b.update.up
+        )
         size = (norm_a or 0.0) * (norm_b or 0.0)
         if size > 0:
             cosine["update"], band["update"] = _clamped(inner / size), _BAND * deviation
-    angles, overlap = ([0.0], 1.0) if two.q is one.q else _spans(gram_a, gram_b, cross)
+    angles, overlap = ([0.0], 1.0) if parts_b.q is parts_a.q else _spans(gram_a, gram_b, cross)
     norms: Norms = {
-        "delta_r_a": _norm(one.delta_r),
-        "delta_r_b": _norm(two.delta_r),
-        "r_a": _norm(one.r),
-        "r_b": _norm(two.r),
+        "delta_r_a": _norm(parts_a.delta_r),
+        "delta_r_b": _norm(parts_b.delta_r),
+        "r_a": _norm(parts_a.r),
+        "r_b": _norm(parts_b.r),
         "update_a": norm_a,
         "update_b": norm_b,
     }
@@ -174,34 +176,34 @@ def _compare(name: str, a: Adapter, b: Adapter, family: Family | None) -> tuple[
         "span_overlap": overlap,
         "norms": norms,
         "energy_ratio": _squared_ratio(norm_b, norm_a),
-        "sign_conflict": _sign_conflict(one.delta_r, two.delta_r) if same else None,
+        "sign_conflict": _sign_conflict(parts_a.delta_r, parts_b.delta_r) if same else None,
     }
     return entry, inner
 
 
-def _cosine(one: Tensor | None, two: Tensor | None) -> tuple[float | None, float | None]:
+def _cosine(first: Tensor | None, second: Tensor | None) -> tuple[float | None, float | None]:
     """Cosine of two flattened matrices, and the band that 95 % of random matrices with as many entries stay in."""
-    if one is None or two is None or one.shape != two.shape:
+    if first is None or second is None or first.shape != second.shape:
         return None, None
-    size = float(one.norm() * two.norm())
+    size = float(first.norm() * second.norm())
     if size == 0:
         return None, None
-    if one is two:
-        return 1.0, _BAND / math.sqrt(int(torch.count_nonzero(one)))
+    if first is second:
+        return 1.0, _BAND / math.sqrt(int(torch.count_nonzero(first)))
     # A triangular dR and every R have a corner of zeros, which chance cannot fill
-    entries = min(int(torch.count_nonzero(one)), int(torch.count_nonzero(two)))
-    return _clamped(float(torch.dot(one.flatten(), two.flatten())) / size), _BAND / math.sqrt(entries)
+    entries = min(int(torch.count_nonzero(first)), int(torch.count_nonzero(second)))
+    return _clamped(float(torch.dot(first.flatten(), second.flatten())) / size), _BAND / math.sqrt(entries)
 
 
-def _inner(one: _Update, two: _Update, cross: Tensor) -> tuple[float, float]:
+def _inner(first: _Update, second: _Update, cross: Tensor) -> tuple[float, float]:
     """Inner product of two updates, and the standard deviation of their cosine if both dR were random.
 
     For independent entries of D1, D2 the product has the variance ||U1^T U2||^2 * in and the sizes are ||Ui||^2 * in:
     1 / sqrt(rank * in) on one basis, 1 / sqrt(out * in) on two random ones. `cross` is U1^T U2.
     """
-    product = float((cross * (one.down @ two.down.mT)).sum())
-    spread = float(cross.norm() / (one.up.norm() * two.up.norm()))
-    return one.scaling * two.scaling * product, spread / math.sqrt(one.down.shape[1])
+    product = float((cross * (first.down @ second.down.mT)).sum())
+    spread = float(cross.norm() / (first.up.norm() * second.up.norm()))
+    return first.scaling * second.scaling * product, spread / math.sqrt(first.down.shape[1])
 
 
 def _spans(gram_a: Tensor, gram_b: Tensor, cross: Tensor) -> tuple[list[float], float]:
@@ -223,11 +225,11 @@ def _whitening(gram: Tensor) -> Tensor:
     return whitening
 
 
-def _sign_conflict(one: Tensor | None, two: Tensor | None) -> float | None:
+def _sign_conflict(first: Tensor | None, second: Tensor | None) -> float | None:
     """Share of the entries that are zero in neither and have opposite signs; random matrices: 0.5."""
-    if one is None or two is None or one.shape != two.shape:
+    if first is None or second is None or first.shape != second.shape:
         return None
-    signs = torch.sign(one) * torch.sign(two)
+    signs = torch.sign(first) * torch.sign(second)
     both = int(torch.count_nonzero(signs))
     return int((signs < 0).sum()) / both if both else None
 
@@ -244,14 +246,14 @@ def _product_norm(parts: _Parts, gram_q: Tensor) -> float | None:
     return abs(scaling) * float((gram * (down @ down.mT)).sum().clamp_min(0).sqrt())
 
 
-def _equal(one: Tensor, two: Tensor) -> bool:
-    return one.dtype == two.dtype and torch.equal(one, two)
+def _equal(first: Tensor, second: Tensor) -> bool:
+    return first.dtype == second.dtype and torch.equal(first, second)
 
 
 def _total(norms: Sequence[float | None]) -> float | None:
     """Norm of all layers together."""
-    known = [norm for norm in norms if norm is not None]
-    return math.sqrt(sum(norm**2 for norm in known)) if len(known) == len(norms) else None
+    defined = [norm for norm in norms if norm is not None]
+    return math.sqrt(sum(norm**2 for norm in defined)) if len(defined) == len(norms) else None
 
 
 def _clamped(cosine: float) -> float:

@@ -126,16 +126,16 @@ class SimilarityReport(TypedDict):
 
 def statistics(layers: Sequence[LayerEntry], key: str) -> Statistics | None:
     """Over the layers that have the value; None when no layer has it."""
-    found: list[tuple[float, LayerEntry]] = []
+    measured: list[tuple[float, LayerEntry]] = []
     for entry in layers:
         value = entry["sign_conflict"] if key == "sign_conflict" else _quantity(entry["cosine"], key)
         if value is not None:
-            found.append((value, entry))
-    if not found:
+            measured.append((value, entry))
+    if not measured:
         return None
-    values = np.array([value for value, _ in found])
-    bands = [None if key == "sign_conflict" else _quantity(entry["null_band"], key) for _, entry in found]
-    outside = [abs(value) > band for (value, _), band in zip(found, bands) if band is not None]
+    values = np.array([value for value, _ in measured])
+    bands = [None if key == "sign_conflict" else _quantity(entry["null_band"], key) for _, entry in measured]
+    outside = [abs(value) > band for (value, _), band in zip(measured, bands) if band is not None]
     return {
         "layers": len(values),
         "mean": float(values.mean()),
@@ -143,8 +143,8 @@ def statistics(layers: Sequence[LayerEntry], key: str) -> Statistics | None:
         "std": float(values.std()),
         "min": float(values.min()),
         "max": float(values.max()),
-        "min_layer": found[int(values.argmin())][1]["name"],
-        "max_layer": found[int(values.argmax())][1]["name"],
+        "min_layer": measured[int(values.argmin())][1]["name"],
+        "max_layer": measured[int(values.argmax())][1]["name"],
         "outside_null_band": sum(outside) / len(outside) if outside else None,
     }
 

@@ -162,13 +162,13 @@ def model_fingerprint(path: Path) -> str:
     if not files:
         raise FileFormatError(f"{path.name} holds no safetensors file")
     digest = hashlib.sha256()
-    for one in files:
+    for part in files:
         try:
-            size = one.stat().st_size
-            with one.open("rb") as file:
+            size = part.stat().st_size
+            with part.open("rb") as file:
                 length = int.from_bytes(file.read(8), "little")
                 if length > min(size, _LONGEST_HEADER):
-                    raise FileFormatError(f"{one.name} is not a readable safetensors file; it may be truncated")
+                    raise FileFormatError(f"{part.name} is not a readable safetensors file; it may be truncated")
                 header = file.read(length)
                 digest.update(size.to_bytes(8, "little") + header)
                 entries = json.loads(header)
@@ -177,7 +177,7 @@ def model_fingerprint(path: Path) -> str:
                     file.seek(8 + length + start)
                     digest.update(file.read(_SAMPLE))
         except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
-            raise FileFormatError(f"{one.name} is not a readable safetensors file ({error})") from error
+            raise FileFormatError(f"{part.name} is not a readable safetensors file ({error})") from error
     return digest.hexdigest()[:16]
 
 

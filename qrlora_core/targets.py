@@ -44,10 +44,10 @@ def match_targets(targets: Iterable[str], names: Iterable[str]) -> tuple[str, ..
     plain = [name.removesuffix(".weight") for name in names]
     chosen: set[str] = set()
     for target in (target.removesuffix(".weight") for target in targets):
-        found = [name for name in plain if name == target or name.endswith(f".{target}")]
-        if not found:
+        matching = [name for name in plain if name == target or name.endswith(f".{target}")]
+        if not matching:
             raise TargetError(f"target {target!r} matches no layer{nearest(target, plain)}")
-        chosen.update(found)
+        chosen.update(matching)
     return tuple(name for name in plain if name in chosen)
 
 

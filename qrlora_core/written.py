@@ -56,7 +56,7 @@ def split_numbers(text: str, what: str, is_part: Callable[[str], object]) -> lis
 
 
 def _parts(separator: re.Pattern[str], text: str) -> list[str]:
-    found = [part.strip() for part in separator.split(text)]
+    parts = [part.strip() for part in separator.split(text)]
     if separator is _OTHER:
-        found = [_DECIMAL.sub(".", part) for part in found]
-    return [part for part in found if part]
+        parts = [_DECIMAL.sub(".", part) for part in parts]
+    return [part for part in parts if part]

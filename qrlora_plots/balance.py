@@ -69,7 +69,7 @@ def _frontiers(axes: "Axes", report: Report) -> None:
             color=colour, marker=marker, s=26, alpha=0.35, linewidth=1, clip_on=False,
         )  # fmt: skip
         best = sorted((cell for cell in of_act if cell["frontier"]), key=lambda cell: cell["drift"])
-        drifts, shown = ([one(cell) for cell in best] for one in (place, lambda cell: cell["shown"]))
+        drifts, shown = ([number_of(cell) for cell in best] for number_of in (place, lambda cell: cell["shown"]))
         axes.plot(drifts, shown, color=colour, marker=marker, linewidth=1.6, label=act, clip_on=False)
     chosen = report["chosen"]
     axes.scatter([place(chosen)], [chosen["shown"]], marker="*", s=330, color="#000000", zorder=5, clip_on=False)

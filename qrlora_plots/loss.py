@@ -32,7 +32,7 @@ class _Scale(NamedTuple):
     def place(self, point: Point) -> Point:
         left, top, right, bottom = self.box
         loss = min(max(point[1], self.losses[0]), self.losses[1])
-        low, high, loss = (math.log(one) if self.log else one for one in (*self.losses, loss))
+        low, high, loss = (math.log(value) if self.log else value for value in (*self.losses, loss))
         across = (point[0] - self.steps[0]) / (self.steps[1] - self.steps[0])
         return left + across * (right - left), bottom - (loss - low) / (high - low) * (bottom - top)
 
@@ -97,8 +97,8 @@ def number_text(value: float) -> str:
 
 
 def _points(events: Sequence[Mapping[str, Any]], key: str) -> list[Point]:
-    found = [(float(event["step"]), event.get(key)) for event in events]
-    return [(step, float(loss)) for step, loss in found if isinstance(loss, int | float) and abs(loss) < _HIGHEST]
+    pairs = [(float(event["step"]), event.get(key)) for event in events]
+    return [(step, float(loss)) for step, loss in pairs if isinstance(loss, int | float) and abs(loss) < _HIGHEST]
 
 
 def _scale(raw: Sequence[Point], smoothed: Sequence[Point], checked: Sequence[Point]) -> _Scale:

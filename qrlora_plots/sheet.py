@@ -94,12 +94,12 @@ def label_axes(
     if len(named) != len(labels) or len({tuple(name for name, _ in parts) for parts in named}) != 1:
         return None
     kept = _axes(named)
-    found = [
+    label_pairs = [
         tuple(", ".join(f"{parts[index][0]} = {parts[index][1]}" for index in side) for side in (kept[:-1], kept[-1:]))
         for parts in named
     ]
-    rows, columns = (tuple(dict.fromkeys(pair[side] for pair in found)) for side in (0, 1))
-    places = tuple((rows.index(row), columns.index(column)) for row, column in found)
+    rows, columns = (tuple(dict.fromkeys(pair[side] for pair in label_pairs)) for side in (0, 1))
+    places = tuple((rows.index(row), columns.index(column)) for row, column in label_pairs)
     if len(set(places)) != len(places) or len(places) != len(rows) * len(columns):
         return None
     return places, rows, columns

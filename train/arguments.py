@@ -123,7 +123,7 @@ def _add_settings(parser: argparse.ArgumentParser, config: Any, needed: bool = T
 
     `needed`: whether the command cannot do without the settings that have no default.
     """
-    required = [one.name for one in fields(config) if one.default is MISSING] if needed else []
+    required = [spec.name for spec in fields(config) if spec.default is MISSING] if needed else []
     flags = [f"--{name.replace('_', '-')} ..." for name in required]
     parser.usage = " ".join([parser.prog, *flags, "[settings, see --help]"])  # a line instead of a page
     parser.add_argument("--settings", type=Path, help="a .toml or .json file with settings; flags win over it")

@@ -267,4 +267,4 @@ def as_table(config: FitConfig | EncodeConfig) -> dict[str, Any]:
 
 def _selected(config: FitConfig, mark: str) -> dict[str, Any]:
     table = as_table(config) | {"alpha": config.adapter_alpha}
-    return {one.name: table[one.name] for one in fields(config) if one.metadata[mark]}
+    return {spec.name: table[spec.name] for spec in fields(config) if spec.metadata[mark]}

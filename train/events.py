@@ -218,7 +218,11 @@ def _depth(value: Any) -> int:
     """How many tables and lists lie in one another; at most one more than _DEEPEST."""
     level, depth = [value], 0
     while level and depth <= _DEEPEST:
-        tables = [list(one.values()) if isinstance(one, dict) else one for one in level if isinstance(one, dict | list)]
+        tables = [
+            list(container.values()) if isinstance(container, dict) else container
+            for container in level
+            if isinstance(container, dict | list)
+        ]
         level, depth = [child for children in tables for child in children], depth + 1
     return depth
 
@@ -226,7 +230,7 @@ def _depth(value: Any) -> int:
 def _finite(value: Any) -> Any:
     """JSON knows no NaN: null, at any depth."""
     if isinstance(value, Mapping):
-        return {key: _finite(one) for key, one in value.items()}
+        return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(one) for one in value]
+        return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

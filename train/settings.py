@@ -98,64 +98,64 @@ def make_config(kind: type[Settings], *sources: Mapping[str, Any]) -> Settings:
     Raises:
         ConfigError: a key that `kind` does not have, one that is missing, or a value that does not fit.
     """
-    known = {one.name: one for one in fields(kind)}  # type: ignore[arg-type]  # every record of settings is a dataclass
+    specs = {spec.name: spec for spec in fields(kind)}  # type: ignore[arg-type]  # every record of settings is a dataclass
     values: dict[str, Any] = {}
     for source in sources:
         for key, value in source.items():
-            if key not in known:
-                close = difflib.get_close_matches(key[:_LONGEST_SHOWN], known, n=1)
+            if key not in specs:
+                close = difflib.get_close_matches(key[:_LONGEST_SHOWN], specs, n=1)
                 hint = f"; did you mean {close[0]!r}?" if close else ""
                 raise ConfigError(f"unknown setting {shown(key)}{hint}")
-            values[key] = _converted(known[key], value)
-    missing = [name for name, one in known.items() if one.default is MISSING and name not in values]
+            values[key] = _converted(specs[key], value)
+    missing = [name for name, spec in specs.items() if spec.default is MISSING and name not in values]
     if missing:
         raise ConfigError(f"missing settings: {', '.join(missing)}")
     return kind(**values)
 
 
-def choices(one: "Field[Any]") -> tuple[str, ...] | None:
+def choices(spec: "Field[Any]") -> tuple[str, ...] | None:
     """The allowed strings of a setting, "auto" first where it is one; None when it is free."""
-    if get_origin(one.type) is Literal:
-        return get_args(one.type)
-    if may_be_auto(one) and plain_type(one) is str:
-        return (AUTO, *(name for part in get_args(one.type) for name in get_args(part) if name != AUTO))
+    if get_origin(spec.type) is Literal:
+        return get_args(spec.type)
+    if may_be_auto(spec) and plain_type(spec) is str:
+        return (AUTO, *(name for part in get_args(spec.type) for name in get_args(part) if name != AUTO))
     return None
 
 
-def may_be_auto(one: "Field[Any]") -> bool:
+def may_be_auto(spec: "Field[Any]") -> bool:
     """Whether a setting may be left to the trainer."""
-    return one.default == AUTO and get_origin(one.type) is Union
+    return spec.default == AUTO and get_origin(spec.type) is Union
 
 
-def plain_type(one: "Field[Any]") -> Any:
+def plain_type(spec: "Field[Any]") -> Any:
     """What a setting's value is when it is not "auto": bool, int, float, str or tuple."""
-    kind: Any = one.type
-    if may_be_auto(one):
-        kind = next((part for part in get_args(one.type) if get_origin(part) is not Literal), str)
+    kind: Any = spec.type
+    if may_be_auto(spec):
+        kind = next((part for part in get_args(spec.type) if get_origin(part) is not Literal), str)
     return tuple if get_origin(kind) is tuple else str if get_origin(kind) is Literal else kind
 
 
 def check(config: Any) -> None:
     """Types, choices and ranges of every field; a value of the wrong type never gets further."""
-    for one in fields(config):
-        value, wanted, allowed = getattr(config, one.name), plain_type(one), choices(one)
+    for spec in fields(config):
+        value, wanted, allowed = getattr(config, spec.name), plain_type(spec), choices(spec)
         if allowed is not None:
             if value not in allowed:
-                raise ConfigError(f"{one.name} is {shown(value)}, expected one of {', '.join(allowed)}")
+                raise ConfigError(f"{spec.name} is {shown(value)}, expected one of {', '.join(allowed)}")
             continue
-        if value == AUTO and may_be_auto(one):
+        if value == AUTO and may_be_auto(spec):
             continue
         if not isinstance(value, wanted) or (wanted is not bool and isinstance(value, bool)):
-            alternative = " or auto" if may_be_auto(one) else ""
-            raise ConfigError(f"{one.name} is {shown(value)}, expected {wanted.__name__}{alternative}")
+            alternative = " or auto" if may_be_auto(spec) else ""
+            raise ConfigError(f"{spec.name} is {shown(value)}, expected {wanted.__name__}{alternative}")
         if isinstance(value, str):
-            _check_text(one, value)
+            _check_text(spec, value)
         if isinstance(value, tuple) and not all(isinstance(item, str) and item for item in value):
-            raise ConfigError(f"{one.name} is {shown(value)}, expected a list of names")
+            raise ConfigError(f"{spec.name} is {shown(value)}, expected a list of names")
         if isinstance(value, int | float) and not isinstance(value, bool):
-            low, high = one.metadata["low"], one.metadata["high"]
+            low, high = spec.metadata["low"], spec.metadata["high"]
             if not low <= value <= high:  # NaN is in no range
-                raise ConfigError(f"{one.name} is {shown(value)}, expected {low:g} to {high:g}")
+                raise ConfigError(f"{spec.name} is {shown(value)}, expected {low:g} to {high:g}")
 
 
 def shown(value: Any) -> str:
@@ -167,19 +167,19 @@ def shown(value: Any) -> str:
     return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}... ({len(text)} characters)"
 
 
-def _check_text(one: "Field[Any]", value: str) -> None:
-    if "\0" in value or (one.default is MISSING and not value):
-        raise ConfigError(f"{one.name} is {shown(value)}, expected a path")
+def _check_text(spec: "Field[Any]", value: str) -> None:
+    if "\0" in value or (spec.default is MISSING and not value):
+        raise ConfigError(f"{spec.name} is {shown(value)}, expected a path")
     # a text that no tokenizer and no file takes would fail at the end
-    if one.metadata["text"] and any(0xD800 <= ord(letter) < 0xE000 for letter in value):
-        raise ConfigError(f"{one.name} is {shown(value)}, which is not valid Unicode text: retype it")
+    if spec.metadata["text"] and any(0xD800 <= ord(letter) < 0xE000 for letter in value):
+        raise ConfigError(f"{spec.name} is {shown(value)}, which is not valid Unicode text: retype it")
 
 
-def _converted(one: "Field[Any]", value: Any) -> Any:
+def _converted(spec: "Field[Any]", value: Any) -> Any:
     """JSON and TOML know no tuples and write 1 for 1.0 and lists of numbers; nothing else is converted."""
-    kind = plain_type(one)
+    kind = plain_type(spec)
     if kind is tuple and isinstance(value, Sequence) and not isinstance(value, str):
-        return tuple(str(item) if one.metadata["numbers"] and type(item) is int else item for item in value)
+        return tuple(str(item) if spec.metadata["numbers"] and type(item) is int else item for item in value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         with suppress(OverflowError):  # the range check says what is wrong with a number of 400 digits
             return float(value)

@@ -2,7 +2,7 @@
 
 import argparse
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,9 @@ from tqdm import tqdm
 from qrlora_core import (
     Adapter,
     Basis,
-    LayerTarget,
     MergeRecipe,
     PathError,
     decompose,
-    initial_basis,
     merge,
     merge_report,
     merged_adapter,
@@ -30,7 +28,8 @@ from qrlora_core import (
 )
 
 from .errors import TrainError
-from .model.basis import cached_basis
+from .model.basis import cached_basis, initial_basis_of, require_layers
+from .model.device import chosen_device
 from .model.source import BaseModel
 
 log = logging.getLogger(__name__)
@@ -98,54 +97,20 @@ def export(args: argparse.Namespace) -> None:
     _write(MergeRecipe.of(open_adapter(args.adapter), args.strength), args)
 
 
-def chosen_device(name: str) -> torch.device:
-    """`auto` is the GPU where there is one.
-
-    Raises:
-        TrainError: no such device.
-    """
-    if name == "auto":
-        kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        return torch.device(kind)
-    try:
-        return torch.zeros(1, device=torch.device(name)).device
-    except (RuntimeError, AssertionError) as error:
-        raise TrainError("settings", f"device {name!r} cannot be used: {error}") from error
-
-
-def initial_basis_of(source: BaseModel, device: torch.device) -> Callable[[Adapter, str], Basis]:
-    """The initial Q and R of a full-QR adapter that holds only the trained ones: those of the base model's weight."""
-
-    return lambda adapter, name: initial_basis(source.weight(name).to(device), adapter.layers[name].rank)
-
-
-def require_layers(source: BaseModel, targets: Iterable[LayerTarget]) -> None:
-    """Whether the base model has these layers in these shapes.
-
-    Raises:
-        TrainError: reason "model".
-    """
-    for target in targets:
-        spec = source.specs.get(f"{target.name}.weight")
-        if spec is None or spec.shape != target.shape:
-            held = spec.shape if spec else "not there"
-            raise TrainError("model", f"{target.name} is {held} in {source.path.name}, the adapter has {target.shape}")
-
-
 def _write(recipe: MergeRecipe, args: argparse.Namespace) -> None:
     source = BaseModel(args.model) if args.model is not None else None
-    open_core = [one for one in recipe.adapters if one.method == "qr" and not one.has_initial]
+    lacking_initial = [member for member in recipe.adapters if member.method == "qr" and not member.has_initial]
     # the published format keeps a lone full-QR adapter as it is; everything else needs to know what it changes
     alone = len(recipe.terms) == 1 and recipe.terms[0].strength == 1 and args.format == "published"
-    if open_core and not alone and source is None:
+    if lacking_initial and not alone and source is None:
         raise TrainError(
             "settings",
-            f"{open_core[0].name} holds only the trained Q' and R'. What they change is known together with the base "
-            "model that it was trained on: name that with --model",
+            f"{lacking_initial[0].name} holds only the trained Q' and R'. What they change is known together with the "
+            "base model that it was trained on: name that with --model",
         )
     if source is not None:
-        for one in recipe.adapters:
-            require_layers(source, one.targets)
+        for member in recipe.adapters:
+            require_layers(source, member.targets)
     decomposed = source is not None and not alone
     initial = initial_basis_of(source, chosen_device("auto")) if source is not None and decomposed else None
     adapter = merged_adapter(recipe, initial_of=initial)

@@ -139,8 +139,10 @@ def patch_model(
     clone = patches.patched_clone(base, patches.placed(sums, places), strength)
     if residual is not None:
         kept = {
-            name: RestoredWeight.of(residual, name, found.basis, found.scaling, 1.0 - _cores_taken(full, name))
-            for name, found in restored.items()
+            name: RestoredWeight.of(
+                residual, name, restoration.basis, restoration.scaling, 1.0 - _cores_taken(full, name)
+            )
+            for name, restoration in restored.items()
         }
         add_restored(clone, kept, places)
     return clone, _summary(sums, strength, residual, restored)
@@ -165,11 +167,11 @@ def _sums(
 ) -> dict[str, LayerSum]:
     """What the recipe adds to each layer that it changes."""
     initial_of = None if core_in_residual else initial_bases(model, recipe, places)
-    found = {
+    sums = {
         name: layer_sum(recipe, name, initial_of=initial_of, core_in_residual=core_in_residual)
         for name in interruptible(recipe.layer_names)
     }
-    return {name: one for name, one in found.items() if one is not None}
+    return {name: total for name, total in sums.items() if total is not None}
 
 
 def _cores_taken(recipe: MergeRecipe, name: str) -> float:
@@ -186,14 +188,14 @@ def _match(
 ) -> dict[str, Restored]:
     """For every layer the basis that restores it from the residual; an error when there is none."""
     prints = [adapter.basis_fingerprint for adapter in recipe.adapters]
-    known = _checked.setdefault(model.model, {})
-    found: dict[str, Restored] = {}
+    remembered = _checked.setdefault(model.model, {})
+    matches: dict[str, Restored] = {}
     for name in with_progress([name for name in recipe.layer_names if name in places]):
         key = (name, residual.identity(), *prints)
-        if None in prints or key not in known:
-            known[key] = _match_layer(model, recipe, places[name], residual, name)
-        found[name] = known[key]
-    return found
+        if None in prints or key not in remembered:
+            remembered[key] = _match_layer(model, recipe, places[name], residual, name)
+        matches[name] = remembered[key]
+    return matches
 
 
 def _match_layer(
@@ -233,10 +235,10 @@ def _match_layer(
 def _summary(
     sums: dict[str, LayerSum], strength: float, residual: Residual | None, restored: dict[str, Restored]
 ) -> str:
-    columns = max((sum(product.up.shape[1] for product in found.products) for found in sums.values()), default=0)
+    columns = max((sum(product.up.shape[1] for product in total.products) for total in sums.values()), default=0)
     lines = [f"{len(sums)} layers patched at strength {strength:g}, rank {columns}"]
     if residual is not None:
-        worst = max((found.error for found in restored.values()), default=0.0)
+        worst = max((restoration.error for restoration in restored.values()), default=0.0)
         lines.append(f"{len(restored)} layers restored from {residual.name} (they differ by up to {100 * worst:.2g} %)")
     log.info("QR-LoRA: %s", "; ".join(lines))
     return "\n".join(lines)

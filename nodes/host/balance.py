@@ -77,8 +77,9 @@ class Pair(NamedTuple):
 
 
 Questions = Mapping[Trial, Sequence[Asked]]
-# The last measurement of each loaded model, so that turning `choose` measures nothing: key -> points
-_known: weakref.WeakKeyDictionary[Any, tuple[Any, set[tuple[Trial, Asked]], list[Point]]] = weakref.WeakKeyDictionary()
+# What was measured last on each loaded model (key, questions, points), so that turning `choose` measures nothing
+_Measurement = tuple[Any, set[tuple[Trial, Asked]], list[Point]]
+_last_measured: weakref.WeakKeyDictionary[Any, _Measurement] = weakref.WeakKeyDictionary()
 
 
 def measure(
@@ -99,15 +100,16 @@ def measure(
         WeightError: the model predicts numbers that are not finite.
         QRLoRAError: a layer is missing, or a tensor is not finite.
     """
-    asked = {(trial, one) for trial, prompts_of in questions.items() for one in prompts_of}
+    asked = {(trial, kind) for trial, kinds in questions.items() for kind in kinds}
     key = _key(clip, pair, prompts, path)
-    known = _known.get(model)
-    if known is not None and known[0] == key and asked <= known[1]:
-        return known[2], 0
-    places = place_layers(model, [target for one in pair[:2] for adapter in one.adapters for target in adapter.targets])
+    remembered = _last_measured.get(model)
+    if remembered is not None and remembered[0] == key and asked <= remembered[1]:
+        return remembered[2], 0
+    adapters = (*pair.style.adapters, *pair.content.adapters)
+    places = place_layers(model, [target for adapter in adapters for target in adapter.targets])
     if not can_be_live(model, places.values()):
         raise SettingError("an adapter changes layers that are not linear (LoCon); only linear ones can be measured")
-    conditionings = {one: conditioning_of(clip, prompts[one]) for one in ASKED}
+    conditionings = {kind: conditioning_of(clip, prompts[kind]) for kind in ASKED}
     earlier = model.get_attachment(KEY)
     terms = earlier.recipe.terms if earlier is not None else ()
     clone = live_clone(model, pair.at(Trial(1.0, 1.0)), places)
@@ -116,9 +118,9 @@ def measure(
         _walk(clone, conditionings, sampler, path)
     finally:
         clone.get_attachment(KEY).eject(None)  # nothing stays on the model that others sample with
-    _known[model] = (key, asked, sampler.found)
+    _last_measured[model] = (key, asked, sampler.measurements)
     log.info("QR-LoRA: %d predictions measured a pair", sampler.evaluations)
-    return sampler.found, sampler.evaluations
+    return sampler.measurements, sampler.evaluations
 
 
 def _walk(clone: Any, conditionings: Mapping[Asked, Any], sampler: "_Measurer", path: Path) -> None:
@@ -151,7 +153,7 @@ class _Measurer(comfy.samplers.Sampler):
     def __init__(self, clone: Any, pair: Pair, earlier: Sequence[Any], questions: Questions, points: int) -> None:
         self.clone, self.pair, self.earlier = clone, pair, tuple(earlier)
         self.questions, self.points = questions, points
-        self.found: list[Point] = []
+        self.measurements: list[Point] = []
         self.evaluations = 0
         self._measured: set[int] = set()
         self._bar: Any = None
@@ -183,20 +185,20 @@ class _Measurer(comfy.samplers.Sampler):
             """The derivative that a sampler follows, for each of these prompts: the velocity of a flow model."""
             comfy.model_management.throw_exception_if_processing_interrupted()
             set_factors(self.clone, MergeRecipe(self.earlier + self.pair.at(trial).terms))
-            conditions = [model_wrap.conds[one] for one in asked]
+            conditions = [model_wrap.conds[kind] for kind in asked]
             times = sigma * x.new_ones(x.shape[0])
             clean = comfy.samplers.calc_cond_batch(
                 model_wrap.inner_model, conditions, x, times, extra_args["model_options"]
             )
             self.evaluations += len(asked)
             self._bar.update(len(asked))
-            return {one: (x - part).float() / sigma for one, part in zip(asked, clean)}
+            return {kind: (x - part).float() / sigma for kind, part in zip(asked, clean)}
 
         for step, (sigma, following) in enumerate(pairwise(sigmas)):
             if step in self._measured:
                 base = predict(_NOTHING, ASKED, sigma)
                 level = noise_of(course[step], course).level
-                self.found.append(self._point(level, base, functools.partial(predict, sigma=sigma)))
+                self.measurements.append(self._point(level, base, functools.partial(predict, sigma=sigma)))
             else:
                 base = predict(_NOTHING, ("both",), sigma)
             x = x + base["both"].to(x) * (following - sigma)
@@ -207,17 +209,17 @@ class _Measurer(comfy.samplers.Sampler):
 
         def effect(trial: Trial, asked: Sequence[Asked]) -> dict[Asked, Tensor]:
             if not self.pair.changes(trial):  # exactly: predictions in batches of other sizes differ by rounding
-                return {one: torch.zeros_like(base[one]) for one in asked}
-            return {one: made - base[one] for one, made in predict(trial, asked).items()}
+                return {kind: torch.zeros_like(base[kind]) for kind in asked}
+            return {kind: made - base[kind] for kind, made in predict(trial, asked).items()}
 
         alone = {trial: effect(trial, self.questions[trial]) for trial in (_STYLE, _CONTENT)}
         style, content = alone[_STYLE], alone[_CONTENT]
         effects: dict[tuple[Trial, Asked], Products] = {}
         for trial, asked in self.questions.items():
             made = alone[trial] if trial in alone else effect(trial, asked)
-            effects.update({(trial, one): products(made[one], style[one], content[one]) for one in asked})
-        norms = {one: products(made, made, made).own for one, made in base.items()}
-        if not all(map(math.isfinite, (*norms.values(), *(one.own for one in effects.values())))):
+            effects.update({(trial, kind): products(made[kind], style[kind], content[kind]) for kind in asked})
+        norms = {kind: products(own, own, own).own for kind, own in base.items()}
+        if not all(map(math.isfinite, (*norms.values(), *(measured.own for measured in effects.values())))):
             raise WeightError(
                 f"the model predicts numbers that are not finite (NaN or infinite) at noise level {level:.2f}, with "
                 "which it draws black pictures, too. Load it in another dtype (bf16 or fp32), or lower 'highest'"

@@ -14,11 +14,11 @@ _MOST_SHOWN = 500
 
 def block_names() -> list[str]:
     """Names for a drop-down, without the ending."""
-    found = []
+    names = []
     for root in _roots():
         for path in sorted(root.rglob(f"*{ENDING}"))[:_MOST_SHOWN] if root.is_dir() else ():
-            found.append(path.relative_to(root).as_posix().removesuffix(ENDING))
-    return list(dict.fromkeys(found))
+            names.append(path.relative_to(root).as_posix().removesuffix(ENDING))
+    return list(dict.fromkeys(names))
 
 
 def block_path(name: str) -> Path:

@@ -30,16 +30,16 @@ def uncompiled(options: Mapping[str, Any]) -> AbstractContextManager[Any]:
     Raises:
         SettingError: a compiled model, and a PyTorch that cannot be told so.
     """
-    known = _COMPILED in options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {})
-    if known:
+    compiles = _COMPILED in options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {})
+    if compiles:
         _tell_uncompiled()
-    if not known and "torch._dynamo" not in sys.modules:  # nobody has compiled anything
+    if not compiles and "torch._dynamo" not in sys.modules:  # nobody has compiled anything
         return nullcontext()
     set_stance = getattr(torch.compiler, "set_stance", None)
     if set_stance is not None:
         eager: AbstractContextManager[Any] = set_stance("force_eager")
         return eager
-    if known:
+    if compiles:
         raise SettingError(
             "live mode on a compiled model needs PyTorch 2.6; set mode to 'patch', or leave compiling out"
         )

@@ -51,8 +51,8 @@ def file_names(residuals: bool) -> list[str]:
     """
     names = [name for name in folder_paths.get_filename_list(FOLDER) if not _of_a_run(name)]
     shown = ("", "residual" if residuals else "other")
-    found = [name for name, kind in _kinds_of(tuple(names)).items() if kind in shown]
-    return found or [NO_RESIDUAL if residuals else NO_ADAPTER]
+    fitting = [name for name, kind in _kinds_of(tuple(names)).items() if kind in shown]
+    return fitting or [NO_RESIDUAL if residuals else NO_ADAPTER]
 
 
 def find_file(name: str) -> Path:

@@ -7,7 +7,6 @@ name that training would look for.
 
 import logging
 import weakref
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -27,6 +26,7 @@ from ...qrlora_core import (
     open_basis,
     save_basis,
 )
+from ...qrlora_core.products import InitialOf
 from ...qrlora_core.storage import TensorSpec
 from . import folders
 from .places import load_device, own_weight
@@ -34,8 +34,6 @@ from .protocols import ModelPatcher
 from .session import with_progress
 
 log = logging.getLogger(__name__)
-
-InitialOf = Callable[[Adapter, str], Basis]
 
 _PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "transformer.")
 _known: weakref.WeakKeyDictionary[torch.nn.Module, dict[tuple[str, int], Basis]] = weakref.WeakKeyDictionary()
@@ -54,25 +52,25 @@ def initial_bases(model: ModelPatcher, recipe: MergeRecipe, places: dict[str, We
         return None
     for adapter in lacking:
         _fill(model, adapter, places)
-    known = _known[model.model]
-    return lambda adapter, name: known[name, adapter.layers[name].rank]
+    bases = _known[model.model]
+    return lambda adapter, name: bases[name, adapter.layers[name].rank]
 
 
 def _fill(model: ModelPatcher, adapter: Adapter, places: dict[str, WeightSlice]) -> None:
     """Make every basis of an adapter known for this model."""
-    known = _known.setdefault(model.model, {})
-    missing = [name for name, info in adapter.layers.items() if (name, info.rank) not in known]
+    bases = _known.setdefault(model.model, {})
+    missing = [name for name, info in adapter.layers.items() if (name, info.rank) not in bases]
     if not missing:
         return
     path = _file(model, adapter, places)
-    if path is not None and _read(path, adapter, known):
+    if path is not None and _read(path, adapter, bases):
         return
     for name in with_progress(missing):
         weight, _ = own_weight(model, places[name])
         rank = adapter.layers[name].rank
-        known[name, rank] = initial_basis(weight.to(load_device(model)), rank)
+        bases[name, rank] = initial_basis(weight.to(load_device(model)), rank)
     if path is not None:
-        _write(path, adapter, known)
+        _write(path, adapter, bases)
 
 
 def _file(model: ModelPatcher, adapter: Adapter, places: dict[str, WeightSlice]) -> Path | None:
@@ -95,7 +93,7 @@ def _file(model: ModelPatcher, adapter: Adapter, places: dict[str, WeightSlice])
     return folders.bases_folder() / name
 
 
-def _read(path: Path, adapter: Adapter, known: dict[tuple[str, int], Basis]) -> bool:
+def _read(path: Path, adapter: Adapter, bases: dict[tuple[str, int], Basis]) -> bool:
     """Whether a file gave every basis of the adapter."""
     if not path.is_file():
         return False
@@ -103,20 +101,20 @@ def _read(path: Path, adapter: Adapter, known: dict[tuple[str, int], Basis]) -> 
         readers, _ = open_basis(path)
         if readers.keys() != adapter.layers.keys():
             return False
-        found = {(name, info.rank): readers[name]() for name, info in adapter.layers.items()}
+        in_file = {(name, info.rank): readers[name]() for name, info in adapter.layers.items()}
     except QRLoRAError as error:
         log.warning("QR-LoRA: %s is computed again: %s", path.name, error)
         return False
-    known.update(found)
+    bases.update(in_file)
     return True
 
 
-def _write(path: Path, adapter: Adapter, known: dict[tuple[str, int], Basis]) -> None:
+def _write(path: Path, adapter: Adapter, bases: dict[tuple[str, int], Basis]) -> None:
     """Keep the bases for the next start; a disk that is full does not stop anybody from sampling."""
     specs = {target.name: TensorSpec(torch.float32, target.shape) for target in adapter.targets}
     try:
         save_basis(
-            path, specs, lambda name: known[name, adapter.rank], {"qrlora.rank": str(adapter.rank)}, overwrite=True
+            path, specs, lambda name: bases[name, adapter.rank], {"qrlora.rank": str(adapter.rank)}, overwrite=True
         )
     except PathError as error:
         log.warning("QR-LoRA: the basis is not kept for the next start: %s", error)

@@ -188,7 +188,9 @@ class _Steps:
                 asked = ids_of_pass(options, table) if separate else options
                 latents = x.clone() if separate else x  # a step that is skipped is written into what came in
                 # UNets take a control's outputs off its lists as they run
-                lists = control and {key: list(one) if isinstance(one, list) else one for key, one in control.items()}
+                lists = control and {
+                    key: list(value) if isinstance(value, list) else value for key, value in control.items()
+                }
                 with uncompiled(options):
                     prediction = executor(latents, t, c_concat, c_crossattn, lists, asked, **kwargs)
                 if set(weights) != {1.0}:

@@ -71,11 +71,11 @@ def factor_store(model: ModelPatcher, recipe: MergeRecipe, places: Mapping[str, 
     dtype = compute_dtype(model)
     owners = ((weakref.ref(term.adapter), term.onto and weakref.ref(term.onto), term.scales) for term in recipe.terms)
     key = (dtype, *owners)
-    known = _stores.setdefault(model.model, weakref.WeakValueDictionary())
-    found = known.get(key)
-    if found is None:
-        found = known[key] = _built(model, recipe, places, dtype)
-    return found
+    stores = _stores.setdefault(model.model, weakref.WeakValueDictionary())
+    store = stores.get(key)
+    if store is None:
+        store = stores[key] = _built(model, recipe, places, dtype)
+    return store
 
 
 class _Entry(NamedTuple):
@@ -121,9 +121,10 @@ def _stacks(terms: Mapping[int, list[_Entry]], tensors: list[Tensor], dtype: tor
     for index, entries in terms.items():
         entries.sort(key=lambda entry: entry.start)
         down = kept(torch.cat([entry.down.float() * entry.factor for entry in entries]))
-        for known, _, downs in bases:
-            if len(known) == len(entries) and all(
-                one.start == other.start and same_basis(one.up, other.up) for one, other in zip(known, entries)
+        for earlier, _, downs in bases:
+            if len(earlier) == len(entries) and all(
+                first.start == second.start and same_basis(first.up, second.up)
+                for first, second in zip(earlier, entries)
             ):
                 downs.append((index, down))
                 break

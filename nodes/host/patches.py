@@ -31,10 +31,10 @@ class RecipePatch(WeightAdapterBase):
         self.weights = weights
 
     @classmethod
-    def of(cls, found: LayerSum) -> "RecipePatch":
+    def of(cls, layer_sum: LayerSum) -> "RecipePatch":
         """A patch for one layer."""
-        products = tuple((product.up, product.summands) for product in found.products)
-        return cls(set(), (found.scaling, products))
+        products = tuple((product.up, product.summands) for product in layer_sum.products)
+        return cls(set(), (layer_sum.scaling, products))
 
     @property
     def columns(self) -> int:
@@ -74,7 +74,7 @@ def patched_clone(model: ModelPatcher, patches: Mapping[Place, WeightAdapterBase
 
 def placed(sums: Mapping[str, LayerSum], places: Mapping[str, WeightSlice]) -> dict[Place, WeightAdapterBase]:
     """One patch for each layer, under the host's key of its place."""
-    return {patch_key(places[name]): RecipePatch.of(found) for name, found in sums.items()}
+    return {patch_key(places[name]): RecipePatch.of(layer_sum) for name, layer_sum in sums.items()}
 
 
 def require_taken(patches: Iterable[Place], taken: Iterable[Place]) -> None:

@@ -46,7 +46,7 @@ def published_layers(model: ModelPatcher) -> tuple[LayerTarget, ...]:
     if not targets:
         raise TargetError(
             f"this {type(model.model).__name__} model is of no family that is known here "
-            f"({', '.join(one.name for one in FAMILIES)}); connect an adapter, whose layers are then taken"
+            f"({', '.join(member.name for member in FAMILIES)}); connect an adapter, whose layers are then taken"
         )
     place_layers(model, targets)
     return targets
@@ -59,22 +59,22 @@ def place_layers(model: ModelPatcher, targets: Iterable[LayerTarget]) -> dict[st
         TargetError: the model lacks a layer, has it in another shape, or keeps it changed by a function; the message
             names them.
     """
-    known = _known_places.setdefault(model.model, {})
+    remembered = _known_places.setdefault(model.model, {})
     targets = tuple(targets)
-    if all(target in known for target in targets):  # turning alpha asks for the same layers again
-        return {target.name: known[target] for target in targets}
+    if all(target in remembered for target in targets):  # turning alpha asks for the same layers again
+        return {target.name: remembered[target] for target in targets}
     table = _host_map(model)
     places, missing, different = {}, [], []
     for target in targets:
-        found = _candidates(model, table, target)
-        if not found:
+        candidates = _candidates(model, table, target)
+        if not candidates:
             missing.append(target)
             continue
-        fitting = next((place for place in found if _fits(model, place, target)), None)
+        fitting = next((place for place in candidates if _fits(model, place, target)), None)
         if fitting is None:
-            shape = tuple(_weight(model, found[0].key).shape)
-            different.append(f"{target.name} {target.shape} against {found[0].key} {shape}")
-        places[target.name] = fitting or found[0]
+            shape = tuple(_weight(model, candidates[0].key).shape)
+            different.append(f"{target.name} {target.shape} against {candidates[0].key} {shape}")
+        places[target.name] = fitting or candidates[0]
     count = len(places) + len(missing)
     title = type(model.model).__name__
     if missing:
@@ -87,7 +87,7 @@ def place_layers(model: ModelPatcher, targets: Iterable[LayerTarget]) -> dict[st
         raise TargetError(
             f"{len(different)} of {count} layers have another shape in this model: {'; '.join(different[:3])}"
         )
-    known.update({target: places[target.name] for target in targets})
+    remembered.update({target: places[target.name] for target in targets})
     return places
 
 
@@ -162,16 +162,16 @@ def _candidates(model: ModelPatcher, table: Mapping[str, Any], target: LayerTarg
         TargetError: the host keeps the layer changed by a function, which a low-rank patch cannot follow.
     """
     name = target.name
-    found: list[WeightSlice] = []
+    candidates: list[WeightSlice] = []
     for key in (f"transformer.{name}", f"lora_unet_{name.replace('.', '_')}", name):
         if key in table:
-            found.append(_place(name, table[key]))
-    if any(_has(model, place.key) and _fits(model, place, target) for place in found):
-        return [place for place in found if _has(model, place.key)]
+            candidates.append(_place(name, table[key]))
+    if any(_has(model, place.key) and _fits(model, place, target) for place in candidates):
+        return [place for place in candidates if _has(model, place.key)]
     for family in FAMILIES:  # older hosts map fewer models; families know their native layouts
         if has_layer(family, name):
-            found.append(native_place(family, name, target.shape))
-    return [place for place in dict.fromkeys(found) if _has(model, place.key)]
+            candidates.append(native_place(family, name, target.shape))
+    return [place for place in dict.fromkeys(candidates) if _has(model, place.key)]
 
 
 def _place(name: str, entry: Any) -> WeightSlice:
@@ -192,8 +192,8 @@ def _place(name: str, entry: Any) -> WeightSlice:
 
 
 def _fits(model: ModelPatcher, place: WeightSlice, target: LayerTarget) -> bool:
-    rows, *rest = _weight(model, place.key).shape
-    columns = torch.Size(rest).numel()
+    rows, *further = _weight(model, place.key).shape
+    columns = torch.Size(further).numel()
     if place.start is None or place.length is None:
         return (rows, columns) == target.shape
     return place.start + place.length <= rows and (place.length, columns) == target.shape
@@ -218,8 +218,8 @@ def _hint(table: Mapping[str, Any], model: ModelPatcher, name: str) -> str:
     """The nearest layers that the model does have: those that end alike, or lie in the same block."""
     last, block = name.rsplit(".", 1)[-1], name.split(".")[:2]
     names = [key.removeprefix("transformer.") for key in table if key.startswith("transformer.")]
-    alike = [one for one in names if one.endswith(f".{last}") or one.split(".")[:2] == block]
-    present = [one for one in alike if _has(model, _key(table[f"transformer.{one}"]).removeprefix(PREFIX))]
+    alike = [layer for layer in names if layer.endswith(f".{last}") or layer.split(".")[:2] == block]
+    present = [layer for layer in alike if _has(model, _key(table[f"transformer.{layer}"]).removeprefix(PREFIX))]
     return nearest(name, sorted(present, key=network_order)[:200])
 
 

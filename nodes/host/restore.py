@@ -185,12 +185,12 @@ def _hold(patches: list[Any]) -> None:
         if not isinstance(patch, RestoredWeight):
             continue
         residual, layer = patch.source
-        known = _held.setdefault(residual, {})
-        if layer in known:
+        tensors = _held.setdefault(residual, {})
+        if layer in tensors:
             continue
         if psutil.virtual_memory().available < residual.layers[layer].nbytes + _RAM_LEFT:
             raise SettingError(
                 f"there is too little RAM to keep {residual.name} for the weights that do not fit on the card; it "
                 "would be read from the disk at every step. Apply without the residual"
             )
-        known[layer] = residual.weight(layer)
+        tensors[layer] = residual.weight(layer)

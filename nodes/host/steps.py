@@ -79,7 +79,9 @@ class StepReader:
     def note_conditionings(self, conds: Any) -> None:
         """Remember the marks of the host's conditionings: lists of dictionaries, one list for each kind."""
         if self.by_prompt:
-            self._texts = {one["uuid"]: one.get(PROMPT) for kind in conds if kind for one in kind if "uuid" in one}
+            self._texts = {
+                entry["uuid"]: entry.get(PROMPT) for kind in conds if kind for entry in kind if "uuid" in entry
+            }
 
     def factors(self, options: dict[str, Any], sigmas: Any) -> tuple[Factors, ...]:
         """The factor of each term: one tuple for the whole batch, or one for each prompt in it.
@@ -105,7 +107,7 @@ class StepReader:
         if sigmas is None:
             return ()
         if self._course[0] is not sigmas:
-            self._course = (sigmas, tuple(float(one) for one in sigmas))
+            self._course = (sigmas, tuple(float(sigma) for sigma in sigmas))
         return self._course[1]
 
     def _factor(self, term: Term, noise: Noise, prompt: str | None, negative: bool) -> float:
@@ -116,12 +118,12 @@ class StepReader:
             if prompt is None:
                 self._warn()
             else:
-                found = term.gate.schedule(prompt)
-                if found is False:
+                by_prompt = term.gate.schedule(prompt)
+                if by_prompt is False:
                     return 0.0
-                if isinstance(found, Schedule):
-                    schedules.append(found)
-        factors = (one.factor(noise.level if one.over == "sigma" else noise.done) for one in schedules)
+                if isinstance(by_prompt, Schedule):
+                    schedules.append(by_prompt)
+        factors = (schedule.factor(noise.level if schedule.over == "sigma" else noise.done) for schedule in schedules)
         return term.strength * math.prod(factors)
 
     def _warn(self) -> None:

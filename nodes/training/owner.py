@@ -58,10 +58,10 @@ def owner() -> Owner:
             raise ConfigError(f"{path.name}: {key} is {value!r:.200}, expected the path of a file")
         try:
             files[key] = str(Path(value).expanduser()) if value else ""
-            found = not value or Path(files[key]).is_file()
+            is_there = not value or Path(files[key]).is_file()
         except (RuntimeError, OSError, ValueError):  # ~ of somebody who is not known, a NUL, a name that is too long
-            found = False
-        if not found:
+            is_there = False
+        if not is_there:
             raise ConfigError(f"{path.name}: {key} names {value!r:.200}, which is not a file")
     return Owner(files["python"] or sys.executable, files["accelerate_config"], str(path))
 

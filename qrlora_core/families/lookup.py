@@ -42,7 +42,7 @@ class LayerKind(NamedTuple):
     stream: str
 
 
-class Found(NamedTuple):
+class TableEntry(NamedTuple):
     """A name in a family's table: the block, and the layers that the name stands for (several in a fused module)."""
 
     kind: BlockKind
@@ -64,15 +64,15 @@ class Found(NamedTuple):
         return self.running if self.kind.number is None else self.kind.number
 
 
-def find(family: Family, name: str) -> Found | None:
+def find(family: Family, name: str) -> TableEntry | None:
     """The layers that a name stands for in a family: diffusers' or native, dots written as dots or as underscores."""
     numbered, fixed = _tables(family)
     plain = name.replace(".", "_")
-    hits = [Found(kind, 0, layers, native) for kind, layers, native in fixed.get(plain, ())]
+    hits = [TableEntry(kind, 0, layers, native) for kind, layers, native in fixed.get(plain, ())]
     for pattern, kind, suffixes, native in numbered:
         match = pattern.fullmatch(plain)
         if match and match[2] in suffixes:
-            hits.append(Found(kind, int(match[1]), suffixes[match[2]], native))
+            hits.append(TableEntry(kind, int(match[1]), suffixes[match[2]], native))
     return hits[0] if hits else None
 
 
@@ -107,11 +107,11 @@ def layer_kind(name: str, family: Family | None = None) -> LayerKind:
         name: diffusers' name; a native one will do.
         family: where to look; by default in all, which is ambiguous where two families share a name.
     """
-    for one in (family,) if family is not None else FAMILIES:
-        found = find(one, name)
-        if found is not None:
-            layer = found.layers[0]
-            return LayerKind(found.kind.name, found.number, layer.suffix, layer.part, layer.stream)
+    for searched in (family,) if family is not None else FAMILIES:
+        entry = find(searched, name)
+        if entry is not None:
+            layer = entry.layers[0]
+            return LayerKind(entry.kind.name, entry.number, layer.suffix, layer.part, layer.stream)
     return LayerKind(OTHER, 0, name, OTHER, "both")
 
 
@@ -126,14 +126,14 @@ def network_order(name: str) -> tuple[int, int, int, str]:
 
 def is_known(name: str) -> bool:
     """Whether a name is diffusers' own for a layer of some family."""
-    found = [find(family, name) for family in FAMILIES]
-    return any(one is not None and one.name(one.layers[0]) == name for one in found)
+    entries = [find(family, name) for family in FAMILIES]
+    return any(entry is not None and entry.name(entry.layers[0]) == name for entry in entries)
 
 
 def has_layer(family: Family, name: str) -> bool:
     """Whether a name is diffusers' own for a layer of this family."""
-    found = find(family, name)
-    return found is not None and found.name(found.layers[0]) == name
+    entry = find(family, name)
+    return entry is not None and entry.name(entry.layers[0]) == name
 
 
 def native_place(family: Family, name: str, shape: Sequence[int]) -> WeightSlice:
@@ -142,40 +142,40 @@ def native_place(family: Family, name: str, shape: Sequence[int]) -> WeightSlice
     Raises:
         TargetError: the family has no such layer.
     """
-    found = find(family, name)
-    if found is None or found.name(found.layers[0]) != name:
-        known = [_joined(kind.path.format(0), layer.suffix) for kind in family.block_kinds for layer in kind.layers]
-        raise TargetError(f"{name!r} is not a layer of {family.name}{nearest(name, known)}")
-    layer = found.layers[0]
-    module = f"{found.module}.weight"
-    before = [one for one in found.kind.layers if one.module == layer.module]
+    entry = find(family, name)
+    if entry is None or entry.name(entry.layers[0]) != name:
+        names = [_joined(kind.path.format(0), layer.suffix) for kind in family.block_kinds for layer in kind.layers]
+        raise TargetError(f"{name!r} is not a layer of {family.name}{nearest(name, names)}")
+    layer = entry.layers[0]
+    module = f"{entry.module}.weight"
+    before = [sibling for sibling in entry.kind.layers if sibling.module == layer.module]
     if len(before) == 1:
         return WeightSlice(module, None, None)
-    start = sum(_rows(one, shape[1]) for one in before[: before.index(layer)])
+    start = sum(_rows(sibling, shape[1]) for sibling in before[: before.index(layer)])
     return WeightSlice(module, start, shape[0])
 
 
 def native_layers(family: Family, module: str) -> tuple[str, ...]:
     """The diffusers names of the layers that a native module holds, in row order; empty for any other name."""
-    found = find(family, module)
-    if found is None or found.module != module:
+    entry = find(family, module)
+    if entry is None or entry.module != module:
         return ()
-    return tuple(found.name(layer) for layer in found.kind.layers if layer.module == found.layers[0].module)
+    return tuple(entry.name(layer) for layer in entry.kind.layers if layer.module == entry.layers[0].module)
 
 
-def cut(found: Found, shape: Sequence[int]) -> dict[str, tuple[int, int]] | None:
+def cut(entry: TableEntry, shape: Sequence[int]) -> dict[str, tuple[int, int]] | None:
     """Diffusers' name -> (first row, rows) of each layer in a module with this shape (out, in); None if it has others.
 
     The last layer has the rest of the rows. A module that ends with a whole layer may leave the others out.
     """
     rows, columns = shape[0], shape[1]
     places, start = {}, 0
-    for layer in found.layers:
-        last = layer is found.layers[-1]
+    for layer in entry.layers:
+        last = layer is entry.layers[-1]
         size = rows - start if last else _rows(layer, columns)
         if size <= 0 or start + size > rows:
             return None
-        places[found.name(layer)] = (start, size)
+        places[entry.name(layer)] = (start, size)
         start += size
         if start == rows:
             return places
@@ -186,14 +186,14 @@ def published_layers(family: Family, shapes: Mapping[str, Sequence[int]]) -> tup
     """The layers that are adapted by default in a model with these native modules, in network order."""
     targets = []
     for module, shape in shapes.items():
-        found = find(family, module) if len(shape) > 1 else None
-        if found is None or not any(layer.published for layer in found.layers):
+        entry = find(family, module) if len(shape) > 1 else None
+        if entry is None or not any(layer.published for layer in entry.layers):
             continue
         columns = 1
         for size in shape[1:]:
             columns *= size
-        suffixes = {found.name(layer) for layer in found.layers if layer.published}
-        for name, (_, rows) in (cut(found, (shape[0], columns)) or {}).items():
+        suffixes = {entry.name(layer) for layer in entry.layers if layer.published}
+        for name, (_, rows) in (cut(entry, (shape[0], columns)) or {}).items():
             if name in suffixes:
                 targets.append(LayerTarget(name, (rows, columns)))
     return tuple(sorted(targets, key=lambda target: network_order(target.name)))
@@ -246,20 +246,20 @@ def _score(family: Family, shapes: Mapping[str, Sequence[int]]) -> tuple[float, 
     swapped = {theirs.replace(".", "_") for theirs, _ in family.swapped}
     flat_marks = tuple(mark.replace(".", "_") for mark in family.marks)
     for name, shape in shapes.items():
-        found = find(family, name)
+        entry = find(family, name)
         if name.replace(".", "_").startswith(flat_marks) and flat_marks:
             score += 10
             in_blocks = True
-        if found is None:
+        if entry is None:
             score += name.replace(".", "_") in swapped
             continue
-        ratios = [layer.rows for layer in found.layers]
+        ratios = [layer.rows for layer in entry.layers]
         expected = None if None in ratios else sum(ratio for ratio in ratios if ratio is not None)
         likely = expected is None or len(shape) != 2 or abs(shape[0] / shape[1] / expected - 1) < _SHAPE_TOLERANCE
         score += 1.0 if likely else 0.5
-        in_blocks = in_blocks or bool(found.kind.path)
-        if "{}" in found.kind.path:
-            highest = max(highest, found.running + 1)
+        in_blocks = in_blocks or bool(entry.kind.path)
+        if "{}" in entry.kind.path:
+            highest = max(highest, entry.running + 1)
     return (score if in_blocks else 0.0), -max(0, highest - largest)
 
 
@@ -279,9 +279,9 @@ def _ranks() -> dict[str, tuple[int, dict[str, int]]]:
 @functools.lru_cache(maxsize=1 << 16)
 def _network_order(name: str) -> tuple[int, int, int, str]:
     for family in FAMILIES:
-        found = find(family, name)
-        if found is not None and found.name(found.layers[0]) == name:
-            rank, positions = _ranks()[found.kind.path]
-            return (rank, found.running, positions[found.layers[0].suffix], name)
+        entry = find(family, name)
+        if entry is not None and entry.name(entry.layers[0]) == name:
+            rank, positions = _ranks()[entry.kind.path]
+            return (rank, entry.running, positions[entry.layers[0].suffix], name)
     natural = re.sub(r"\d+", lambda match: match[0].zfill(6), name)
     return (len(FAMILIES) * 1000 + 1, 0, 0, natural)

@@ -2,9 +2,7 @@
 
 import contextlib
 import json
-import os
 import shutil
-import subprocess
 import zipfile
 
 import pytest
@@ -121,31 +119,45 @@ def page(chromium, request):
 
 
 @pytest.fixture(scope="session")
-def probe(tmp_path_factory):
-    """What probe.py found out inside the host's own process: check name -> numbers."""
-    folder = instance.make_base(tmp_path_factory.mktemp("probe") / "base")
-    result = run_probe(HOST, folder)
-    return result
+def host_python():
+    """Host -> its Python, with the packages that it takes long to import."""
+    from tests.host.warm_python import WarmPython
+
+    warm = {}
+
+    def python_of(host):
+        name = instance.interpreter(host)
+        return warm.setdefault(name, WarmPython(name))
+
+    yield python_of
+    for one in warm.values():
+        one.end()
 
 
 @pytest.fixture(scope="session")
-def live_probe(tmp_path_factory):
-    """What live_probe.py found out inside the host's own process: check name -> numbers."""
-    return run_probe(HOST, instance.make_base(tmp_path_factory.mktemp("live") / "base"), "live_probe.py")
+def run_probe(host_python, tmp_path_factory):
+    """(script beside this file, host) -> what it found out in a process of the host: check name -> numbers."""
+
+    def run(script, host=HOST):
+        base = instance.make_base(tmp_path_factory.mktemp("probe") / "base")
+        script = instance.PACK / "tests" / "host" / script
+        done = host_python(host).run([script, host, base, base / "result.json"], host)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return json.loads((base / "result.json").read_text())
+
+    return run
 
 
-def run_probe(host, folder, script="probe.py"):
-    command = [
-        instance.interpreter(host),
-        instance.PACK / "tests" / "host" / script,
-        host,
-        folder,
-        folder / "result.json",
-    ]
-    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run(command, cwd=host, env=environment, capture_output=True, text=True, timeout=900, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads((folder / "result.json").read_text())
+@pytest.fixture(scope="session")
+def probe(run_probe):
+    """What probe.py found out."""
+    return run_probe("probe.py")
+
+
+@pytest.fixture(scope="session")
+def live_probe(run_probe):
+    """What live_probe.py found out."""
+    return run_probe("live_probe.py")
 
 
 @pytest.fixture(scope="session")

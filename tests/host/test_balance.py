@@ -5,8 +5,6 @@ import json
 import pytest
 
 import qrlora_core as core
-from demo import server as instance
-from tests.host.conftest import HOST, run_probe
 from tests.host.test_server import node
 
 FAMILIES = ("FLUX.1", "FLUX.2", "Z-Image", "Qwen-Image", "SD3.5", "SDXL")
@@ -15,8 +13,8 @@ EACH_POINT = 4 + 3 * 4 + 3 * 2 + 2 * 1
 
 
 @pytest.fixture(scope="module")
-def probe(tmp_path_factory):
-    return run_probe(HOST, instance.make_base(tmp_path_factory.mktemp("balance") / "base"), "balance_probe.py")
+def probe(run_probe):
+    return run_probe("balance_probe.py")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

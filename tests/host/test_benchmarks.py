@@ -1,8 +1,6 @@
 """The programs that need a host run through on a small model, so that they are known to work where a card is."""
 
-import os
-import subprocess
-
+import pytest
 import torch
 
 from benchmarks.fusion.learn import RECIPES
@@ -15,18 +13,40 @@ from tests.host.conftest import HOST
 SMALL = ["--double", "1", "--single", "1", "--hidden", "128", "--rank", "4", "--latent", "8"]
 
 
-def run(module, *arguments):
-    environment = {**os.environ, "COMFYUI_PATH": str(HOST), "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run(
-        [instance.interpreter(HOST), "-m", f"benchmarks.{module}", *SMALL, *arguments],
-        cwd=instance.PACK, env=environment, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+@pytest.fixture
+def run(host_python):
+    """(module of benchmarks, arguments) -> what it printed."""
+
+    def run_it(module, *arguments):
+        environment = {"COMFYUI_PATH": str(HOST)}
+        done = host_python(HOST).run(["-m", f"benchmarks.{module}", *arguments], instance.PACK, environment)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    return run_it
 
 
-def test_card():
-    printed = run("card", "--storages", "fp32", "--train-steps", "1")
+def test_a_program_is_run_as_by_a_python_of_its_own(host_python, tmp_path):
+    """Its command line, folder, environment and main module; what it says and how it ends; nothing for the next one."""
+    script = tmp_path / "program.py"
+    script.write_text(
+        "import beside, os, sys, __main__\n"
+        "print(sys.argv[1:], os.getcwd(), os.environ['GIVEN'], __name__, __main__.__file__ == __file__, sys.path[0])\n"
+        "sys.exit({'3': 3, 'words': 'the end', 'fine': None}[sys.argv[1]] if sys.argv[1] != 'fails' else 1 / 0)\n"
+    )
+    (tmp_path / "beside.py").touch()
+    python, ended = host_python(HOST), {}
+    for how in ("3", "words", "fails", "fine"):
+        ended[how] = python.run([script, how], tmp_path, {"GIVEN": "\u00fc"})
+        assert ended[how].stdout == f"{[how]} {tmp_path} \u00fc __main__ True {tmp_path}\n"
+    assert [one.returncode for one in ended.values()] == [3, 1, 1, 0]
+    assert ended["words"].stderr == "the end\n" and "ZeroDivisionError" in ended["fails"].stderr
+    module = python.run(["-m", "program", "3"], tmp_path, {"GIVEN": ""})
+    assert module.returncode == 3 and module.stdout.startswith("['3']")
+
+
+def test_card(run):
+    printed = run("card", *SMALL, "--storages", "fp32", "--train-steps", "1")
     assert "FAILED" not in printed, printed
     rows = [line for line in printed.splitlines() if " s  " in line]
     assert len(rows) == 17 and "s a step, peak" in rows[-1]
@@ -34,23 +54,17 @@ def test_card():
     assert len(errors) == 2 and max(errors) < 1e-4
 
 
-def test_apply():
-    printed = run("apply", "--rounds", "1")
+def test_apply(run):
+    printed = run("apply", *SMALL, "--rounds", "1")
     assert "nodes, live, after turning alpha" in printed and "step, live" in printed
     held = float(printed.split("their patches hold ")[1].split(" MB")[0])
     assert held < 50, "a sweep holds no copies"
 
 
-def test_lora():
+def test_lora(run):
     """Both sides load a file of a few fused modules; at FLUX.1's size the exit code says how many are too slow."""
-    environment = {**os.environ, "COMFYUI_PATH": str(HOST), "PYTHONDONTWRITEBYTECODE": "1"}
-    small = ["--double", "1", "--single", "1", "--hidden", "256", "--ranks", "4,8", "--rounds", "1"]
-    done = subprocess.run(
-        [instance.interpreter(HOST), "-m", "benchmarks.lora", *small],
-        cwd=instance.PACK, env=environment, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("stock ") == done.stdout.count("all bases ") == 2
+    printed = run("lora", "--double", "1", "--single", "1", "--hidden", "256", "--ranks", "4,8", "--rounds", "1")
+    assert printed.count("stock ") == printed.count("all bases ") == 2
 
 
 HALVES = """

@@ -2,9 +2,6 @@
 
 import pytest
 
-from demo import server as instance
-from tests.host.conftest import HOST, run_probe
-
 FAMILIES = ("FLUX.1", "FLUX.2", "Chroma", "Z-Image", "Qwen-Image", "Krea 2", "SD3.5", "SDXL")
 CLOSE = 1e-5  # relative to what the LoRA changes in the output
 KINDS = {
@@ -21,13 +18,13 @@ IN_DIFFUSERS = ("Chroma", "Krea 2", "SD3.5", "SDXL")  # FLUX.1: tests/golden; th
 
 
 @pytest.fixture(scope="module")
-def forward(tmp_path_factory):
-    return run_probe(HOST, instance.make_base(tmp_path_factory.mktemp("forward") / "base"), "forward_probe.py")
+def forward(run_probe):
+    return run_probe("forward_probe.py")
 
 
 @pytest.fixture(scope="module")
-def in_diffusers(tmp_path_factory):
-    return run_probe(HOST, instance.make_base(tmp_path_factory.mktemp("diffusers") / "base"), "diffusers_probe.py")
+def in_diffusers(run_probe):
+    return run_probe("diffusers_probe.py")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,12 +1,6 @@
 """Ordinary LoRAs on a small model of each family: this pack and the stock loader change every weight alike."""
 
-import json
-import os
-import subprocess
-
 import pytest
-
-from demo import server as instance
 
 FAMILIES = ("FLUX.1", "FLUX.2", "Chroma", "Z-Image", "Qwen-Image", "Krea 2", "SD3.5", "SDXL")
 DIALECTS = {
@@ -23,15 +17,8 @@ CLOSE = 1e-6  # relative to the change of the weight itself
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    host = instance.find_host()
-    folder = instance.make_base(tmp_path_factory.mktemp("lora") / "base")
-    script = instance.PACK / "tests" / "host" / "lora_probe.py"
-    command = [instance.interpreter(host), script, host, folder, folder / "result.json"]
-    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run(command, cwd=host, env=environment, capture_output=True, text=True, timeout=900, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads((folder / "result.json").read_text())
+def found(run_probe):
+    return run_probe("lora_probe.py")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

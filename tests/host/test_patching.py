@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from demo import server as instance
-from tests.host.conftest import HOST, run_probe
+from tests.host.conftest import HOST
 
 NODES = "LoadResidual LoadDeltaR Merge Apply SaveResidual SaveDeltaR ExportLoRA Train TrainOptions Similarity"
 NODES += " ScaleSweep ContactSheet BlockScale CreateHook Schedule Prompt ToyModel ToyAdapter ToyTextEncoder ToyVAE"
@@ -128,8 +127,8 @@ def test_cancel_leaves_no_file(probe):
 
 
 @pytest.mark.parametrize("host", older_hosts())
-def test_older_hosts(host, tmp_path):
-    found = run_probe(host, instance.make_base(tmp_path / "base"))
+def test_older_hosts(host, run_probe):
+    found = run_probe("probe.py", host)
     assert {name.removeprefix("QRLoRA") for name in found["nodes"]} == set(NODES.split())
     for test in (
         test_our_full_qr_files,

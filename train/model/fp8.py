@@ -75,15 +75,15 @@ class Fp8Linear(nn.Module):
 
 def multiply_in_fp8(block: nn.Module, dtype: torch.dtype) -> int:
     """Let every linear layer of a block that is held in fp8 multiply so; how many there are."""
-    found = [
+    layers = [
         (name, layer)
         for name, layer in block.named_modules()
         if isinstance(layer, nn.Linear) and layer.weight.dtype == FP8
     ]
-    for name, layer in found:
+    for name, layer in layers:
         parent, _, child = name.rpartition(".")
         block.get_submodule(parent).register_module(child, Fp8Linear(layer, dtype))
-    return len(found)
+    return len(layers)
 
 
 def require_fp8_products(device: torch.device) -> None:

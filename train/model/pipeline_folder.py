@@ -74,7 +74,7 @@ def open_pipeline(path: Path) -> PipelineFolder:
             are of different families; "library" when transformers is not installed.
     """
     require_package("transformers", "a pipeline folder's text encoders")
-    known = {name: (backbone, loaded) for backbone in BACKBONES for name, loaded in backbone.pipeline.classes.items()}
+    classes = {name: (backbone, loaded) for backbone in BACKBONES for name, loaded in backbone.pipeline.classes.items()}
     index = path / "model_index.json"
     if not index.is_file():
         state = "is a file" if path.is_file() else "has no model_index.json" if path.is_dir() else "does not exist"
@@ -84,22 +84,22 @@ def open_pipeline(path: Path) -> PipelineFolder:
             "sub-folders vae, text_encoder and tokenizer; nothing is downloaded",
         )
     name = _table(index, "the pipeline folder").get("_class_name")
-    if name not in known:
+    if name not in classes:
         raise TrainError(
             "model",
-            f"the pipeline folder {path.name!r} is of a {str(name)[:80]}, expected one of {', '.join(known)}",
+            f"the pipeline folder {path.name!r} is of a {str(name)[:80]}, expected one of {', '.join(classes)}",
         )
-    backbone, loaded = known[name]
+    backbone, loaded = classes[name]
     for part, wanted in ((backbone.pipeline.network, backbone.model_class), ("VAE", backbone.pipeline.vae_class)):
         config = path / part.lower() / "config.json"
-        found = (
+        stated = (
             _table(config, f"the pipeline folder's {part}").get("_class_name", wanted) if config.is_file() else wanted
         )
-        if found != wanted:
+        if stated != wanted:
             raise TrainError(
                 "model",
                 f"the pipeline folder {path.name!r} is of {backbone.title}, whose {part} is {wanted}; the one in it is "
-                f"{str(found)[:80]}, of another model",
+                f"{str(stated)[:80]}, of another model",
             )
     return PipelineFolder(path, backbone, loaded, str(name))
 

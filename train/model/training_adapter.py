@@ -40,11 +40,11 @@ class TrainingAdapter:
         for target in self._adapter.targets:
             spec = source.specs.get(f"{target.name}.weight")
             if spec is None or spec.shape != target.shape:
-                found = spec.shape if spec else "not there"
+                shape = spec.shape if spec else "not there"
                 raise TrainError(
                     "model",
                     f"the training adapter {path.name} is of another model: its {target.name} is {target.shape}, in "
-                    f"{source.path.name} it is {found}",
+                    f"{source.path.name} it is {shape}",
                 )
 
     def attach(self, model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:

@@ -176,14 +176,14 @@ def _model_class(backbone: Backbone) -> Any:
 
 def _outside(model: nn.Module, blocks: tuple[str, ...], path: str = "") -> list[str]:
     """The largest modules that hold none of these lists of blocks, and are none of them."""
-    found: list[str] = []
+    modules: list[str] = []
     for name, child in model.named_children():
         name = f"{path}{name}"
-        if any(one.startswith(f"{name}.") for one in blocks):
-            found += _outside(child, blocks, f"{name}.")
+        if any(block.startswith(f"{name}.") for block in blocks):
+            modules += _outside(child, blocks, f"{name}.")
         elif name not in blocks:
-            found.append(name)
-    return found
+            modules.append(name)
+    return modules
 
 
 def _waiting_blocks(blocks: Mapping[str, int], offload: float) -> set[str]:

@@ -108,7 +108,7 @@ def sample_latents(
     sigmas = shifted(torch.linspace(1.0, 0.0, steps + 1), backbone.shift(tokens))
     latents = noise.to(device, torch.float32)
     for sigma, following in itertools.pairwise(sigmas):
-        each, then = (one.to(device).expand(len(latents)) for one in (sigma, following))
+        each, then = (level.to(device).expand(len(latents)) for level in (sigma, following))
         predicted = prediction(model, backbone, latents, each, text, guidance, device, dtype)
         latents = backbone.process.step(latents, predicted, each, then)
     return latents.cpu()

@@ -57,14 +57,14 @@ def show_strengths(state: TrainingState) -> None:
     """
     if not state.accelerator.is_main_process or not _wanted(state.config):
         return
-    found = _captions(state)
-    if isinstance(found, str):
-        log.info("strengths are not shown: %s", found)
+    captions = _captions(state)
+    if isinstance(captions, str):
+        log.info("strengths are not shown: %s", captions)
         return
     state.model.eval()
     try:
         with torch.no_grad(), state.training_adapter.off() if state.training_adapter is not None else nullcontext():
-            _Show(state, *found).run()
+            _Show(state, *captions).run()
     except (PathError, OSError) as error:  # a disk that refuses it does not fail a training
         log.warning("strengths are not shown: they cannot be written (%s); the adapter is written", error)
     except Exception as error:
@@ -118,7 +118,7 @@ class _Show:
 
     def run(self) -> None:
         state = self.state
-        found = self._measured()
+        measured = self._measured()
         latents = self._drawn()
         folder = Path(state.config.run_dir) / FOLDER
         name = f"step-{state.done:08}"
@@ -131,15 +131,15 @@ class _Show:
             "version": VERSION,
             "run_id": state.run_id,
             "step": state.done,
-            **found,
+            **measured,
             "prompts": {"with_trigger": self.captions[0].prompt, "without": self.captions[1].prompt},
             "pictures": {"file": f"{name}.safetensors", "strengths": list(DRAWN)},
         }
         with whole_file(folder / f"{name}.json", overwrite=True) as file:
             file.write(json.dumps(table, indent=1, allow_nan=False).encode())
-        lists = {key: found[key] for key in ("strengths", "shown", "drift")}
+        lists = {key: measured[key] for key in ("strengths", "shown", "drift")}
         state.reporter.emit("strengths", step=state.done, file=f"{FOLDER}/{name}.json", **lists)
-        for strength, shown, drift in zip(found["strengths"], found["shown"], found["drift"]):
+        for strength, shown, drift in zip(measured["strengths"], measured["shown"], measured["drift"]):
             log.info("strength %.1f: %s of its effect, without the trigger %s", strength, _said(shown), _said(drift))
 
     def _measured(self) -> dict[str, Any]:
@@ -150,7 +150,7 @@ class _Show:
         sigmas = shifted(torch.linspace(1.0, 0.0, _POINTS * _STEPS_BETWEEN + 1), factor)
         along, size, moved, base, levels = [0.0] * len(CURVE), 0.0, [0.0] * len(CURVE), 0.0, []
         for step, (sigma, following) in enumerate(pairwise(sigmas)):
-            each, then = (one.to(state.device).expand(1) for one in (sigma, following))
+            each, then = (value.to(state.device).expand(1) for value in (sigma, following))
             own = self._predicted(latents, each, 0, 0.0)
             if step % _STEPS_BETWEEN == 0:
                 levels.append(round(float(sigma), 4))
@@ -166,9 +166,9 @@ class _Show:
             latents = backbone.process.step(latents, own, each, then)
         return {
             "strengths": list(CURVE),
-            "shown": [_ratio(one, size) for one in along],
-            "drift": [_ratio(one, size, root=True) for one in moved],
-            "moved": [_ratio(one, base, root=True) for one in moved],
+            "shown": [_ratio(value, size) for value in along],
+            "drift": [_ratio(value, size, root=True) for value in moved],
+            "moved": [_ratio(value, base, root=True) for value in moved],
             "noise_levels": levels,
         }
 
@@ -195,9 +195,11 @@ class _Show:
         text = self.captions[caption].text.map(lambda tensor: tensor[None])
         guidance = state.config.sample_guidance
         with at_strength(state, strength):
-            found = prediction(state.model, state.backbone, latents, sigma, text, guidance, state.device, state.dtype)
+            predicted = prediction(
+                state.model, state.backbone, latents, sigma, text, guidance, state.device, state.dtype
+            )
         self._report(1)
-        return found
+        return predicted
 
     def _check(self) -> None:
         """Of several processes the others wait for this one, which then cannot stop alone."""

@@ -53,8 +53,8 @@ def stored_rows(key: str, rows: int) -> list[StoredRows]:
         return [StoredRows(f"conv_norm_out.{kind}", 0, rows)]
     for norm, (beside, theirs, ours) in _NORMS.items():
         if module.endswith(f".{norm}"):
-            found = native_layers(TABLE, f"{module.removesuffix(norm)}{beside}")
-            return [StoredRows(f"{name.removesuffix(theirs)}{ours}.{kind}", 0, rows) for name in found]
+            names = native_layers(TABLE, f"{module.removesuffix(norm)}{beside}")
+            return [StoredRows(f"{name.removesuffix(theirs)}{ours}.{kind}", 0, rows) for name in names]
     return [StoredRows(f"{name}.{kind}", 0, rows) for name in native_layers(TABLE, module)]
 
 
@@ -79,8 +79,8 @@ def facts(specs: Specs, title: str) -> ModelFacts:
     counts = {blocks: count_blocks(specs, blocks) for blocks in _LEVELS}
     depths = [counts[f"down_blocks.{level}.attentions.0.transformer_blocks"] for level in (1, 2)]
     if any(counts[blocks] != depths[level - 1] for blocks, level in _LEVELS.items()):
-        found = ", ".join(str(count) for count in counts.values())
-        raise TrainError("model", f"{title} has {found} transformer blocks, not as SDXL has them. {_ADVICE}")
+        listed = ", ".join(str(count) for count in counts.values())
+        raise TrainError("model", f"{title} has {listed} transformer blocks, not as SDXL has them. {_ADVICE}")
     text = shape("down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.weight")[1]
     added = shape("add_embedding.linear_1.weight")[1]
     arguments = {
