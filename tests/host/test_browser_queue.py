@@ -19,7 +19,7 @@ RENDERERS = pytest.mark.parametrize("vue", [False, True], ids=["classic", "vue"]
 PANELS = "[...document.querySelectorAll('[data-qrlora-train]')]"
 STATES = f"{PANELS}.map((one) => one.dataset.state).sort().join()"
 LONG = 100_000
-WINDOW = (2600, 1500)
+WINDOW = (1600, 1000)
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +30,7 @@ def steps_that_take_a_while(fake):
 def opened(page, graph, vue):
     page.fresh({"Comfy.VueNodes.Enabled": vue, "Comfy.ColorPalette": "light" if vue else "dark"})
     page.load(editable(graph, page.server.get("/object_info")))
-    page.js("app.canvas.ds.scale = 0.6; app.canvas.ds.offset = [80, 80]; app.canvas.setDirty(true, true)")
+    page.js("app.canvas.ds.scale = 0.35; app.canvas.ds.offset = [80, 80]; app.canvas.setDirty(true, true)")
     page.wait(f"return {PANELS}.length")
 
 

@@ -17,7 +17,7 @@ from tests.host.training import children
 pytestmark = pytest.mark.skipif(browser.find_chromium() is None, reason=browser.HOW_TO)
 
 EXAMPLE = PACK / "example_workflows" / "Train and merge.json"
-WINDOW = (2600, 1500)
+WINDOW = (1600, 1000)
 LONG = 100_000  # steps that nobody waits for
 PANELS = "[...document.querySelectorAll('[data-qrlora-train]')]"
 # The panel of the node that trains now, or trained last.
@@ -26,7 +26,7 @@ BUSY = f"{PANELS}.find((one) => !['idle', 'queued', 'finished'].includes(one.dat
 
 @pytest.fixture(autouse=True)
 def steps_that_take_a_while(fake):
-    fake.play("ok", seconds=0.1, sample_every=5, strengths=True)
+    fake.play("ok", seconds=0.05, sample_every=20, strengths=True)
 
 
 def set_steps(page, run, steps, others):
@@ -68,12 +68,13 @@ def grown(page, beyond, seconds=300):
 @pytest.mark.parametrize("vue", [True, False], ids=["vue", "classic"])
 def test_queue_watch_reload_stop_resume(server, page, vue):
     graph = whole_graph(steps=LONG)
+    graph["vae"]["inputs"]["vae_name"] = "test_vae.safetensors"  # a small one: there is a sample every second
     for name in ("train", "style"):  # each renderer trains runs of its own
         graph[name]["inputs"] |= {"seed": 20 + vue, "output_name": f"{name} {vue}"}
     workflow = editable(graph, server.get("/object_info"))
     page.fresh({"Comfy.VueNodes.Enabled": vue, "Comfy.ColorPalette": "dark" if vue else "light"})
     page.load(workflow)
-    page.js("app.canvas.ds.scale = 0.6; app.canvas.ds.offset = [80, 80]; app.canvas.setDirty(true, true)")
+    page.js("app.canvas.ds.scale = 0.35; app.canvas.ds.offset = [80, 80]; app.canvas.setDirty(true, true)")
     page.wait(f"return {PANELS}.length === 2 && {PANELS}.every((one) => one.dataset.state === 'idle')")
 
     queue(page)
