@@ -90,21 +90,21 @@ def test_datasets_are_folders_with_pictures_two_levels_deep(host):
     assert "empty" in datasets.dataset_names(), "the folder has changed"
 
 
-def test_a_hundred_thousand_files_are_looked_at_once(host):
+def test_a_crowded_folder_is_looked_at_once(host, monkeypatch):
+    """It may hold a hundred thousand files, and the host asks for the list at every prompt and page."""
     datasets, root = host.module("datasets"), host.base / "input"
     crowded = root / "crowded"
     crowded.mkdir()
-    for number in range(100_000):
-        os.close(os.open(crowded / f"{number}.dat", os.O_CREAT | os.O_WRONLY))
+    for number in range(100):
+        (crowded / f"{number}.dat").touch()
     old = time.time() - 60
-    os.utime(crowded, (old, old))
-    began = time.perf_counter()
-    assert datasets.dataset_names() == ["none"]
-    first = time.perf_counter() - began
-    began = time.perf_counter()
+    for folder in (root, crowded):
+        os.utime(folder, (old, old))
+    looked, real = [], os.scandir
+    monkeypatch.setattr(datasets.os, "scandir", lambda folder: looked.append(folder) or real(folder))
     for _ in range(100):
-        datasets.dataset_names()
-    assert (time.perf_counter() - began) / 100 < min(0.01, first / 5), first
+        assert datasets.dataset_names() == ["none"]
+    assert looked == [root, crowded]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="links need a privilege on Windows")
