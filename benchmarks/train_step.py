@@ -17,7 +17,6 @@ import gc
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +38,6 @@ from train.model.transformer import DTYPES, load_transformer
 from train.run.denoise import denoising_loss
 from train.run.optim import make_optimizer
 from train.settings import make_config
-
-Restore = Callable[[], None]
 
 
 class PublishedLinear(nn.Module):
@@ -66,18 +63,20 @@ def put_ours(model: Any, targets: tuple[LayerTarget, ...], rank: int, basis_of: 
 def put_peft(model: Any, targets: tuple[LayerTarget, ...], rank: int, basis_of: Any, dtype: torch.dtype) -> None:
     names = [target.name for target in targets]
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=names), model)
+    device = model.device  # looks through all hooks of all modules each time
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
         if "lora_" in name:
-            parameter.data = parameter.data.float().to(model.device)
+            parameter.data = parameter.data.float().to(device)
 
 
 def put_published(model: Any, targets: tuple[LayerTarget, ...], rank: int, basis_of: Any, dtype: torch.dtype) -> None:
     model.requires_grad_(False)
+    device = model.device
     for target in targets:
         parent, _, child = target.name.rpartition(".")
         owner = model.get_submodule(parent)
-        basis = Basis(*(tensor.to(model.device) for tensor in basis_of(target.name)))
+        basis = Basis(*(tensor.to(device) for tensor in basis_of(target.name)))
         owner.register_module(child, PublishedLinear(owner.get_submodule(child), basis, dtype))
 
 

@@ -9,18 +9,7 @@ from torch import Tensor
 
 from qrlora_core.families import FLUX, native_place
 
-# The parts outside of blocks and the norms of queries and keys; every other name follows from `native_place`.
-_PLAIN = {
-    "x_embedder": "img_in",
-    "context_embedder": "txt_in",
-    "time_text_embed.timestep_embedder.linear_1": "time_in.in_layer",
-    "time_text_embed.timestep_embedder.linear_2": "time_in.out_layer",
-    "time_text_embed.text_embedder.linear_1": "vector_in.in_layer",
-    "time_text_embed.text_embedder.linear_2": "vector_in.out_layer",
-    "time_text_embed.guidance_embedder.linear_1": "guidance_in.in_layer",
-    "time_text_embed.guidance_embedder.linear_2": "guidance_in.out_layer",
-    "proj_out": "final_layer.linear",
-}
+# The norms of queries and keys; every other name follows from `native_place`.
 _NORMS = {
     "transformer_blocks": {
         "attn.norm_q": "img_attn.norm.query_norm",
@@ -44,9 +33,7 @@ def to_comfy(state: dict[str, Tensor]) -> dict[str, Tensor]:
         module, kind = key.rsplit(".", 1)
         kind_of_block, _, rest = module.partition(".")
         number, _, name = rest.partition(".")
-        if module in _PLAIN:
-            result[f"{_PLAIN[module]}.{kind}"] = tensor
-        elif module == "norm_out.linear":
+        if module == "norm_out.linear":
             scale, shift = tensor.chunk(2)
             result[f"final_layer.adaLN_modulation.1.{kind}"] = torch.cat([shift, scale])
         elif name in _NORMS.get(kind_of_block, {}):

@@ -15,7 +15,7 @@ from .arrivals import Node
 from .host import datasets, encoders, folders, session
 from .host.base_format import base_format
 from .train_options import combo_input, number_input
-from .training import pictures
+from .training import run_pictures
 from .training.jobs import JOBS
 from .training.request import Request, from_widgets
 from .training.runs import RunFolder
@@ -98,11 +98,11 @@ class Train(Node):
             if (version := _version(trained.path)) is not None:
                 _published[trained.path] = version
             name = trained.path.relative_to(folders.place(request.folder).resolve()).as_posix()
-            curve = pictures.loss_curve(job.steps(), name, job.validation())
+            curve = run_pictures.loss_curve(job.steps(), name, job.validation())
             decoded = _samples(trained.run, request)
             if decoded is not None:
-                pictures.write_preview(trained.path, decoded[-1])
-            samples = pictures.note(_NO_SAMPLES) if decoded is None else decoded
+                run_pictures.write_preview(trained.path, decoded[-1])
+            samples = run_pictures.note(_NO_SAMPLES) if decoded is None else decoded
             strengths = show_strengths(trained.run, request)
             text = finished_text(trained, job)
             job.tell("finished", text)

@@ -12,15 +12,13 @@ from .adapter import Adapter
 from .errors import BasisMismatchError, FileFormatError
 from .families import network_order
 from .formats import BASIS, file_kind, group_layers
-from .linalg import ORTHONORMAL, Basis, base_r, decompose, orthonormality_error, require_finite
+from .linalg import EXACTLY_ORTHONORMAL, ORTHONORMAL, Basis, base_r, decompose, orthonormality_error, require_finite
 from .storage import TensorFile, TensorSpec
 from .targets import LayerTarget
 from .writing import write_tensors
 
 # Two float32 Q of one file differ by nothing; anything above rounding is another basis.
 _SAME_BASIS = 1e-6
-# Columns that are orthonormal to float32 rounding can be kept as they are; others are made so first
-_ROUNDING = 1e-5
 # A direction that is shorter than this, of columns of length 1, is rounding of float32 files
 _NEW_DIRECTION = 3e-6
 # How far R may lie from Q^T W besides what storage explains, before it is taken for that of another model
@@ -61,7 +59,7 @@ def joint_basis(ups: Sequence[Tensor]) -> JointBasis:
         Float32 tensors.
     """
     first = ups[0].double()
-    q = first if orthonormality_error(first) <= _ROUNDING else _directions(first, _length(first))
+    q = first if orthonormality_error(first) <= EXACTLY_ORTHONORMAL else _directions(first, _length(first))
     for up in ups[1:]:
         extra = up.double()
         for _ in range(2):  # twice is enough (Kahan, Parlett)

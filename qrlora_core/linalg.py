@@ -27,6 +27,8 @@ _SPACE_ERROR = 1e-4
 _QR_ERROR = 1e-6
 # Above this a Q is not the basis of a decomposition; Q stored in bfloat16 is orthonormal to about 2e-3
 ORTHONORMAL = 1e-2
+# Up to this columns are orthonormal but for the rounding of float32
+EXACTLY_ORTHONORMAL = 1e-5
 
 
 class Basis(NamedTuple):

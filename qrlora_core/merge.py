@@ -70,10 +70,10 @@ def merge(
     if on_basis_mismatch not in ("stack", "align", "raise"):
         raise BasisMismatchError(f"on_basis_mismatch is {on_basis_mismatch!r}, expected 'stack', 'align' or 'raise'")
     first, second = style.scaled(alpha), content.scaled(beta)
-    joined = MergeRecipe(first.terms + second.terms)
-    _require_one_model(joined)
+    both = MergeRecipe(first.terms + second.terms)
+    _require_one_model(both)
     if on_basis_mismatch == "stack" or not first.terms:
-        return joined
+        return both
     anchor = first.terms[0].adapter
     foreign = [term for term in second.terms if _differing_layers(anchor, term)]
     if foreign and on_basis_mismatch == "raise":

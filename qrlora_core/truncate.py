@@ -7,9 +7,7 @@ import torch
 from .adapter import Adapter, AdapterLayer, LayerInfo, Progress
 from .basis import orthonormal
 from .errors import SettingError
-from .linalg import orthonormality_error
-
-_EXACT = 1e-5
+from .linalg import EXACTLY_ORTHONORMAL, orthonormality_error
 
 
 class Truncated(NamedTuple):
@@ -45,7 +43,8 @@ def truncated(adapter: Adapter, rank: int, progress: Progress | None = None) -> 
         up, down, alpha = adapter.update(name)
         scaling = alpha / up.shape[1]
         q, delta_r = orthonormal(up, down)
-        if orthonormality_error(q) > _EXACT:  # stored in 16 bits: near enough for a basis, not for singular values
+        # stored in 16 bits: near enough for a basis, not for singular values
+        if orthonormality_error(q) > EXACTLY_ORTHONORMAL:
             q, small = torch.linalg.qr(q.float())
             delta_r = small @ delta_r.float()
         left, values, right = torch.linalg.svd(delta_r.float(), full_matrices=False)

@@ -40,6 +40,23 @@ HOST_ROOMS = {
     "server": ("host", "training", "adapter_routes.py"),
     "aiohttp": ("training", "adapter_routes.py", "visitors.py"),
 }
+# inside a room, what a folder may import of it; every other part of the room imports what it likes
+WITHIN = {
+    "nodes.host": ("nodes.host",),  # the seam serves the nodes and knows none of them
+    "nodes.training": ("nodes.training", "nodes.host", "nodes.visitors"),
+    "qrlora_core.families": ("qrlora_core.families", "qrlora_core.errors", "qrlora_core.targets"),
+    "train.model": ("train.model", "train.config", "train.errors", "train.imports"),
+    "train.data": ("train.data", "train.model", "train.config", "train.errors"),
+    "train.run": (
+        "train.run",
+        "train.data",
+        "train.model",
+        "train.config",
+        "train.errors",
+        "train.events",
+        "train.settings",
+    ),
+}
 # what the nodes may import of trainer and demo, and what those may import besides the standard library and each other
 FOR_NODES = {
     "train.config": set(),
@@ -65,6 +82,16 @@ def imports(path):
             yield node.module or "", node.level
 
 
+def imported_modules(path):
+    """The dotted names, from the pack's root, of every module that a file imports relatively."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            target = resolved(path, node.module or "", node.level)
+            for alias in node.names:  # `from .. import x` imports the module x, if there is one
+                inner = ROOT / target.replace(".", "/") / alias.name
+                yield f"{target}.{alias.name}" if inner.is_dir() or inner.with_suffix(".py").is_file() else target
+
+
 def resolved(path, name, level):
     """The dotted name from the pack's root of a relative import."""
     package = path.relative_to(ROOT).parent.parts
@@ -82,8 +109,6 @@ def test_imports(path):
             target = resolved(path, name, level)
             allowed = {room} if room != "nodes" else {"nodes", "qrlora_core", "qrlora_plots"}
             assert target.split(".")[0] in allowed or target in FOR_NODES, f"{path.name} reaches for {target}"
-            if room == "nodes" and parts[1] == "host":  # the seam serves the nodes and knows none of them
-                assert not target.startswith("nodes.") or target.startswith("nodes.host"), target
             continue
         top = name.split(".")[0]
         assert top in STDLIB | ALLOWED[room] | OPTIONAL.get(room, set()), f"{path.name} imports {name}"
@@ -91,12 +116,20 @@ def test_imports(path):
             assert parts[1] in HOST_ROOMS[top], f"only nodes/{HOST_ROOMS[top][0]} may import {name}"
 
 
-@pytest.mark.parametrize("path", python_files("train"), ids=lambda path: path.name)
+@pytest.mark.parametrize("folder", WITHIN)
+def test_arrows_inside_a_room_go_one_way(folder):
+    for path in python_files(folder.replace(".", "/")):
+        for target in imported_modules(path):
+            inside = target.split(".")[0] == folder.split(".")[0]
+            assert not inside or target.startswith(WITHIN[folder]), f"{path.name} of {folder} imports {target}"
+
+
+@pytest.mark.parametrize("path", python_files("train", "qrlora_plots"), ids=lambda path: path.name)
 def test_optional_packages_are_not_needed_to_import(path):
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Import | ast.ImportFrom):
             names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
-            assert not {name.split(".")[0] for name in names} & OPTIONAL["train"]
+            assert not {name.split(".")[0] for name in names} & OPTIONAL[path.relative_to(ROOT).parts[0]]
 
 
 @pytest.mark.parametrize("name", FOR_NODES)
@@ -154,7 +187,9 @@ def test_versions_and_requirements_agree():
     assert qrlora_core.__version__ in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("path", python_files("demo", "benchmarks"), ids=lambda path: path.as_posix()[-40:])
+@pytest.mark.parametrize(
+    "path", [*python_files("demo", "benchmarks"), ROOT / "dev.py"], ids=lambda path: path.as_posix()[-40:]
+)
 def test_nothing_outside_the_tests_imports_them(path):
     assert "tests" not in {name.split(".")[0] for name, level in imports(path) if not level}
 

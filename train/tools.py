@@ -2,7 +2,7 @@
 
 import argparse
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,9 @@ from tqdm import tqdm
 from qrlora_core import (
     Adapter,
     Basis,
-    LayerTarget,
     MergeRecipe,
     PathError,
     decompose,
-    initial_basis,
     merge,
     merge_report,
     merged_adapter,
@@ -30,7 +28,8 @@ from qrlora_core import (
 )
 
 from .errors import TrainError
-from .model.basis import cached_basis
+from .model.basis import cached_basis, initial_basis_of, require_layers
+from .model.device import chosen_device
 from .model.source import BaseModel
 
 log = logging.getLogger(__name__)
@@ -96,40 +95,6 @@ def export(args: argparse.Namespace) -> None:
     """An adapter in the other format, or scaled; the portable format is a standard LoRA."""
     _require_free(args.output)
     _write(MergeRecipe.of(open_adapter(args.adapter), args.strength), args)
-
-
-def chosen_device(name: str) -> torch.device:
-    """`auto` is the GPU where there is one.
-
-    Raises:
-        TrainError: no such device.
-    """
-    if name == "auto":
-        kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        return torch.device(kind)
-    try:
-        return torch.zeros(1, device=torch.device(name)).device
-    except (RuntimeError, AssertionError) as error:
-        raise TrainError("settings", f"device {name!r} cannot be used: {error}") from error
-
-
-def initial_basis_of(source: BaseModel, device: torch.device) -> Callable[[Adapter, str], Basis]:
-    """The initial Q and R of a full-QR adapter that holds only the trained ones: those of the base model's weight."""
-
-    return lambda adapter, name: initial_basis(source.weight(name).to(device), adapter.layers[name].rank)
-
-
-def require_layers(source: BaseModel, targets: Iterable[LayerTarget]) -> None:
-    """Whether the base model has these layers in these shapes.
-
-    Raises:
-        TrainError: reason "model".
-    """
-    for target in targets:
-        spec = source.specs.get(f"{target.name}.weight")
-        if spec is None or spec.shape != target.shape:
-            held = spec.shape if spec else "not there"
-            raise TrainError("model", f"{target.name} is {held} in {source.path.name}, the adapter has {target.shape}")
 
 
 def _write(recipe: MergeRecipe, args: argparse.Namespace) -> None:

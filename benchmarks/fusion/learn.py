@@ -17,7 +17,6 @@ from demo.toy.features import to_latents, words
 from qrlora_core import Basis
 
 from .live import Live, Pair, Update, encoded
-from .pictures import draw, read
 from .preserve import Paths, Quiet, null_space_penalty, random_number
 from .protocol import (
     CONTENT_LOOK,
@@ -31,6 +30,7 @@ from .protocol import (
     Unit,
     fidelity_prompts,
 )
+from .unit_pictures import draw, read
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ from benchmarks.common import machine
 from qrlora_core import Adapter, __version__, open_adapter
 from qrlora_core.gate import DOUBLED, HALF_UNTIL
 from train.data.pictures import read_picture
-from train.tools import chosen_device
+from train.model.device import chosen_device
 
 from . import report
 from .fusions import Fusion, content_first, content_then_base, factors_at, fixed, half_then_full

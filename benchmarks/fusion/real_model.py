@@ -11,10 +11,10 @@ from torch import Tensor
 
 from qrlora_core import Adapter
 from train.errors import TrainError
+from train.model.basis import require_layers
 from train.model.pipeline_folder import open_pipeline
 from train.model.source import BaseModel
 from train.model.transformer import DTYPES
-from train.tools import require_layers
 
 from .live import Pair, Wearer, composed
 

@@ -18,9 +18,9 @@ from train.model.source import BaseModel
 from .fusions import Fusion
 from .learn import RECIPES, Learned, Recipe, learn, shows
 from .live import Live, Pair, Update
-from .pictures import read
 from .preserve import Paths
 from .protocol import KINDS, SIDES, VERSION, Prompt, Unit, judged_prompts
+from .unit_pictures import read
 
 log = logging.getLogger(__name__)
 Shares = dict[str, float]  # of the pictures of one kind: content, style, words, right

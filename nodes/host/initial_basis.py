@@ -7,7 +7,6 @@ name that training would look for.
 
 import logging
 import weakref
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -27,6 +26,7 @@ from ...qrlora_core import (
     open_basis,
     save_basis,
 )
+from ...qrlora_core.products import InitialOf
 from ...qrlora_core.storage import TensorSpec
 from . import folders
 from .places import load_device, own_weight
@@ -34,8 +34,6 @@ from .protocols import ModelPatcher
 from .session import with_progress
 
 log = logging.getLogger(__name__)
-
-InitialOf = Callable[[Adapter, str], Basis]
 
 _PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "transformer.")
 _known: weakref.WeakKeyDictionary[torch.nn.Module, dict[tuple[str, int], Basis]] = weakref.WeakKeyDictionary()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...qrlora_core import PathError, contained_path, model_fingerprint
 from ...train.config import TRAJECTORY_VERSION, EncodeConfig, FitConfig
-from ...train.data.captions import DatasetError, caption_warnings, with_trigger
+from ...train.data.captions import TRIGGER_PLACEHOLDER, DatasetError, caption_warnings, with_trigger
 from ...train.settings import make_config
 from ..host import datasets, folders
 from ..host.protocols import Clip, Vae
@@ -119,7 +119,8 @@ def from_widgets(
         {"repeats": options.repeats, "resolutions": options.resolutions},
     )
     numbers = {"rank": rank, "alpha": alpha or float(rank)}
-    prompt = instance_prompt.strip().replace("[trigger]", trigger)  # for the metadata; the captions were checked above
+    # for the metadata; the captions were checked above
+    prompt = instance_prompt.strip().replace(TRIGGER_PLACEHOLDER, trigger)
     return Request(
         model=folders.model_file(model_name),
         pictures=[*own, *of_class],

@@ -12,7 +12,7 @@ from ...qrlora_core import PathError, QRLoRAError, TensorFile, whole_file
 from ...qrlora_plots import contact_sheet, images_of, strengths_image
 from ..host import encoders
 from ..host.base_format import base_format
-from . import pictures
+from . import run_pictures
 from .request import Request
 from .runs import RunFolder
 
@@ -27,20 +27,20 @@ def show_strengths(run: RunFolder, request: Request) -> Tensor:
     """(1, height, width, 3), also left in the run folder for the panel; a line of text where nothing was looked at."""
     path = run.strengths(request.steps, ".json")
     if not path.is_file():
-        return pictures.note(_NONE)
+        return run_pictures.note(_NONE)
     try:
         measured = json.loads(path.read_text(encoding="utf-8"))
         latents = TensorFile(run.strengths(request.steps, ".safetensors")).tensor("latent")
         sheet = _sheet(measured, latents, request)
     except _DAMAGED as error:
         log.warning("QR-LoRA: %s: %s", path.name, error)
-        return pictures.note(f"{path.name} cannot be shown: {error!r:.60}")
+        return run_pictures.note(f"{path.name} cannot be shown: {error!r:.60}")
     try:
         with whole_file(run.strengths(request.steps, ".png"), overwrite=True) as file:
             sheet.save(file, "PNG")
     except PathError as error:  # a disk that refuses it does not fail a training
         log.warning("QR-LoRA: no picture of strengths in the run folder: %s", error)
-    return pictures.to_image(sheet)
+    return run_pictures.to_image(sheet)
 
 
 def _sheet(measured: dict[str, Any], latents: Tensor, request: Request) -> Image.Image:

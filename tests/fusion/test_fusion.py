@@ -12,12 +12,12 @@ from benchmarks.fusion.learn import RECIPES, Picture, Recipe, at_rate, learn
 from benchmarks.fusion.live import Live, Pair, encoded
 from benchmarks.fusion.measures import Numbers, difference, gain, harmonic, interval, numbers
 from benchmarks.fusion.optimizer import Optimizer
-from benchmarks.fusion.pictures import draw, read
 from benchmarks.fusion.preserve import Paths, Quiet, null_space_penalty, yielding
 from benchmarks.fusion.protocol import CHECK, FINAL, KINDS, LATER, SIDES, TUNING, fidelity_prompts, judged_prompts
 from benchmarks.fusion.report import curve, picture, table
 from benchmarks.fusion.store import Study, concept_of, write_update
 from benchmarks.fusion.tuning import Single
+from benchmarks.fusion.unit_pictures import draw, read
 from demo.model import load_toy
 from demo.pictures import COLOURS, SHAPES, TEXTURES, Look
 from demo.toy.features import words

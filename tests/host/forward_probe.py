@@ -65,13 +65,12 @@ def block_layers(patcher):
 def draw_lora(patcher, layers, name, seed, prefix):
     """A LoRA of these layers under diffusers' names."""
     torch.manual_seed(seed)
-    tensors = {}
+    tensors, mapped, state = {}, places.place_layers(patcher, layers), patcher.model.state_dict()
     for target in layers:
         module = prefix + (target.name.replace(".", "_") if prefix.endswith("_") else target.name)
         tensors[f"{module}.lora_up.weight"] = 0.3 * torch.randn(target.shape[0], RANK)
         down = 0.1 * torch.randn(RANK, target.shape[1])
-        place = places.place_layers(patcher, [target])[target.name]
-        kernel = patcher.model.state_dict()[f"diffusion_model.{place.key}"].shape[2:]
+        kernel = state[f"diffusion_model.{mapped[target.name].key}"].shape[2:]
         if kernel:  # a convolution
             down = down.reshape(RANK, -1, *kernel)
             tensors[f"{module}.lora_up.weight"] = tensors[f"{module}.lora_up.weight"][:, :, None, None]
@@ -122,17 +121,14 @@ def more_ways(patcher, name, recipes, base):
         two = [forward(application.apply_recipe(patcher, one, 1.0, None, "patch")[0], name) for one in (recipe, merged)]
         gaps.append(distance(*two, base))
     own, other = (core.similarity_report(recipes[0].adapters[0], one.adapters[0]) for one in recipes)
+    of = places.model_family(patcher)
     return {
         "hook": distance(hooked, applied, base),
         "sweep": max(gaps),
         "compared": len(own["layers"]),
         "with itself": own["summary"]["update"]["min"],
         "with another": other["summary"]["update"]["max"],
-        "kinds compared": sorted(
-            {core.layer_kind(one["name"], places.model_family(patcher)).block for one in own["layers"]}
-        )
-        if places.model_family(patcher)
-        else [],
+        "kinds compared": sorted({core.layer_kind(one["name"], of).block for one in own["layers"]}) if of else [],
     }
 
 
@@ -167,9 +163,10 @@ def unknown(name):
     found |= more_ways(patcher, name, recipes, base)
     forward(patcher, name)  # whose weights these are, and not those of a patched clone
     layers = {}
-    for target in list(recipes[0].adapters[0].targets)[:8]:
-        place = places.place_layers(patcher, [target])[target.name]
-        basis = core.decompose(state[place.key], RANK, method="exact")
+    targets = list(recipes[0].adapters[0].targets)[:8]
+    mapped = places.place_layers(patcher, targets)
+    for target in targets:
+        basis = core.decompose(state[mapped[target.name].key], RANK, method="exact")
         layers[target.name] = core.AdapterLayer(basis.q, 0.3 * torch.randn(RANK, target.shape[1]))
     recipe = core.MergeRecipe.of(core.Adapter.from_tensors(name, layers, RANK))
     file, _ = result(save_residual.SaveResidual.execute(patcher, RANK, "float32", f"{name} residual", recipe))

@@ -60,7 +60,7 @@ def test_refusals_say_what_to_do(probe):
 def graph(**inputs):
     settings = {
         "choose": "balanced", "act": "any", "alpha": 1.0, "beta": 1.0, "grid": 3, "lowest": 0.4, "highest": 1.2,
-        "points": 2, "size": 128, "noises": 2, "seed": 0, "on_basis_mismatch": "stack",
+        "points": 2, "size": 128, "noises": 1, "seed": 0, "on_basis_mismatch": "stack",
     }  # fmt: skip
     adapters = {
         name: node("QRLoRAToyAdapter", adapter=name.removeprefix("delta_r_"))
@@ -107,22 +107,22 @@ def test_the_node_proposes_and_its_merge_is_sampled(server):
 
 
 def test_choosing_measures_nothing_anew(server):
-    server.queue(graph(seed=5))
+    server.queue(graph(seed=5, points=1))
     for choose in ("content", "by hand"):
         more = {"act": "any", "alpha": 0.8, "beta": 1.2} if choose == "by hand" else {}
-        entry = server.queue(graph(seed=5, choose=choose, **more))
+        entry = server.queue(graph(seed=5, points=1, choose=choose, **more))
         text = entry["outputs"]["balance"]["text"][0]
         assert "known from the last time" in text and f"{choose}: " in text
     assert "alpha 0.8, beta 1.2" in text
     told = json.loads(entry["outputs"]["json"]["text"][0])
     assert (told["chosen"]["alpha"], told["chosen"]["beta"]) == (0.8, 1.2)
-    entry = server.queue(graph(seed=5, choose="by hand", alpha=0.9, beta=1.0))
+    entry = server.queue(graph(seed=5, points=1, choose="by hand", alpha=0.9, beta=1.0))
     assert "by hand: " in entry["outputs"]["balance"]["text"][0] and entry["outputs"]["balance"]["images"]
     assert "predictions in" in entry["outputs"]["balance"]["text"][0], "the grid has no 0.9"
 
 
 def test_one_adapter_alone_and_none(server):
-    alone = graph(grid=2, lowest=0.5, highest=1.0)
+    alone = graph(grid=2, lowest=0.5, highest=1.0, noises=2)
     del alone["balance"]["inputs"]["delta_r_content"]
     text = server.queue(alone)["outputs"]["balance"]["text"][0]
     assert "content: nothing connected" in text and "by prompt, alpha 1," in text
@@ -131,7 +131,8 @@ def test_one_adapter_alone_and_none(server):
 
 
 def test_own_prompts_and_the_plain_sum(server):
-    entry = server.queue(graph(act="always", prompt="a <c> in <s> style, big", plain_prompt="a circle"))
+    prompts = {"prompt": "a <c> in <s> style, big", "plain_prompt": "a circle"}
+    entry = server.queue(graph(act="always", noises=2, **prompts))
     told = json.loads(entry["outputs"]["json"]["text"][0])
     assert told["prompts"]["none"] == "a circle"
     assert told["prompts"]["style"] == "a in <s> style, big"

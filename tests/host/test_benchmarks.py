@@ -1,5 +1,8 @@
 """The programs that need a host run through on a small model, so that they are known to work where a card is."""
 
+import os
+import subprocess
+
 import pytest
 import torch
 
@@ -84,10 +87,16 @@ NODE_CLASS_MAPPINGS = {"LoRAOptimizer": Halves}
 """
 
 
-def test_another_packs_merge_is_read_off_the_models_weights(tmp_path, monkeypatch):
+def test_another_packs_merge_is_read_off_the_models_weights(tmp_path, monkeypatch, host_python):
     """A pack whose node adds half of each adapter: what comes back is half of their sum, in every layer."""
     monkeypatch.setenv("COMFYUI_PATH", str(HOST))
     monkeypatch.setenv("COMFYUI_PYTHON", str(instance.interpreter(HOST)))
+
+    def by_warm_python(command, cwd, **_):
+        assert command[0] == os.environ["COMFYUI_PYTHON"]
+        return host_python(HOST).run(command[1:], cwd)
+
+    monkeypatch.setattr(subprocess, "run", by_warm_python)
     pack = tmp_path / "pack"
     pack.mkdir()
     (pack / "lora_optimizer.py").touch()

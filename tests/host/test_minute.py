@@ -46,10 +46,14 @@ def test_its_prompt_as_it_ships_draws_what_its_thumbnail_shows(server, saved):
 
 
 def test_the_registrys_archive_is_enough(bare_server, saved):
-    """Installed from the archive, without diffusers, accelerate and matplotlib."""
+    """Installed from the archive, without diffusers, accelerate and matplotlib: every node runs, for one cell."""
     assert not (bare_server.base / "custom_nodes" / "qr-lora" / "tests").exists()
-    entry = bare_server.queue(prompt_of(saved, bare_server.get("/object_info")))
-    assert any("images" in one for one in entry["outputs"].values())
+    prompt = prompt_of(saved, bare_server.get("/object_info"))
+    (sweep,) = (one["inputs"] for one in prompt.values() if one["class_type"] == "QRLoRAScaleSweep")
+    sweep |= {"alphas": "1", "betas": "1"}
+    entry = bare_server.queue(prompt)
+    shown = {prompt[name]["class_type"] for name, one in entry["outputs"].items() if "images" in one}
+    assert shown == {"QRLoRAContactSheet", "PreviewImage"}
 
 
 @pytest.mark.skipif(browser.find_chromium() is None, reason=browser.HOW_TO)

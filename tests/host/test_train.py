@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 from demo.server import WorkflowError
 from tests.host import training
 from tests.host.training import (
-    OPTIONS,
     Client,
     adapter_names,
     children,
@@ -45,7 +44,7 @@ def whole_graph(steps=STEPS, style_steps=None, processes=1):
         STYLE, trigger="<s>", steps=style_steps or steps, seed=1, dataset="S\u00e4tze \u56fe", images=None
     )
     graph["style"]["inputs"]["options"] = ["options of style", 0]
-    graph["options of style"] = node("QRLoRATrainOptions", **{**OPTIONS, "processes": processes})
+    graph["options of style"] = node("QRLoRATrainOptions", **(graph["options"]["inputs"] | {"processes": processes}))
     graph |= {
         "model": node("UNETLoader", unet_name="flux 768 \u00e9.safetensors", weight_dtype="default"),
         "merge": node(

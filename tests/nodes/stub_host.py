@@ -46,13 +46,20 @@ def install(monkeypatch, base: Path) -> FolderPaths:
     """Put the modules into `sys.modules` until the test ends; the stub of `folder_paths`."""
     modules = {"folder_paths": FolderPaths(base), "server": types.ModuleType("server")}
     modules["server"].PromptServer = types.SimpleNamespace(instance=None)
-    parts = ("cli_args", "model_management", "utils", "model_base", "model_detection", "sampler_helpers", "samplers")
+    parts = (
+        "cli_args", "model_management", "utils", "model_base", "model_detection", "sampler_helpers", "samplers",
+        "lora", "model_patcher", "patcher_extension", "weight_adapter",
+    )  # fmt: skip
     for name in ("comfy", *(f"comfy.{part}" for part in parts)):
         modules[name] = types.ModuleType(name)
     modules["comfy.cli_args"].args = types.SimpleNamespace(enable_cors_header=None)
     management = modules["comfy.model_management"]
     management.InterruptProcessingException = type("InterruptProcessingException", (BaseException,), {})
     management.get_torch_device = lambda: torch.device("cpu")
+    modules["comfy.weight_adapter"].WeightAdapterBase = object
+    modules["comfy.patcher_extension"].CallbacksMP = types.SimpleNamespace(ON_LOAD="on_load", ON_DETACH="on_detach")
+    for name in ("WrappersMP", "PatcherInjection"):
+        setattr(modules["comfy.patcher_extension"], name, types.SimpleNamespace())
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
         parent, _, child = name.rpartition(".")

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from demo import in_comfyui, minute
+from demo import judge as judging
 from demo import story as demo
 from demo.concepts import ACT, CONTENT, FIT, MORE, PACK, PAIRS, STYLE, SUM, draw_picture, read_picture
 from demo.fused import Fused
@@ -21,18 +22,30 @@ from demo.judge import Row, experiments, summary, verdict
 from demo.model import patched, sample
 from demo.noise import distances
 from demo.pictures import BARRED, HEART, SUNSET
-from demo.reader import looks_with, read
+from demo.reader import LOOKS, looks_with, read
+from demo.toy.features import text_features
 from demo.toy.files import FOLDER
 from qrlora_core import MergeRecipe, merge_acting, merged_adapter, open_adapter
 from qrlora_plots import contact_sheet
+from tests.warm import warm_python
 
 
 class Told(NamedTuple):
-    """A demo's folder, its exit code, and what it printed."""
+    """A demo's folder, its exit code, what it printed, and labels and pictures of its sheet."""
 
     out: Path
     code: int
     printed: str
+    sheet: tuple
+
+
+def shorten(patch, grid):
+    """A sheet of a smaller grid, and all experiments with two prompts each; trainers are forked where that can be."""
+    for name in ("content_prompts", "style_prompts", "plain_prompts"):
+        prompts, looks = getattr(judging, name)()
+        patch.setattr(judging, name, lambda found=(prompts[:2], looks[:2]): found)
+    patch.setattr(demo, "GRID", grid)
+    patch.setattr(sys, "executable", warm_python(purpose="demo"))
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +53,18 @@ def told(tmp_path_factory):
     """The story by its own command line, in four steps of each training: enough to change what is drawn."""
     out = tmp_path_factory.mktemp("demo")
     (out / "toy_style.safetensors").write_bytes(b"of an earlier demo, which is replaced")
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
+    drawn, draw = [], demo.grid_pictures
+
+    def grid_pictures(*given):
+        drawn.append(draw(*given))
+        return drawn[-1]
+
+    with contextlib.redirect_stdout(io.StringIO()) as printed, pytest.MonkeyPatch.context() as patch:
+        shorten(patch, "0, 0.5, 1")
+        patch.setattr(demo, "grid_pictures", grid_pictures)
         code = demo.main(["--headless", "--out", str(out), "--steps", "4", "--pictures", "1"])
-    return Told(out, code, printed.getvalue())
+    (sheet,) = drawn
+    return Told(out, code, printed.getvalue(), sheet)
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +82,8 @@ def test_both_adapters_are_trained_on_one_picture_each(told, adapters):
 
 
 @pytest.mark.process
-def test_the_sheet_has_a_labelled_cell_for_every_alpha_and_beta(adapters):
-    model = demo.load_toy()
-    labels, pictures = demo.grid_pictures(model, adapters, "0, 0.5, 1")
+def test_the_sheet_has_a_labelled_cell_for_every_alpha_and_beta(told, adapters):
+    labels, pictures = told.sheet
     assert labels == [f"alpha={a}, beta={b}" for a in ("0", "0.5", "1") for b in ("0", "0.5", "1")]
     sheet = contact_sheet(pictures, labels)
     assert sheet.row_labels == ("alpha = 0", "alpha = 0.5", "alpha = 1")
@@ -71,8 +92,9 @@ def test_the_sheet_has_a_labelled_cell_for_every_alpha_and_beta(adapters):
     assert sheet.image.width > 3 * (boxes[0][2] - boxes[0][0]) and sheet.image.height > 3 * (boxes[0][3] - boxes[0][1])
     cells = [np.asarray(sheet.image.crop(box)).tobytes() for box in boxes]
     assert len(set(cells)) == 9, "every pair of alpha and beta gives another picture"
-    again = demo.grid_pictures(model, adapters, "0, 0.5, 1")[1]
-    assert all(one.tobytes() == other.tobytes() for one, other in zip(pictures, again))
+    of = dict(zip(labels, pictures))
+    again = zip(*demo.grid_pictures(demo.load_toy(), adapters, "0.5, 1"))
+    assert [picture.tobytes() == of[label].tobytes() for label, picture in again] == [True] * 4
 
 
 @pytest.mark.process
@@ -82,9 +104,20 @@ def test_it_writes_sheet_similarity_and_numbers_and_ends_with_what_it_found(told
     assert [row["title"] for row in rows] == [one.name for one in experiments()]
     assert all(row["title"] in told.printed for row in rows) and "Neither adapter" in told.printed
     assert "more --steps may help" in told.printed
-    assert Image.open(told.out / demo.SHEET).width > 5 * 160
+    assert Image.open(told.out / demo.SHEET).width > 3 * 160
     assert Image.open(told.out / demo.BESIDE).height > 4 * 128
     assert Image.open(told.out / demo.SIMILARITY).size == (1600, 2300)
+
+
+def test_every_prompt_of_the_experiments_can_be_drawn_and_judged():
+    """That of all of them some pictures are drawn and read is in the stories."""
+    asked = {prompt: look for one in experiments() for prompt, look in zip(one.prompts, one.looks, strict=True)}
+    assert len(asked) == 23 + 5 + 1 + 7
+    known = [set(words) | {""} for words in zip(*LOOKS)]
+    for prompt, look in asked.items():
+        features, pooled = text_features(prompt)
+        assert features.any() and pooled.any()
+        assert all(word in words for word, words in zip(look, known)), look
 
 
 class StandIn:
@@ -243,17 +276,21 @@ def test_the_sheets_corner_is_its_best_picture(shipped):
 
 
 def test_every_pair_is_drawn_apart_and_read(tmp_path):
+    """Among all that any pair could be read as, which is more than a pair's own reader chooses from."""
     assert len(PAIRS) == 25 and next(iter(PAIRS.values())) == (STYLE, CONTENT)
-    assert len({pair.content.name for pair in PAIRS.values()}) == len({pair.style.name for pair in PAIRS.values()}) == 5
-    for pair in PAIRS.values():
-        for concept in pair:
-            (seen,) = read(read_picture(draw_picture(concept, tmp_path)), looks_with(pair.look))
-            assert seen == concept.look
-        assert pair.content.words and pair.style.words
+    concepts = {concept.name: concept for pair in PAIRS.values() for concept in pair}
+    contents = {pair.content.name for pair in PAIRS.values()}
+    assert len(contents) == 5 and len(concepts) == 10
+    looks = tuple(dict.fromkeys(look for pair in PAIRS.values() for look in looks_with(pair.look)))
+    for name, concept in concepts.items():
+        (seen,) = read(read_picture(draw_picture(concept, tmp_path)), looks)
+        assert seen == concept.look, name
+        assert concept.words
 
 
 @pytest.mark.process
-def test_another_pair_is_trained_and_judged(tmp_path, capsys):
+def test_another_pair_is_trained_and_judged(tmp_path, capsys, monkeypatch):
+    shorten(monkeypatch, "1")
     code = demo.main(["--headless", "--pair", "tee-brown", "--out", str(tmp_path), "--steps", "2", "--pictures", "1"])
     assert code == 1 and "toy_content_tee" in capsys.readouterr().out
     for name, look in (
@@ -262,7 +299,8 @@ def test_another_pair_is_trained_and_judged(tmp_path, capsys):
     ):
         assert open_adapter(tmp_path / f"{name}.safetensors").metadata["qrlora.steps"] == "2"
         assert read(read_picture(tmp_path / f"{name}.png"), looks_with(PAIRS["tee-brown"].look)) == [look]
-    assert len(json.loads((tmp_path / demo.NUMBERS).read_text())) == len(experiments())
+    rows = json.loads((tmp_path / demo.NUMBERS).read_text())
+    assert [row["title"] for row in rows] == [one.name for one in experiments()]
 
 
 def test_a_pair_that_does_not_exist_is_refused(capsys):

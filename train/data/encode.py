@@ -19,9 +19,9 @@ from qrlora_core import CacheItem, EncodedPicture, EncodedText, PlainText, bucke
 from ..config import EncodeConfig
 from ..errors import OUT_OF_MEMORY, TrainError
 from ..model.backbones import Pipeline
+from ..model.device import chosen_device
 from ..model.pipeline_folder import PipelineFolder, open_pipeline
 from ..model.transformer import DTYPES
-from ..tools import chosen_device
 from .batches import generator_of
 from .captions import DatasetError, caption_of, caption_warnings, is_dangling, picture_files, with_trigger
 from .pictures import fitted, read_picture, require_visible

@@ -1,16 +1,28 @@
 """The basis of a base model, rank and target list: computed once, kept in a file, found again by fingerprint."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from qrlora_core import Basis, FileFormatError, LayerTarget, WeightError, basis_name, decompose, open_basis, save_basis
+from qrlora_core import (
+    Adapter,
+    Basis,
+    FileFormatError,
+    LayerTarget,
+    WeightError,
+    basis_name,
+    decompose,
+    initial_basis,
+    open_basis,
+    save_basis,
+)
 from qrlora_core.storage import TensorSpec
 from qrlora_core.writing import verify_checksum
 
+from ..errors import TrainError
 from .source import BaseModel
 
 log = logging.getLogger(__name__)
@@ -81,6 +93,25 @@ def cached_basis(
         readers = _opened(path, targets)
     assert readers is not None, "the basis was written and checked"
     return lambda name: readers[name](), path
+
+
+def initial_basis_of(source: BaseModel, device: torch.device) -> Callable[[Adapter, str], Basis]:
+    """The initial Q and R of a full-QR adapter that holds only the trained ones: those of the base model's weight."""
+
+    return lambda adapter, name: initial_basis(source.weight(name).to(device), adapter.layers[name].rank)
+
+
+def require_layers(source: BaseModel, targets: Iterable[LayerTarget]) -> None:
+    """Whether the base model has these layers in these shapes.
+
+    Raises:
+        TrainError: reason "model".
+    """
+    for target in targets:
+        spec = source.specs.get(f"{target.name}.weight")
+        if spec is None or spec.shape != target.shape:
+            held = spec.shape if spec else "not there"
+            raise TrainError("model", f"{target.name} is {held} in {source.path.name}, the adapter has {target.shape}")
 
 
 def _opened(path: Path, targets: Sequence[LayerTarget]) -> dict[str, Callable[[], Basis]] | None:

@@ -18,11 +18,12 @@ from qrlora_plots import contact_sheet
 
 from ..errors import TrainError
 from ..model.backbones import Pipeline
+from ..model.basis import initial_basis_of, require_layers
+from ..model.device import chosen_device
 from ..model.layer import QRLinear
 from ..model.pipeline_folder import open_pipeline
 from ..model.source import BaseModel
 from ..model.transformer import DTYPES
-from ..tools import chosen_device, initial_basis_of, require_layers
 
 log = logging.getLogger(__name__)
 
