@@ -1,12 +1,11 @@
 """A balance report as one picture: what shows against what drifts, act by act, and the grid of the chosen act."""
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from .figures import GRID, figure_png, new_figure
+from .figures import GRID, figure_image, new_figure
 from .text import one_line
 
 if TYPE_CHECKING:
@@ -31,7 +30,7 @@ STRIPS = {"by prompt": -0.03, "by prompt, content first": -0.07, "by prompt, one
 
 def balance_image(report: Report) -> Image.Image:
     """The picture, 1600 x 800, RGB. Arguments and errors as in `balance_figure`."""
-    return Image.open(io.BytesIO(figure_png(balance_figure(report)))).convert("RGB")
+    return figure_image(balance_figure(report))
 
 
 def balance_figure(report: Report) -> "Figure":

@@ -7,9 +7,13 @@ import io
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+from PIL import Image
 
 if TYPE_CHECKING:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
 DPI = 100
@@ -23,7 +27,7 @@ class PlotsUnavailableError(RuntimeError):
 
 @contextmanager
 def new_figure(size: tuple[float, float]) -> Iterator["Figure"]:
-    """A white figure to draw on; its texts are laid out at the end, while the fonts are set.
+    """A white figure to draw on; it is drawn at the end, while the fonts are set, and `figure_image` has the picture.
 
     Args:
         size: width and height in units of DPI pixels.
@@ -33,6 +37,7 @@ def new_figure(size: tuple[float, float]) -> Iterator["Figure"]:
     """
     try:
         import matplotlib
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise PlotsUnavailableError(
@@ -40,14 +45,22 @@ def new_figure(size: tuple[float, float]) -> Iterator["Figure"]:
         ) from error
     with matplotlib.rc_context({"font.family": _fonts(), "axes.axisbelow": True, "font.size": 10}):
         figure = Figure(figsize=size, dpi=DPI, facecolor="white")
+        canvas = FigureCanvasAgg(figure)  # which the figure then has as its own
         yield figure
-        figure.draw_without_rendering()
+        canvas.draw()  # type: ignore[no-untyped-call]
+
+
+def figure_image(figure: "Figure") -> Image.Image:
+    """A figure of `new_figure` as it was drawn, RGB."""
+    canvas = cast("FigureCanvasAgg", figure.canvas)
+    drawn = canvas.buffer_rgba()  # type: ignore[no-untyped-call]
+    return Image.fromarray(np.asarray(drawn)).convert("RGB")
 
 
 def figure_png(figure: "Figure") -> bytes:
-    """A figure as a PNG file."""
+    """The same as a PNG file."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI)
+    figure_image(figure).save(buffer, format="png")
     return buffer.getvalue()
 
 

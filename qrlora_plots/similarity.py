@@ -4,7 +4,6 @@ Colours are Okabe and Ito's, which colour-blind readers can tell apart, and ever
 besides.
 """
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from .figures import GRID, figure_png, new_figure
+from .figures import GRID, figure_image, figure_png, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,7 +51,7 @@ def similarity_png(report: Report, *, fixed_scale: bool = True) -> bytes:
 
 def similarity_image(report: Report, *, fixed_scale: bool = True) -> Image.Image:
     """The same as an RGB image."""
-    return Image.open(io.BytesIO(similarity_png(report, fixed_scale=fixed_scale))).convert("RGB")
+    return figure_image(similarity_figure(report, fixed_scale=fixed_scale))
 
 
 def similarity_figure(report: Report, *, fixed_scale: bool = True) -> "Figure":

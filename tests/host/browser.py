@@ -27,8 +27,12 @@ HOW_TO = (
 )
 QUIET = ("--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run")
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-dev-shm-usage", *QUIET)
-# The front end's own greetings would cover the graph.
-SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Workflow.WarnBlueprintOverwrite": False}
+# The front end's own greetings would cover the graph, and its map is drawn anew with every change of the graph.
+SETTINGS = {
+    "Comfy.TutorialCompleted": True,
+    "Comfy.Workflow.WarnBlueprintOverwrite": False,
+    "Comfy.Minimap.Visible": False,
+}
 # What tests change, as it is before any of them.
 DEFAULTS = {
     "Comfy.VueNodes.Enabled": False,
@@ -52,7 +56,7 @@ TIDY = """
         if (setting.get(name) !== value) await setting.set(name, value);
       }
       sidebarTab.activeSidebarTabId = null;
-      toast.removeAll();
+      (toast.dismissAll ?? toast.removeAll).call(toast); // its name in newer front ends, and in older ones
       await command.execute("Comfy.NewBlankWorkflow");
       for (const one of [...workflow.openWorkflows]) {
         if (one !== workflow.activeWorkflow) await workflow.closeWorkflow(one);

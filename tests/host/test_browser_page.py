@@ -9,11 +9,12 @@ from tests.host.training import node, train_graph
 
 pytestmark = pytest.mark.skipif(browser.find_chromium() is None, reason=browser.HOW_TO)
 
+TOAST = "document.body.textContent.includes('a toast of a test')"
 # What a test could leave behind; of the settings those that the server keeps and those that the page has.
-STATE = """
-    const { setting, workflow, sidebarTab } = app.extensionManager;
-    const { api } = window.comfyAPI.api;
-    return {
+STATE = f"""
+    const {{ setting, workflow, sidebarTab }} = app.extensionManager;
+    const {{ api }} = window.comfyAPI.api;
+    return {{
       open: workflow.openWorkflows.length, modified: workflow.activeWorkflow.isModified,
       root: app.canvas.graph === app.graph,
       nodes: app.graph.nodes.length, links: Object.keys(app.graph.serialize().links).length,
@@ -22,12 +23,12 @@ STATE = """
       scale: app.canvas.ds.scale, offset: [...app.canvas.ds.offset],
       side: sidebarTab.activeSidebarTabId, properties: !!document.querySelector("[data-testid=properties-panel]"),
       dialogs: document.querySelectorAll("[role=dialog]").length, drawn: document.querySelectorAll(".lg-node").length,
-      toasts: document.querySelectorAll(".p-toast-message").length,
+      toast: {TOAST},
       panels: document.querySelectorAll("[data-qrlora-train]").length,
       own: Object.hasOwn(api, "fetchApi") || "qrloraTest" in window,
       dark: getComputedStyle(document.body).getPropertyValue("--bg-color"),
       settings: arguments[0].map((name) => setting.get(name)),
-    };
+    }};
 """
 
 
@@ -52,7 +53,7 @@ def leave_things_behind(page):
         const host = app.graph.nodes.find((one) => one.subgraph);
         app.canvas.openSubgraph(host.subgraph, host);
         app.canvas.selectNode(host.subgraph.nodes[0]);
-        app.extensionManager.toast.add({ severity: "error", summary: "left", detail: "left" });
+        app.extensionManager.toast.add({ severity: "error", summary: "left", detail: "a toast of a test" });
         app.extensionManager.sidebarTab.activeSidebarTabId = "node-library";
         console.error("qrlora: left");
         const { setting, command } = app.extensionManager;
@@ -75,7 +76,7 @@ def leave_things_behind(page):
         },
     )
     page.wait("return document.querySelectorAll('[role=dialog]').length")
-    page.wait("return document.querySelector('.p-toast-message')")
+    page.wait(f"return {TOAST}")
 
 
 def test_a_page_that_is_used_again_is_as_new(server, page):
@@ -90,7 +91,7 @@ def test_a_page_that_is_used_again_is_as_new(server, page):
     left = state(page)
     assert not [name for name in new if left[name] == new[name]], "these were to be other ones"
     page.fresh()
-    page.wait("return !document.querySelector('.p-toast-message')", 10)  # it fades
+    page.wait(f"return !{TOAST}", 10)  # it fades
     assert state(page) == new
     assert page.js("return window.stillHere") and page.errors() == []
     stored = server.get("/settings")

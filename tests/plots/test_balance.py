@@ -45,6 +45,15 @@ def test_settings_are_at_their_places():
     assert image.getpixel((round(column), round(image.height - 1 - row))) == (0, 0, 0), "the star"
 
 
+def test_a_picture_is_drawn_once(monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn, real = [], Figure.draw
+    monkeypatch.setattr(Figure, "draw", lambda figure, renderer: (drawn.append(figure), real(figure, renderer)))
+    balance_image(report(acts=("always",)))
+    assert len(drawn) == 1
+
+
 def test_the_grid_is_that_of_the_chosen_act():
     told = report("style", acts=("always",))
     axes = axes_of(balance_figure(told), "style")
