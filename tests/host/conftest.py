@@ -135,13 +135,13 @@ def page(chromium, request):
 @pytest.fixture(scope="session")
 def host_python():
     """Host -> its Python, with the packages that it takes long to import."""
-    from tests.host.warm_python import WarmPython
+    from tests.host.host_python import HostPython
 
     warm = {}
 
     def python_of(host):
         name = instance.interpreter(host)
-        return warm.setdefault(name, WarmPython(name))
+        return warm.setdefault(name, HostPython(name))
 
     yield python_of
     for one in warm.values():

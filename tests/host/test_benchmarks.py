@@ -92,11 +92,11 @@ def test_another_packs_merge_is_read_off_the_models_weights(tmp_path, monkeypatc
     monkeypatch.setenv("COMFYUI_PATH", str(HOST))
     monkeypatch.setenv("COMFYUI_PYTHON", str(instance.interpreter(HOST)))
 
-    def by_warm_python(command, cwd, **_):
+    def by_host_python(command, cwd, **_):
         assert command[0] == os.environ["COMFYUI_PYTHON"]
         return host_python(HOST).run(command[1:], cwd)
 
-    monkeypatch.setattr(subprocess, "run", by_warm_python)
+    monkeypatch.setattr(subprocess, "run", by_host_python)
     pack = tmp_path / "pack"
     pack.mkdir()
     (pack / "lora_optimizer.py").touch()

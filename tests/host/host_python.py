@@ -27,7 +27,7 @@ PACKAGES = (
 LONGEST = 900  # seconds for a program
 
 
-class WarmPython:
+class HostPython:
     """Runs programs in an interpreter, as `subprocess.run` does."""
 
     def __init__(self, python):
