@@ -59,13 +59,27 @@ def server(tmp_path_factory, clip_file):
 
 
 @pytest.fixture(scope="session")
-def other(server):
-    """Another ComfyUI over the same folders, which allows the pages of a friend; the last test with it kills it."""
+def living_other(server):
+    """() -> another ComfyUI over the same folders, started where there is none or a test has killed it."""
     from tests.host.training import TrainingServer
 
     log, arguments = server.log.with_name("other.log"), ("--enable-cors-header", FRIEND)
-    with TrainingServer(HOST, server.base, {"OMP_NUM_THREADS": "1"}, log, arguments) as running:
-        yield running
+    started = []
+    with contextlib.ExitStack() as ends:
+
+        def living():
+            if not started or started[-1].process.poll() is not None:
+                one = TrainingServer(HOST, server.base, {"OMP_NUM_THREADS": "1"}, log, arguments)
+                started.append(ends.enter_context(one))
+            return started[-1]
+
+        yield living
+
+
+@pytest.fixture
+def other(living_other):
+    """Another ComfyUI over the same folders, which allows the pages of a friend."""
+    return living_other()
 
 
 @pytest.fixture(scope="session")

@@ -522,10 +522,7 @@ def test_two_servers_with_the_same_name_and_inputs(server, other):
 
 
 def test_comfyui_killed(server, other):
-    """The trainer ends within five seconds, and another ComfyUI over the same folders goes on.
-
-    The last test that asks the other server, for it kills it.
-    """
+    """The trainer ends within five seconds, and another ComfyUI over the same folders goes on."""
     server.play("ok", seconds=0.3)
     other.submit(light_graph("orphan"))
     wait_for(other, running_step)

@@ -20,7 +20,18 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-AVAILABLE = sys.platform == "linux" and hasattr(os, "pidfd_open")
+
+
+def _available() -> bool:
+    """Linux since 5.3 tells a process' end by a descriptor."""
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+    except (AttributeError, OSError):
+        return False
+    return True
+
+
+AVAILABLE = _available()
 _started: dict[tuple[str, str], "WarmPython"] = {}
 
 

@@ -14,6 +14,7 @@ import json
 import os
 import runpy
 import selectors
+import shutil
 import signal
 import socket
 import sys
@@ -36,7 +37,8 @@ class Refused(Exception):
 class Server:
     """Waits for requests and for the ends of its forks; `serve` returns in a fork only, with its request."""
 
-    def __init__(self, descriptor):
+    def __init__(self, descriptor, folder):
+        self._folder = folder
         self._early = fresh.early(os.environ)
         self._environment = None  # of the first request, without FREE
         self._imported = {}  # variables that imports have set
@@ -59,6 +61,7 @@ class Server:
         if not os.read(0, 4096):
             for connection in list(self._forks):
                 self._kill(connection)
+            shutil.rmtree(self._folder, ignore_errors=True)  # whoever started us may have been killed
             os._exit(0)
 
     def _accept(self):
@@ -236,7 +239,7 @@ def write_to(log):
 if __name__ == "__main__":
     write_to(sys.argv[2])
     # a fork goes on here, below nothing that the server does: it ends as any program ends
-    if fresh.become(Server(int(sys.argv[1])).serve(), START.parent):
+    if fresh.become(Server(int(sys.argv[1]), Path(sys.argv[2]).parent).serve(), START.parent):
         runpy.run_path(sys.argv[0], run_name="__main__")
     else:
         runpy.run_module("train", run_name="__main__", alter_sys=True)

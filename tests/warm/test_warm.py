@@ -300,12 +300,15 @@ def test_by_what_a_fork_is_ended_is_told(pack, waiting, number):
     assert process.wait(60) == -number
 
 
-@pytest.mark.parametrize("how", ["closed", "killed"])
+@pytest.mark.parametrize("how", ["closed", "killed", "left alone"])
 def test_nothing_outlives_the_server(pack, waiting, how):
     with WarmPython(server=pack[0] / "tests" / "warm" / "server.py") as warm:
         process, trainer = waiting(warm.python)
         if how == "killed":
             warm.process.kill()
-        else:
+        elif how == "closed":
             warm.close()
+        else:  # as when the tests themselves are killed
+            warm.process.stdin.close()
+            assert warm.process.wait(60) == 0 and not Path(warm.python).parent.exists()
         assert gone(trainer) and process.wait(60) != 0
