@@ -91,6 +91,18 @@ def merge_graph(alpha=1.0, content="official_content.safetensors"):
     }
 
 
+def test_the_panel_speaks_the_language_of_the_page(server, page):
+    """Of a page that is opened in a language, and after each change of it."""
+    page.fresh({"Comfy.Locale": "zh", "Comfy.VueNodes.Enabled": True})
+    page.load(editable(train_graph("words"), server.get("/object_info")))
+    said = f"return {PANEL}?.innerText.includes(arguments[0])"
+    page.wait(said, 30, "\u5c1a\u672a\u8bad\u7ec3")
+    for locale, words in (("ja", "\u672a\u5b66\u7fd2"), ("en", "Not trained yet")):
+        page.js("return app.extensionManager.setting.set('Comfy.Locale', arguments[0])", locale)
+        page.wait(said, 30, words)
+    page.spoil()  # the front end may still be at work on the last change
+
+
 @RENDERERS
 def test_an_error_stands_on_the_node_until_it_runs_again(server, page, vue):
     name = f"changing {vue}.safetensors"
@@ -216,18 +228,6 @@ def test_a_first_run_makes_no_node_grow(server, page, vue):
         "  node.widgets.find((one) => one.name === 'qrlora_report').element.textContent = 'a long report '.repeat(200)"
     )
     assert settled() == before, "what is long scrolls"
-
-
-def test_the_panel_speaks_the_language_of_the_page(server, page):
-    """Of a page that is opened in a language, and after each change of it."""
-    page.fresh({"Comfy.Locale": "zh", "Comfy.VueNodes.Enabled": True})
-    page.load(editable(train_graph("words"), server.get("/object_info")))
-    said = f"return {PANEL}?.innerText.includes(arguments[0])"
-    page.wait(said, 30, "\u5c1a\u672a\u8bad\u7ec3")
-    for locale, words in (("ja", "\u672a\u5b66\u7fd2"), ("en", "Not trained yet")):
-        page.js("return app.extensionManager.setting.set('Comfy.Locale', arguments[0])", locale)
-        page.wait(said, 30, words)
-    page.spoil()  # the front end may still be at work on the last change
 
 
 def test_every_sentence_of_the_page_is_translated():
