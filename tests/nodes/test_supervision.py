@@ -39,12 +39,15 @@ def start(run, scenario, **part):
     arguments = ["fit", "--settings", str(run.settings), "--events", str(run.events), "--stop-file", str(run.stop)]
     command = [sys.executable, str(FAKE), "start.py", *arguments, "--lifeline"]
     environment = {**os.environ, "QRLORA_FAKE": str(run.folder / "part.json"), "PYTHONUNBUFFERED": "1"}
-    return process.Child(command, run.folder, run.log, environment)
+    feed = feeds.EventFeed(run.events)  # before the child, whose first events may be there at once
+    child = process.Child(command, run.folder, run.log, environment)
+    child.feed = feed
+    return child
 
 
 def follow(run, child, cancel=(), stop_after=1e9, stop_seconds=5.0, silence=60.0):
     """Watch to the end; `cancel`: seconds after which Cancel is pressed. The ending, seconds, what was reported."""
-    feed, began, told, presses = feeds.EventFeed(run.events), time.monotonic(), [], list(cancel)
+    feed, began, told, presses = child.feed, time.monotonic(), [], list(cancel)
 
     def cancelled():
         if presses and time.monotonic() - began > presses[0]:

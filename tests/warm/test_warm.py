@@ -54,6 +54,14 @@ sys.exit(int(sys.argv[1]))
 """
 
 
+@pytest.fixture(scope="module", autouse=True)
+def heed_interrupts():
+    """A shell that starts tests in the background has them ignore SIGINT, and so everything that they start."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module")
 def pack(tmp_path_factory):
     """A pack whose trainer is REPORT, with all that the server imports, in a folder with a space."""
