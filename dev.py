@@ -69,7 +69,7 @@ def side_by_side() -> list[str]:
     if processes == 1:
         return []
     os.environ.setdefault("OMP_NUM_THREADS", str(cores // processes))
-    return [f"--numprocesses={processes}", "--dist=loadscope"]
+    return [f"--numprocesses={processes}", "--dist=loadscope", "--no-loadscope-reorder"]
 
 
 def prepared_python() -> str:
