@@ -1,12 +1,11 @@
 // The blocks of an adapter with their factors, drawn on delta R Block Scale after a run: a bar for each block.
 import { app } from "../../scripts/app.js";
+import { addElement, makeRoom } from "./qrlora_widget.js";
 import { translated } from "./qrlora_words.js";
 
 const NODE = "QRLoRABlockScale";
 const WIDGET = "qrlora_blocks";
 const HEIGHT = 84;
-// What the canvas keeps free above and below such an element.
-const MARGIN = 10;
 const [WIDTH, TOP, FOOT, GAP] = [240, 6, 14, 3];
 const SVG = "http://www.w3.org/2000/svg";
 const [MORE, LESS] = ["#1FBFA8", "#ff6b6b"];
@@ -74,17 +73,10 @@ function attach(node) {
     borderRadius: "4px",
   });
   element.append(svg);
-  const widget = node.addDOMWidget(WIDGET, WIDGET, element, {
-    serialize: false,
-    getMinHeight: () => HEIGHT + 2 * MARGIN,
-    getMaxHeight: () => HEIGHT + 2 * MARGIN,
-  });
-  widget.serialize = false;
-  widget.label = translated("Blocks"); // what the page's list of parameters calls it
+  addElement(node, { name: WIDGET, label: translated("Blocks"), element, height: HEIGHT });
   node.qrloraBlocks = (kinds) => draw(svg, kinds);
   draw(svg, []);
-  const [width, height] = node.computeSize();
-  node.setSize([Math.max(node.size[0], width), Math.max(node.size[1], height)]);
+  makeRoom(node);
 }
 
 app.registerExtension({

@@ -2,13 +2,13 @@
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { nodeById } from "./qrlora_graph.js";
+import { addElement } from "./qrlora_widget.js";
 import { translated } from "./qrlora_words.js";
 
 const WIDGET = "qrlora_example";
 const VIEW = "qrlora_view";
 const LOOKS = 16; // four seconds
 const HEIGHT = 250;
-const MARGIN = 10;
 
 function show(node) {
   const name = node.properties?.[WIDGET];
@@ -24,15 +24,7 @@ function show(node) {
   caption.textContent = translated("An earlier run. Press Run for your own.");
   Object.assign(caption.style, { font: "12px/20px sans-serif", color: "var(--input-text, #ddd)" });
   element.append(picture, caption);
-  // Never part of the workflow: neither a widget value nor an input of the prompt.
-  const widget = node.addDOMWidget(WIDGET, WIDGET, element, {
-    serialize: false,
-    hideOnZoom: false,
-    getMinHeight: () => HEIGHT + 2 * MARGIN,
-    getMaxHeight: () => HEIGHT + 2 * MARGIN,
-  });
-  widget.serialize = false;
-  widget.label = translated("Example"); // what the page's list of parameters calls it
+  addElement(node, { name: WIDGET, label: translated("Example"), element, height: HEIGHT, hideOnZoom: false });
 }
 
 function remove(node) {

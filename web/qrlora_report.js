@@ -1,12 +1,11 @@
 // The few lines that a node shows about what it did, in a box that it has from the start.
+import { addElement, makeRoom } from "./qrlora_widget.js";
 import { translated, translatedReport } from "./qrlora_words.js";
 
 const WIDGET = "qrlora_report";
 const EMPTY = "What it did stands here after a run.";
 // Five lines. Fixed, so that a longer or shorter report never moves the graph; what is longer scrolls.
 const HEIGHT = 96;
-// What the canvas keeps free above and below such an element; without it a picture below would begin under the text.
-const MARGIN = 10;
 const TEXT = "var(--input-text, #ddd)";
 export const ERROR_TEXT = "var(--error-text, #ff6b6b)";
 
@@ -42,17 +41,14 @@ export function reportWidget(node) {
   });
   element.setAttribute("role", "status");
   element.dataset.qrloraReport = translated(EMPTY);
-  // Never part of the workflow: neither a widget value nor an input of the prompt.
-  const widget = node.addDOMWidget(WIDGET, WIDGET, element, {
-    serialize: false,
+  const widget = addElement(node, {
+    name: WIDGET,
+    label: translated("Report"),
+    element,
+    height: HEIGHT,
     hideOnZoom: false,
-    getMinHeight: () => HEIGHT + 2 * MARGIN,
-    getMaxHeight: () => HEIGHT + 2 * MARGIN,
   });
-  widget.serialize = false;
-  widget.label = translated("Report"); // what the page's list of parameters calls it
-  const [width, height] = node.computeSize();
-  node.setSize([Math.max(node.size[0], width), Math.max(node.size[1], height)]);
+  makeRoom(node);
   return widget;
 }
 

@@ -1,12 +1,11 @@
 // The curve of a delta R Schedule, drawn as it is typed. The server reads the same text when the node runs.
 import { app } from "../../scripts/app.js";
+import { addElement, makeRoom } from "./qrlora_widget.js";
 import { translated } from "./qrlora_words.js";
 
 const NODE = "QRLoRASchedule";
 const WIDGET = "qrlora_curve";
 const [WIDTH, HEIGHT, PAD] = [220, 84, 6];
-// What the canvas keeps free above and below such an element.
-const MARGIN = 10;
 const SVG = "http://www.w3.org/2000/svg";
 
 function value(node, name) {
@@ -86,13 +85,7 @@ function attach(node, presets) {
   });
   Object.assign(svg.style, { width: "100%", height: "100%" });
   element.append(svg);
-  const widget = node.addDOMWidget(WIDGET, WIDGET, element, {
-    serialize: false,
-    getMinHeight: () => HEIGHT + 2 * MARGIN,
-    getMaxHeight: () => HEIGHT + 2 * MARGIN,
-  });
-  widget.serialize = false;
-  widget.label = translated("Curve"); // what the page's list of parameters calls it
+  addElement(node, { name: WIDGET, label: translated("Curve"), element, height: HEIGHT });
   const redraw = () => draw(svg, points(node, presets));
   for (const one of node.widgets) {
     if (!["preset", "points", "over", "switch"].includes(one.name)) continue;
@@ -106,8 +99,7 @@ function attach(node, presets) {
   }
   node.qrloraRedraw = redraw;
   redraw();
-  const [width, height] = node.computeSize();
-  node.setSize([Math.max(node.size[0], width), Math.max(node.size[1], height)]);
+  makeRoom(node);
 }
 
 app.registerExtension({

@@ -6,6 +6,7 @@ import { sentence } from "./qrlora_runs.js";
 import { Job } from "./qrlora_train_job.js";
 import { HEIGHT, Panel } from "./qrlora_train_panel.js";
 import { followQueue } from "./qrlora_train_queue.js";
+import { addElement, makeRoom } from "./qrlora_widget.js";
 import { translated } from "./qrlora_words.js";
 
 const NODE = "QRLoRATrain";
@@ -132,15 +133,15 @@ function panel(node) {
   const known = node.widgets?.find((widget) => widget.name === WIDGET);
   if (known) return known.qrloraPanel;
   const made = new Panel({ stop, picture, sheet });
-  // Never part of the workflow: neither a widget value nor an input of the prompt.
-  const widget = node.addDOMWidget(WIDGET, WIDGET, made.element, {
-    serialize: false,
+  const widget = addElement(node, {
+    name: WIDGET,
+    label: translated("Training"),
+    element: made.element,
+    height: HEIGHT, // no more is ever asked for, so nothing that is shown moves the graph
     hideOnZoom: false,
     margin: MARGIN,
-    getMinHeight: () => HEIGHT + 2 * MARGIN, // no more is ever asked for, so nothing that is shown moves the graph
+    getMaxHeight: undefined, // a node that is made larger has a larger panel
   });
-  widget.serialize = false;
-  widget.label = translated("Training"); // what the page's list of parameters calls it
   widget.qrloraPanel = made;
   made.element.addEventListener("wheel", (event) => zoom(event, made), { passive: false });
   for (const kind of ["Down", "Move", "Up"]) {
@@ -148,8 +149,7 @@ function panel(node) {
       if (kind === "Move" ? event.buttons & 4 : event.button === 1) app.canvas?.[`processMouse${kind}`]?.(event);
     });
   }
-  const [width, height] = node.computeSize();
-  node.setSize([Math.max(node.size[0], width, 340), Math.max(node.size[1], height)]);
+  makeRoom(node, 340);
   return made;
 }
 

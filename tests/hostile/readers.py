@@ -35,7 +35,9 @@ from train.settings import load_settings, make_config
 
 from . import mutate
 
-feed, runs, jobs, owner, drawn = (load(f"training.{name}") for name in ("feed", "runs", "jobs", "owner", "pictures"))
+feed, runs, jobs, owner, drawn = (
+    load(f"training.{name}") for name in ("feed", "runs", "jobs", "owner", "run_pictures")
+)
 
 PARAMETERS = {f"{name}.delta_r": (3, 10) for name in NAMES}
 
