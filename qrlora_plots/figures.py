@@ -51,7 +51,7 @@ def new_figure(size: tuple[float, float]) -> Iterator["Figure"]:
 
 
 def figure_image(figure: "Figure") -> Image.Image:
-    """A figure of `new_figure` as it was drawn, RGB."""
+    """A figure of `new_figure` as it was drawn, RGB; its size in units of DPI pixels."""
     canvas = cast("FigureCanvasAgg", figure.canvas)
     drawn = canvas.buffer_rgba()  # type: ignore[no-untyped-call]
     return Image.fromarray(np.asarray(drawn)).convert("RGB")

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from .figures import GRID, figure_image, figure_png, new_figure
+from .heat_maps import draw_heat_maps
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -73,7 +74,7 @@ def similarity_figure(report: Report, *, fixed_scale: bool = True) -> "Figure":
             bottom -= 0.135
         _angle_row(figure, report, 0.315, fixed_scale)
         _norm_row(figure, report, 0.205)
-        _heat_maps(figure, report, fixed_scale)
+        draw_heat_maps(figure, report, fixed_scale)
     return figure
 
 
@@ -208,50 +209,6 @@ def _norm_row(figure: "Figure", report: Report, bottom: float) -> None:
         side_axes.text(0.5, 0.5, "not defined", ha="center", transform=side_axes.transAxes)
         side_axes.set_xticks([])
         side_axes.set_yticks([])
-
-
-def heat_map_grid(report: Report, block: str, key: str) -> tuple[list[str], list[int], np.ndarray[Any, Any]]:
-    """Layer kinds, block numbers, and the cosines of all layers of a kind of block; NaN where there is none."""
-    entries = [entry for entry in report["layers"] if entry["block"] == block]
-    kinds = list(dict.fromkeys(entry["layer"] for entry in entries))
-    numbers = sorted({entry["number"] for entry in entries})
-    grid = np.full((len(kinds), len(numbers)), np.nan)
-    for entry in entries:
-        value = entry["cosine"][key]
-        if value is not None:
-            grid[kinds.index(entry["layer"]), numbers.index(entry["number"])] = value
-    return kinds, numbers, grid
-
-
-def heat_map_key(report: Report) -> str:
-    """What the map shows: the overlap of the updates, or of Q where the updates are not known."""
-    return "update" if report["summary"]["update"] else "q"
-
-
-def _heat_maps(figure: "Figure", report: Report, fixed: bool) -> None:
-    key = heat_map_key(report)
-    maps = {block: heat_map_grid(report, block, key) for block in ("double", "single")}
-    finite = np.concatenate([grid[np.isfinite(grid)] for _, _, grid in maps.values()])
-    limit = 1.0 if fixed or not finite.size else max(1e-6, float(np.abs(finite).max()))
-    left, bottom, top, picture = 0.12, 0.03, 0.165, None
-    shown = [(block, entry) for block, entry in maps.items() if entry[1]]
-    width = (0.97 - left - 0.10 * len(shown)) / len(shown)
-    for block, (kinds, numbers, grid) in shown:
-        height = (top - bottom) * min(1.0, max(0.25, len(kinds) / 12))
-        axes = figure.add_axes((left, top - height, width, height), label=f"heat {block}")
-        axes.set_facecolor("#F3E9C6")
-        picture = axes.imshow(grid, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
-        axes.set_yticks(range(len(kinds)), kinds, fontsize=9)
-        step = max(1, len(numbers) // 13)
-        axes.set_xticks(range(0, len(numbers), step), [str(number) for number in numbers[::step]], fontsize=9)
-        what = "updates" if key == "update" else "Q"
-        axes.set_title(f"cosine of {what}: {block} blocks", loc="left", fontsize=12)
-        axes.set_xlabel("block")
-        left += width + 0.10
-    if picture is not None:
-        bar = figure.add_axes((0.945, bottom, 0.012, top - bottom))
-        figure.colorbar(picture, cax=bar)
-        bar.set_title("cosine", fontsize=9)
 
 
 def _line_axes(figure: "Figure", layers: Sequence[Report], bottom: float, height: float) -> "Axes":

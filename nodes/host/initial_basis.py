@@ -36,7 +36,7 @@ from .session import with_progress
 log = logging.getLogger(__name__)
 
 _PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "transformer.")
-_known: weakref.WeakKeyDictionary[torch.nn.Module, dict[tuple[str, int], Basis]] = weakref.WeakKeyDictionary()
+_computed: weakref.WeakKeyDictionary[torch.nn.Module, dict[tuple[str, int], Basis]] = weakref.WeakKeyDictionary()
 
 
 def initial_bases(model: ModelPatcher, recipe: MergeRecipe, places: dict[str, WeightSlice]) -> InitialOf | None:
@@ -52,13 +52,13 @@ def initial_bases(model: ModelPatcher, recipe: MergeRecipe, places: dict[str, We
         return None
     for adapter in lacking:
         _fill(model, adapter, places)
-    bases = _known[model.model]
+    bases = _computed[model.model]
     return lambda adapter, name: bases[name, adapter.layers[name].rank]
 
 
 def _fill(model: ModelPatcher, adapter: Adapter, places: dict[str, WeightSlice]) -> None:
     """Make every basis of an adapter known for this model."""
-    bases = _known.setdefault(model.model, {})
+    bases = _computed.setdefault(model.model, {})
     missing = [name for name, info in adapter.layers.items() if (name, info.rank) not in bases]
     if not missing:
         return

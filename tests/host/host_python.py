@@ -2,7 +2,8 @@
 
 Importing torch and what belongs to it takes most of the time of a short program in ComfyUI. On Linux one process
 imports the packages (nothing of the host itself, whose imports read the command line), and each program runs in a fork
-of it: with a command line, a folder and an environment of its own. Elsewhere each starts its own Python.
+of it: with a command line, a folder and an environment of its own. Elsewhere each starts its own Python. Nothing but
+its output and its end is asked of such a program; what has to be a process like any other is in `tests.warm`.
 
 This file is also what that process runs: it reads a question per line, and answers with an exit code.
 """
@@ -46,7 +47,13 @@ class HostPython:
         if sys.platform != "linux":
             command = [self._python, *arguments]
             return subprocess.run(
-                command, cwd=folder, env={**os.environ, **more}, capture_output=True, text=True, check=False
+                command,
+                cwd=folder,
+                env={**os.environ, **more},
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=LONGEST,
             )
         if self._process is None:
             # a pool of threads would not outlive a fork, nor would a card that torch has asked by other ways than NVML

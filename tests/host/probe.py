@@ -407,11 +407,11 @@ def full_qr_basis():
         return found  # older hosts do not say which file a model came from: kept in memory only
     computed, real_basis = [], bases.initial_basis
     bases.initial_basis = lambda *given: computed.append(given) or real_basis(*given)
-    bases._known = weakref.WeakKeyDictionary()  # as after a restart
+    bases._computed = weakref.WeakKeyDictionary()  # as after a restart
     found["second"] = gap(output(ours(loaded(), full_qr)), tensors["qr.out3"])
     found["computed again"] = len(computed)
     (folders.bases_folder() / kept()[0]).write_bytes(b"damaged")
-    bases._known = weakref.WeakKeyDictionary()
+    bases._computed = weakref.WeakKeyDictionary()
     found["damaged"] = gap(output(ours(loaded(), full_qr)), tensors["qr.out3"])
     found["computed for damaged"] = len(computed)
     bases.initial_basis = real_basis

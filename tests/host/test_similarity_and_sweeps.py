@@ -51,7 +51,8 @@ def axes_titled(figure, words):
 @pytest.mark.parametrize("fixed", [True, False])
 def test_similarity_draws_and_tells_the_numbers(server, fixed):
     from qrlora_plots import similarity_figure
-    from qrlora_plots.similarity import KINDS, heat_map_grid
+    from qrlora_plots.heat_maps import heat_map_grid
+    from qrlora_plots.similarity import KINDS
 
     entry = server.queue(similarity(fixed))
     found = json.loads(entry["outputs"]["numbers"]["text"][0])

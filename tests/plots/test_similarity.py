@@ -11,7 +11,8 @@ from PIL import Image
 import qrlora_core as core
 from qrlora_plots import PlotsUnavailableError, similarity_figure, similarity_image, similarity_png
 from qrlora_plots.figures import figure_png
-from qrlora_plots.similarity import BAND, KINDS, heat_map_grid
+from qrlora_plots.heat_maps import heat_map_grid
+from qrlora_plots.similarity import BAND, KINDS
 from tests.core.test_merge import make
 
 pytest.importorskip("matplotlib")
